@@ -1,0 +1,195 @@
+"""The plan: which examples an optimizer step sees, and who computes them.
+
+Always holds: the global batch of a step is a pure function of (number of examples, batch.size, seed, step). Ranks and
+micro-batches only share it out: together they compute each of its examples exactly once, and every rank runs the same
+number of micro-batches. So resuming is an index, and another number of processes changes nothing but who works.
+
+The epoch's order is a permutation drawn from Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+2011) keyed by (seed, epoch); balancing is longest-processing-time-first (Graham, 1969).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Tokenised(Protocol):
+    """N examples end to end, as `data.Examples` holds them; see there for shapes."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def offsets(self) -> np.ndarray: ...
+    @property
+    def token_types(self) -> np.ndarray | None: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank computes in one forward and backward."""
+
+    ids: np.ndarray
+    """example ids, int64 [B]"""
+    weights: np.ndarray
+    """weight of each example in the loss, float64 [B]; all 0 for a rank short of work"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every batch of a run, by step."""
+
+    lengths: np.ndarray
+    """tokens per example, int64 [N]"""
+    weights: np.ndarray
+    """weight of each example in the loss (its class's), float64 [N]"""
+    batch_size: int
+    """examples of a global batch"""
+    seed: int
+    max_tokens: int
+    """padded tokens of a micro-batch at most"""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch; the last, shorter batch counts."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """Example ids of step `step` (counted from 0), int64 [batch_size or, at an epoch's end, fewer]."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = epoch_permutation(self.seed, epoch, len(self.lengths))
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def total_weight(self, step: int) -> float:
+        """Sum of the weights of the global batch: what the summed loss is divided by, on every rank."""
+        return float(self.weights[self.global_batch(step)].sum())
+
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
+        """What `rank` computes in `step`; the lists of all ranks have the same length, at least 1."""
+        batch = self.global_batch(step)
+        shares = self._shares(batch, world_size)
+        # a rank short of work computes its cheapest example for nothing, so that all ranks meet in every collective
+        filler = MicroBatch(batch[[int(np.argmin(self.lengths[batch]))]], np.zeros(1))
+        mine = [MicroBatch(ids, self.weights[ids]) for ids in shares[rank]]
+        return mine + [filler] * (max(map(len, shares)) - len(mine))
+
+    def num_padded_tokens(self, step: int, world_size: int) -> int:
+        """Positions that all ranks compute in a step, padding included."""
+        shares = self._shares(self.global_batch(step), world_size)
+        return sum(len(ids) * int(self.lengths[ids].max()) for share in shares for ids in share)
+
+    def _shares(self, batch: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
+        """Per rank, the example ids of each of its micro-batches."""
+        return [
+            [batch[share[part]] for part in split_by_tokens(self.lengths[batch[share]], self.max_tokens)]
+            for share in share_out(self.lengths[batch], world_size)
+        ]
+
+    def num_tokens(self, step: int) -> int:
+        """Real tokens of the global batch."""
+        return int(self.lengths[self.global_batch(step)].sum())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as the model takes it: B examples padded on the right to L tokens."""
+
+    ids: np.ndarray
+    """example ids, int64 [B]"""
+    lengths: np.ndarray
+    """tokens per example, int64 [B]"""
+    inputs: dict[str, torch.Tensor]
+    """input_ids, attention_mask and, for pairs, token_type_ids; int64 [B, L]"""
+    labels: torch.Tensor
+    """class numbers, int64 [B]"""
+    weights: torch.Tensor
+    """weights in the loss, float64 [B]"""
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """Order of the examples in one epoch, int64 [num_examples]; read-only, since it is shared."""
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
+    order.setflags(write=False)
+    return order
+
+
+def share_out(lengths: np.ndarray, world_size: int) -> list[np.ndarray]:
+    """Deals a global batch to ranks so that each has about the same number of tokens.
+
+    Longest first, each to the rank with the fewest tokens so far. Deterministic.
+
+    Example: lengths [5, 3, 2, 2], 2 ranks -> [[0, 3], [1, 2]]   (7 and 5 tokens)
+
+    Returns:
+        per rank, positions into `lengths`, longest first; every position exactly once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    if world_size == 1:
+        return [order]
+    loads = [0] * world_size
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for position in order.tolist():
+        rank = loads.index(min(loads))
+        shares[rank].append(position)
+        loads[rank] += int(lengths[position])
+    return [np.array(share, dtype=np.int64) for share in shares]
+
+
+def split_by_tokens(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Cuts examples into micro-batches whose padded size fits a token budget.
+
+    Padded size is `len(part) * max(lengths in part)`. Longest first, so each part wastes little. Deterministic. An
+    example longer than the budget gets a part of its own: it cannot be cut, and only the device knows whether it fits.
+
+    Example: lengths [5, 3, 2], max_tokens 6 -> [[0], [1, 2]]   (5 <= 6, then 2 * 3 <= 6)
+
+    Args:
+        lengths: tokens per example after truncation, [B].
+        max_tokens: budget in padded tokens.
+
+    Returns:
+        positions into `lengths`; every position exactly once.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    parts: list[list[int]] = []
+    longest = 0
+    for position in order:
+        if parts and (len(parts[-1]) + 1) * longest <= max_tokens:
+            parts[-1].append(position)
+        else:
+            parts.append([position])
+            longest = int(lengths[position])
+    return parts
+
+
+def collate(
+    examples: Tokenised, ids: np.ndarray, weights: np.ndarray, pad_token_id: int, device: torch.device
+) -> Batch:
+    """Pads the examples `ids` [B] to the longest of them and puts them on the device."""
+    lengths = examples.lengths[ids]
+    real = np.arange(lengths.max()) < lengths[:, None]
+    starts = examples.offsets[ids]
+    flat = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
+    arrays = {"input_ids": np.full(real.shape, pad_token_id, dtype=np.int64), "attention_mask": real.astype(np.int64)}
+    arrays["input_ids"][real] = examples.tokens[flat]
+    if examples.token_types is not None:
+        arrays["token_type_ids"] = np.zeros(real.shape, dtype=np.int64)
+        arrays["token_type_ids"][real] = examples.token_types[flat]
+    return Batch(
+        ids=ids,
+        lengths=lengths,
+        inputs={name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
+        labels=torch.from_numpy(examples.labels[ids]).to(device),
+        weights=torch.from_numpy(weights).to(device),
+    )
+

@@ -1,0 +1,221 @@
+"""Checkpoints: atomic, hashed, adapter-only, rotating.
+
+Always holds: a folder named step-XXXXXXXX is whole. It is written under another name, synced to disk, hashed and then
+renamed; a reader checks every hash before it believes a byte, and takes the newest that is whole. A checkpoint has what
+trains (adapter and head), the optimizer's state and a few numbers; never the frozen backbone, never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+FORMAT = 1
+STEP_NAME = re.compile(r"step-(\d{8})")
+UNFINISHED = ".unfinished-"
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that is not what was written; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a step leaves behind; tensors on the CPU."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]
+    """adapter and head at this step, under PEFT's names"""
+    best_adapter: dict[str, torch.Tensor] | None
+    """adapter and head at the best evaluation so far"""
+    optimizer: dict[str, torch.Tensor]
+    """optimizer state as "parameter name/state name" """
+    state: dict[str, Any]
+    """numbers of the loop, fp16 scaler, fingerprints; as in trainer_state.json"""
+    adapter_config: str
+    """adapter_config.json"""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
+    """Writes `folder`/step-XXXXXXXX and removes all but the newest `keep_last`.
+
+    Raises:
+        OSError: the disk is full or not writable; the checkpoints before are whole.
+    """
+    files = {
+        "adapter_model.safetensors": safetensors.torch.save(checkpoint.adapter, {"format": "pt"}),
+        "adapter_config.json": checkpoint.adapter_config.encode(),
+        "optimizer.safetensors": safetensors.torch.save(checkpoint.optimizer, {"format": "pt"}),
+        "trainer_state.json": _json(checkpoint.state),
+    }
+    if checkpoint.best_adapter is not None:
+        files["best_adapter.safetensors"] = safetensors.torch.save(checkpoint.best_adapter, {"format": "pt"})
+    manifest = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()},
+    }
+    target = folder / f"step-{checkpoint.step:08d}"
+    replace_folder(target, files | {"manifest.json": _json(manifest)})
+    for old in _numbered(folder)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, and a line about each damaged one that was passed over."""
+    damage = []
+    for path in reversed(_numbered(folder)):
+        try:
+            return load_checkpoint(path), damage
+        except DamagedCheckpoint as error:
+            damage.append(f"checkpoint {path.name} is damaged ({error}); using the one before")
+    return None, damage
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads one checkpoint, hashes first.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, cut, altered or of another format.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        if manifest["format"] > FORMAT:
+            raise DamagedCheckpoint(f"format {manifest['format']} of a newer version")
+        contents = {name: _verified(path / name, entry) for name, entry in manifest["files"].items()}
+        if manifest["step"] != int(path.name.removeprefix("step-")):
+            raise DamagedCheckpoint("manifest.json is of another step")
+        best = contents.get("best_adapter.safetensors")
+        return Checkpoint(
+            step=manifest["step"],
+            adapter=safetensors.torch.load(contents["adapter_model.safetensors"]),
+            best_adapter=safetensors.torch.load(best) if best is not None else None,
+            optimizer=safetensors.torch.load(contents["optimizer.safetensors"]),
+            state=json.loads(contents["trainer_state.json"]),
+            adapter_config=contents["adapter_config.json"].decode(),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise DamagedCheckpoint(f"manifest.json: {type(error).__name__} {error}") from None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed writer left; call it while holding the run folder's lock."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_folder(target: Path, files: dict[str, bytes]) -> None:
+    """Puts a folder with these files in place, all or nothing, on disk when it returns.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing was changed.
+    """
+    temporary = target.parent / f"{UNFINISHED}{target.name}"
+    retired = target.parent / f"{UNFINISHED}old-{target.name}"
+    try:
+        for path in (temporary, retired):
+            shutil.rmtree(path, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            _write_synced(temporary / name, data)
+        _sync_folder(temporary)
+        if target.exists():
+            target.rename(retired)
+        temporary.rename(target)
+        _sync_folder(target.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot save {target}: {error.strerror or error}; what was saved before is whole") from None
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes one file, all or nothing.
+
+    Raises:
+        OSError: the disk is full or not writable; the file that was there is unchanged.
+    """
+    temporary = path.with_name(f"{UNFINISHED}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(temporary, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as tensors on the CPU, named "parameter name/state name"."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}/{key}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+        for index, values in state.items()
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what `optimizer_tensors` took out; hyperparameters stay the optimizer's own.
+
+    Raises:
+        DamagedCheckpoint: state of a parameter that is not trained.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("/")
+        if name not in index:
+            raise DamagedCheckpoint(f"optimizer state of unknown parameter {name}")
+        state.setdefault(index[name], {})[entry] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name))
+
+
+def _verified(path: Path, entry: dict[str, Any]) -> bytes:
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path.name} is missing")
+    data = path.read_bytes()
+    if len(data) != entry["bytes"]:
+        raise DamagedCheckpoint(f"{path.name} has {len(data)} bytes, was written with {entry['bytes']}")
+    if _sha256(data) != entry["sha256"]:
+        raise DamagedCheckpoint(f"{path.name} was altered: its SHA-256 is another")
+    return data
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,609 @@
+"""Reading examples: hub data set or local file -> checked texts and labels -> token ids.
+
+Always holds: a split that leaves this module has no empty text, only known labels, and no padding; its order is the
+file's. What is wrong with the data is said with the file and the row (counted from 1, the header not counted) before any
+weight is loaded. Nothing is removed: duplicates are counted and reported.
+
+Tokenising follows the fast tokenizers of `tokenizers`; its result is kept by `datasets` under a hash of the texts, the
+tokenizer and the settings, so a second run starts at once and a changed file can never meet an old cache.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from trainer.config import DataConfig, Source, UserError
+
+FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
+SHOWN = 5  # how many rows an error names
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """One split as read: N texts (or pairs) with class numbers."""
+
+    name: str
+    """train, validation, test, or the file's name when predicting"""
+    source: str
+    """where it was read"""
+    texts: list[str]
+    """[N]"""
+    text_pairs: list[str] | None
+    """[N], or None for single texts"""
+    labels: np.ndarray | None
+    """class numbers, int64 [N]; None for an unlabelled file"""
+    rows: np.ndarray
+    """row of each example in its source, counted from 0, int64 [N]"""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, name: str, positions: np.ndarray) -> TextSplit:
+        """The examples at `positions`, as a split of its own."""
+        return dataclasses.replace(
+            self,
+            name=name,
+            texts=[self.texts[i] for i in positions],
+            text_pairs=[self.text_pairs[i] for i in positions] if self.text_pairs is not None else None,
+            labels=self.labels[positions] if self.labels is not None else None,
+            rows=self.rows[positions],
+        )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All splits of a run, with one order of classes."""
+
+    label_names: list[str]
+    """class number -> name, [C]"""
+    splits: dict[str, TextSplit]
+    warnings: list[str]
+    """what the user should know, a line each"""
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Counts per split: examples, labels, duplicates within train, rows of test found in train."""
+        counts: dict[str, dict[str, Any]] = {}
+        for name, split in self.splits.items():
+            per_class = Counter(split.labels.tolist() if split.labels is not None else [])
+            counts[name] = {
+                "num_examples": len(split),
+                "label_counts": {label: per_class[i] for i, label in enumerate(self.label_names)},
+            }
+        train = self.splits["train"]
+        train_keys = set(_keys(train))
+        counts["train"]["num_duplicates"] = len(train) - len(train_keys)
+        if "test" in self.splits:
+            counts["test"]["num_in_train"] = sum(key in train_keys for key in _keys(self.splits["test"]))
+        return counts
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One tokenised split: N examples end to end, without padding."""
+
+    tokens: np.ndarray
+    """token ids of all examples, int32 [sum of lengths]"""
+    offsets: np.ndarray
+    """example i is tokens[offsets[i]:offsets[i + 1]], int64 [N + 1]"""
+    token_types: np.ndarray | None
+    """segment of each token for text pairs, int8 [sum of lengths]; None where the model uses none"""
+    labels: np.ndarray
+    """class numbers, int64 [N]; zeros for an unlabelled file"""
+    lengths: np.ndarray
+    """tokens per example after truncation, int64 [N]"""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over tokens, boundaries and labels: equal exactly where two splits train alike."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.offsets, self.labels):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+
+def load_corpus(config: DataConfig, seed: int) -> Corpus:
+    """Reads and checks every split of a run; holds out the validation fraction where no validation is named.
+
+    Raises:
+        UserError: anything wrong with the data, every split's problem on a line of its own.
+    """
+    raw: dict[str, _Table] = {}
+    problems: list[str] = []
+    for name in ("train", "validation", "test"):
+        source = getattr(config, name)
+        if source is not None:
+            try:
+                raw[name] = _read(name, _completed(source, config))
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    label_names = _label_names(raw["train"])
+    splits: dict[str, TextSplit] = {}
+    warnings: list[str] = []
+    for name, table in raw.items():
+        try:
+            splits[name] = _checked(table, label_names, warnings)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    if "validation" not in splits and config.validation_fraction > 0:
+        splits = {**_hold_out(splits["train"], config.validation_fraction, seed), **_without(splits, "train")}
+    _check_classes(splits["train"], label_names, warnings)
+    return Corpus(label_names, splits, warnings)
+
+
+def load_for_prediction(source: Source, config: DataConfig, label_names: list[str]) -> tuple[TextSplit, list[str]]:
+    """Reads one file with a finished run's classes; labels may be absent. Returns the split and warnings.
+
+    Raises:
+        UserError: as `load_corpus`.
+    """
+    table = _read("input", _completed(source, config), labels_required=False)
+    warnings: list[str] = []
+    return _checked(table, label_names, warnings), warnings
+
+
+def tokenise(
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool = False
+) -> Examples:
+    """Token ids of a split, from the cache where this very text was tokenised before in this very way.
+
+    Args:
+        split: N examples.
+        tokenizer: a fast tokenizer.
+        max_length: tokens per example at most, special tokens included.
+        quiet: no progress bar.
+    """
+    with_types = split.text_pairs is not None and "token_type_ids" in tokenizer.model_input_names
+    key = _cache_key(split, tokenizer, max_length)
+    table = _cached_map(split, key, quiet, lambda batch: _encode(batch, tokenizer, max_length, with_types))
+    tokens = [chunk.values.to_numpy() for chunk in _sliced(table.data.column("input_ids"))]
+    lengths = np.concatenate([np.diff(chunk.offsets) for chunk in _sliced(table.data.column("input_ids"))])
+    types = [chunk.values.to_numpy() for chunk in _sliced(table.data.column("token_type_ids"))] if with_types else None
+    lengths = lengths.astype(np.int64)
+    return Examples(
+        tokens=np.concatenate(tokens) if len(tokens) > 1 else tokens[0],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        token_types=np.concatenate(types) if types is not None else None,
+        labels=split.labels if split.labels is not None else np.zeros(len(split), dtype=np.int64),
+        lengths=lengths,
+    )
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Columns as they stand in the source."""
+
+    name: str
+    source: str
+    layout: Source
+    columns: dict[str, list[Any]]
+    class_names: list[str] | None = None
+    """names a hub data set gives its class numbers"""
+    has_labels: bool = True
+
+    def row(self, index: int) -> str:
+        return f"row {index + 1}"
+
+
+def _completed(source: str | Source, config: DataConfig) -> Source:
+    """A split's own layout, filled up from the data group's."""
+    split = source if isinstance(source, Source) else Source(path=source)
+
+    def own(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    return Source(
+        path=split.path,
+        column_names=own(split.column_names, config.column_names),
+        text_columns=own(split.text_columns, config.text_columns),
+        text_pair_columns=own(split.text_pair_columns, config.text_pair_columns),
+        label_column=own(split.label_column, config.label_column),
+        label_names=own(split.label_names, config.label_names),
+    )
+
+
+def is_local(path: str) -> bool:
+    """Whether a `data` entry names files rather than a hub data set."""
+    return Path(path).suffix.lower() in FILE_TYPES + PICKLED or glob.has_magic(path) or Path(path).exists()
+
+
+def _read(name: str, layout: Source, labels_required: bool = True) -> _Table:
+    """All rows of a source, with only the columns its layout names."""
+    where = f"data.{name}" if name != "input" else "--input"
+    class_names = None
+    if is_local(layout.path):
+        columns = _read_files(where, layout)
+    else:
+        columns, class_names = _read_hub(where, name, layout.path)
+    if not columns or not len(next(iter(columns.values()))):
+        raise UserError(f"{where}: {layout.path} has no rows")
+    texts = [*(layout.text_columns or []), *(layout.text_pair_columns or [])]
+    has_labels = layout.label_column in columns
+    wanted = texts + ([layout.label_column] if labels_required or has_labels else [])
+    missing = [column for column in wanted if column not in columns]
+    if missing:
+        option = "data.label_column" if missing == [layout.label_column] else "data.text_columns"
+        hint = "" if layout.column_names else "; for a file without a header name its columns in data.column_names"
+        raise UserError(
+            f"{where}: {layout.path} has no column {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(repr(column[:40]) for column in list(columns)[:12])} (see {option}{hint})"
+        )
+    return _Table(name, layout.path, layout, {key: columns[key] for key in wanted if key}, class_names, has_labels)
+
+
+def _read_files(where: str, layout: Source) -> dict[str, list[Any]]:
+    paths = sorted(glob.glob(layout.path)) if glob.has_magic(layout.path) else [layout.path]
+    if not paths:
+        raise UserError(f"{where}: no file matches {layout.path!r}")
+    columns: dict[str, list[Any]] = {}
+    for path in paths:
+        kind = Path(path).suffix.lower()
+        if kind in PICKLED:
+            raise UserError(f"{where}: {path} is a pickled file, which can run code when read; refused. Save it as csv")
+        if kind not in _READERS:
+            raise UserError(f"{where}: {path} is of no known type ({', '.join(FILE_TYPES)})")
+        if not Path(path).is_file():
+            raise UserError(f"{where}: no file {path!r}")
+        try:
+            part = _READERS[kind](path, layout.column_names)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"{where}: {path}: {_reason(path, error)}") from None
+        if columns and set(part) != set(columns):
+            raise UserError(f"{where}: {path} has other columns than {paths[0]}")
+        for column, values in part.items():
+            columns.setdefault(column, []).extend(values)
+    return columns
+
+
+def _reason(path: str, error: Exception) -> str:
+    if not isinstance(error, UnicodeDecodeError):
+        return " ".join(str(error).split())[:300]
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as here:
+                bad = line[here.start : here.start + 1].hex()
+                return f"line {number} has a byte that is not UTF-8 (0x{bad}, byte {here.start + 1}); save it as UTF-8"
+    return "is not UTF-8"
+
+
+def _read_csv(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
+        try:
+            rows = (row for row in reader if row)
+            names = column_names or next(rows, [])
+            if len(set(names)) < len(names):
+                raise ValueError(f"two columns have the same name in {names}")
+            columns: dict[str, list[Any]] = {name: [] for name in names}
+            for row in rows:
+                if len(row) != len(names):
+                    raise ValueError(
+                        f"line {reader.line_num} has {len(row)} fields, expected {len(names)} ({', '.join(names)[:80]})"
+                    )
+                for name, value in zip(names, row, strict=True):
+                    columns[name].append(value)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error} (a quote that is not closed or not doubled?)") from None
+    return columns
+
+
+def _read_json(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
+    with open(path, encoding="utf-8-sig") as file:
+        if path.lower().endswith(".jsonl"):
+            records = list(_json_lines(file))
+        else:
+            records = json.load(file)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError("must hold objects: a list of them (.json) or one a line (.jsonl)")
+    names = list(dict.fromkeys(name for record in records for name in record))
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _json_lines(file: Any) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+
+
+def _read_parquet(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
+    return dict(pyarrow.parquet.read_table(path).to_pydict())
+
+
+_READERS: dict[str, Callable[[str, list[str] | None], dict[str, list[Any]]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(where: str, split_name: str, spec: str) -> tuple[dict[str, list[Any]], list[str] | None]:
+    """`owner/name[/config][:split]` from the hub or its cache. Returns columns and the names of its classes."""
+    path, _, split = spec.partition(":")
+    parts = path.split("/")
+    name, settings = ("/".join(parts[:2]), "/".join(parts[2:]) or None) if len(parts) > 1 else (path, None)
+    try:
+        table = datasets.load_dataset(name, settings, split=split or split_name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{where}: {spec!r} is no local file, and as a hub data set it is neither cached nor reachable ({reason})\n"
+            f"Use local files: --{where} FILE.csv (csv, tsv, json, jsonl, parquet), or run once where the hub answers."
+        ) from None
+    classes = [
+        list(feature.names) for feature in table.features.values() if isinstance(feature, datasets.ClassLabel)
+    ]
+    return {column: list(table[column]) for column in table.column_names}, classes[0] if len(classes) == 1 else None
+
+
+# --- checking ----------------------------------------------------------------------------------------------------------
+
+
+def _label_text(value: Any) -> str | None:
+    """A label as text; whole numbers read alike from csv ("1"), json (1) and parquet (1.0). None where missing."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() or None
+
+
+def _label_names(train: _Table) -> list[str]:
+    """Class names in order: as configured, else as the hub says, else as found in train, sorted.
+
+    Raises:
+        UserError: two classes of one name.
+    """
+    configured = train.layout.label_names
+    if isinstance(configured, dict):
+        return [str(name) for name in dict.fromkeys(configured.values())]
+    if names := configured or train.class_names:
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise UserError(f"data.label_names: {repeated[0]!r} stands twice")
+        return [str(name) for name in names]
+    found = {text for text in map(_label_text, train.columns[train.layout.label_column or ""]) if text is not None}
+    return sorted(found, key=lambda text: (0, int(text), text) if text.lstrip("-").isdigit() else (1, 0, text))
+
+
+def _checked(table: _Table, label_names: list[str], warnings: list[str]) -> TextSplit:
+    """A table's texts and class numbers.
+
+    Raises:
+        UserError: empty texts, missing or unknown labels; how many, and the first rows.
+    """
+    where = f"data.{table.name}" if table.name != "input" else "--input"
+    texts = _joined(where, table, table.layout.text_columns or [])
+    pairs = _joined(where, table, table.layout.text_pair_columns) if table.layout.text_pair_columns else None
+    labels = None
+    if table.has_labels:
+        values = [_label_text(value) for value in table.columns[table.layout.label_column or ""]]
+        _refuse_missing(where, "label", [i for i, value in enumerate(values) if value is None], table)
+        labels = _class_numbers(where, table, [value or "" for value in values], label_names, warnings)
+    return TextSplit(table.name, table.source, texts, pairs, labels, np.arange(len(texts)))
+
+
+def _joined(where: str, table: _Table, columns: Sequence[str]) -> list[str]:
+    parts: list[list[str]] = []
+    for column in columns:
+        values = table.columns[column]
+        wrong = next((i for i, v in enumerate(values) if isinstance(v, (list, dict, bytes))), None)
+        if wrong is not None:
+            raise UserError(f"{where}: {table.source} {table.row(wrong)}: column {column!r} holds no text")
+        parts.append(["" if value is None or value != value else str(value).strip() for value in values])
+    texts = [" ".join(filter(None, row)) for row in zip(*parts, strict=True)]
+    _refuse_missing(where, f"text ({', '.join(columns)})", [i for i, text in enumerate(texts) if not text], table)
+    return texts
+
+
+def _refuse_missing(where: str, what: str, rows: list[int], table: _Table) -> None:
+    if rows:
+        first = ", ".join(str(row + 1) for row in rows[:SHOWN])
+        more = ", ..." if len(rows) > SHOWN else ""
+        count = f"{len(rows)} row{'s have' if len(rows) > 1 else ' has'}"
+        raise UserError(f"{where}: {table.source}: {count} an empty or missing {what}: row {first}{more}")
+
+
+def _class_numbers(
+    where: str, table: _Table, values: list[str], label_names: list[str], warnings: list[str]
+) -> np.ndarray:
+    """Values of the label column -> class numbers [N].
+
+    A split is read in one way throughout: through its own mapping, or all as names, or all as numbers counted from 0.
+    So a file counted from 1 never slips through a file counted from 0.
+    """
+    names = {name: i for i, name in enumerate(label_names)}
+    mapping = table.layout.label_names
+    found = set(values)
+    if isinstance(mapping, dict) and (found <= set(mapping) or not found <= set(names)):
+        meaning = {str(value): names[str(name)] for value, name in mapping.items() if name in names}
+        strangers = sorted({str(name) for name in mapping.values()} - set(names))
+        if strangers:
+            raise UserError(f"{where}: label_names maps to {strangers[0]!r}, which is no class of train: {_few(names)}")
+    elif found <= set(names):
+        meaning = names
+    else:
+        meaning = {str(i): i for i in range(len(label_names))}
+    unknown = [i for i, value in enumerate(values) if value not in meaning]
+    if unknown:
+        raise UserError(_unknown_label(where, table, values, unknown, label_names, meaning))
+    if not isinstance(mapping, dict) and found <= {str(i) for i in range(len(label_names))} and "0" not in found:
+        warnings.append(
+            f"{where}: the labels are numbers and none is 0; they were read as counted from 0 "
+            f"({', '.join(f'{value} = {label_names[meaning[value]]}' for value in sorted(found)[:4])})"
+        )
+    return np.array([meaning[value] for value in values], dtype=np.int64)
+
+
+def _unknown_label(
+    where: str,
+    table: _Table,
+    values: list[str],
+    unknown: list[int],
+    label_names: list[str],
+    meaning: dict[str, int],
+) -> str:
+    value = values[unknown[0]]
+    message = (
+        f"{where}: {table.source}: {len(unknown)} of {len(values)} labels are unknown, first {value!r} in "
+        f"{table.row(unknown[0])}; known: {_few(meaning)}"
+    )
+    numbers = sorted(int(v) for v in set(values) if v.isdigit())
+    if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) == len(set(values)):
+        example = ", ".join(f"{numbers[0] + i}: {name}" for i, name in enumerate(label_names))
+        option = "label_names" if where == "--input" else f"{where}.label_names"
+        message += f"\n{where} counts its labels {numbers[0]} to {numbers[-1]}; say which is which: --{option.lstrip('-')} '{{{example}}}'"
+    return message
+
+
+def _few(names: Any) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:12])) + (f", ... ({len(names)})" if len(names) > 12 else "")
+
+
+def _check_classes(train: TextSplit, label_names: list[str], warnings: list[str]) -> None:
+    assert train.labels is not None
+    present = set(train.labels.tolist())
+    if len(present) < 2:
+        name = label_names[next(iter(present))]
+        raise UserError(f"data.train: {train.source} has a single class, {name!r}; a classifier needs two")
+    absent = [name for i, name in enumerate(label_names) if i not in present]
+    if absent:
+        warnings.append(f"data.train has no example of {_few(absent)}")
+
+
+def _hold_out(train: TextSplit, fraction: float, seed: int) -> dict[str, TextSplit]:
+    """Train without, and validation with, a fraction of every class; a function of the labels and the seed alone."""
+    assert train.labels is not None
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0x5B117]))
+    held = np.zeros(len(train), dtype=bool)
+    for label in np.unique(train.labels):
+        members = np.flatnonzero(train.labels == label)
+        held[generator.permutation(members)[: int(len(members) * fraction + 0.5)]] = True
+    if not held.any() or held.all():
+        raise UserError(
+            f"data.validation_fraction: {fraction} of {len(train)} examples leaves train or validation empty; "
+            "change it, or name data.validation"
+        )
+    return {
+        "train": train.take("train", np.flatnonzero(~held)),
+        "validation": train.take("validation", np.flatnonzero(held)),
+    }
+
+
+def _without(splits: dict[str, TextSplit], name: str) -> dict[str, TextSplit]:
+    return {key: split for key, split in splits.items() if key != name}
+
+
+def _keys(split: TextSplit) -> Iterator[bytes]:
+    pairs = split.text_pairs if split.text_pairs is not None else [""] * len(split)
+    for text, pair in zip(split.texts, pairs, strict=True):
+        yield hashlib.blake2b(f"{text}\0{pair}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+# --- tokenising --------------------------------------------------------------------------------------------------------
+
+
+def _encode(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, with_types: bool
+) -> dict[str, Any]:
+    encoded = tokenizer(
+        batch["text"],
+        batch.get("text_pair"),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=with_types,
+    )
+    return dict(encoded)
+
+
+def _cache_key(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # truncation is set in the backend by earlier calls, so it is not part of what the tokenizer is
+    settings = json.loads(backend.to_str()) if backend is not None else {}
+    settings.pop("truncation", None)
+    settings.pop("padding", None)
+    header = [type(tokenizer).__name__, settings, max_length, tokenizer.model_input_names, 1]
+    digest.update(json.dumps(header, sort_keys=True).encode())
+    for key in _keys(split):
+        digest.update(key)
+    return digest.hexdigest()[:32]
+
+
+def _cached_map(split: TextSplit, key: str, quiet: bool, encode: Callable[..., dict[str, Any]]) -> datasets.Dataset:
+    columns = {"text": split.texts} | ({"text_pair": split.text_pairs} if split.text_pairs is not None else {})
+    source = datasets.Dataset.from_dict(columns)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
+    settings: dict[str, Any] = {
+        "batched": True,
+        "remove_columns": list(columns),
+        "new_fingerprint": key,
+        "desc": f"tokenising {split.name}",
+    }
+    if quiet or os.environ.get("LOCAL_RANK", "0") != "0":
+        datasets.disable_progress_bars()
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:  # a read-only home: slower the second time, nothing worse
+            return source.map(encode, keep_in_memory=True, **settings)
+        path = folder / f"{key}.arrow"
+        with FileLock(f"{path}.lock"):
+            try:
+                table = source.map(encode, cache_file_name=str(path), load_from_cache_file=True, **settings)
+                assert len(table) == len(split)
+            except (pa.ArrowException, AssertionError, OSError):  # a cut or foreign cache file: made anew
+                path.unlink(missing_ok=True)
+                table = source.map(encode, cache_file_name=str(path), load_from_cache_file=False, **settings)
+        return table
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _sliced(column: pa.ChunkedArray) -> list[Any]:
+    """Chunks of a list column whose `values` hold just that chunk's items."""
+    chunks = [chunk for chunk in column.chunks if len(chunk)]
+    return [
+        pa.ListArray.from_arrays(
+            pa.array(np.asarray(chunk.offsets) - chunk.offsets[0].as_py(), type=pa.int32()), chunk.flatten()
+        )
+        for chunk in chunks
+    ]

@@ -1,0 +1,427 @@
+"""The training loop: the only file with `backward` and `optimizer.step`.
+
+Always holds: everything a step does is a function of (configuration, data, step) and of the state (adapter, optimizer,
+scaler, `TrainState`). So resuming is an index, and the number of processes and the cut into micro-batches change who
+computes what, never what is computed. The loss of a step is the weighted mean over its global batch, computed here from
+logits; `outputs.loss` is never used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import PeftModel
+
+from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate
+from trainer.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from trainer.config import Config, UserError, as_dict
+from trainer.dropout import DropoutKeys
+from trainer.evaluation import Interrupted, score_split
+from trainer.metrics import METRICS, classification_metrics, confusion, is_better, metric_value
+from trainer.model import adapter_config_json, adapter_tensors, load_adapter_tensors
+from trainer.optim import learning_rate, set_learning_rate
+from trainer.tracking import RunLog
+
+
+class StopRequest:
+    """What SIGTERM and SIGINT leave behind: the number of the signal, looked at between steps.
+
+    Before the training (`deferred` is False) there is nothing to save: a signal ends the program at once. So does a second
+    Ctrl-C, more than a second after the first.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.deferred = False
+        self._received = 0.0
+
+    def listen(self) -> None:
+        """Takes over both signals."""
+        signal.signal(signal.SIGTERM, self._receive)
+        signal.signal(signal.SIGINT, self._receive)
+
+    def counts(self) -> list[int]:
+        """[1, 0] for SIGTERM, [0, 1] for SIGINT, else zeros: can be summed over ranks."""
+        return [int(self.signal == signal.SIGTERM), int(self.signal == signal.SIGINT)]
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if not self.deferred:
+            raise SystemExit(128 + number)
+        # launchers pass a signal on, so that one Ctrl-C may arrive twice within a moment
+        if self.signal and number == signal.SIGINT and time.monotonic() - self._received > 1:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+        self._received = time.monotonic()
+
+
+class Stopped(Exception):
+    """Training ended early because of a signal; the state is saved."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(number, step)
+        self.signal = number
+        self.step = step
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. Adapter, optimizer and scaler besides, it is all a checkpoint needs."""
+
+    step: int = 0
+    """optimizer steps done"""
+    evaluated_step: int = 0
+    """step of the last finished evaluation"""
+    best_step: int = 0
+    best_value: float | None = None
+    """the metric at best_step"""
+    num_worse: int = 0
+    """evaluations since best_step"""
+    stopped: bool = False
+    """patience ran out"""
+    window_loss: float = 0.0
+    """sum of the steps' losses since the last log point"""
+    window_steps: int = 0
+    epoch_loss: float = 0.0
+    """sum of the steps' losses since the epoch began"""
+    epoch_steps: int = 0
+    num_examples: int = 0
+    """examples trained on, over all processes"""
+    num_tokens: int = 0
+    """their tokens, without padding"""
+    num_padded_tokens: int = 0
+    """positions computed for them, padding included"""
+    train_seconds: float = 0.0
+    """time in steps, without evaluation and saving"""
+    resumed_from: tuple[int, ...] = ()
+    world_sizes: tuple[int, ...] = ()
+    """processes of each start, in order"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run trains with; nothing here changes while it runs but the tensors."""
+
+    config: Config
+    folder: Path
+    accelerator: Accelerator
+    model: Any
+    """the prepared PEFT model"""
+    optimizer: Any
+    """the prepared optimizer"""
+    trained: dict[str, torch.nn.Parameter]
+    """the parameters that train, by name, in the optimizer's order"""
+    dropout: DropoutKeys
+    plan: Plan
+    train: Tokenised
+    validation: Tokenised | None
+    label_names: list[str]
+    pad_token_id: int
+    total_steps: int
+    eval_max_tokens: int
+    fingerprints: dict[str, str]
+    """of data and backbone; a checkpoint of others is refused"""
+    log: RunLog
+    stop: StopRequest
+
+    @property
+    def plain_model(self) -> PeftModel:
+        """The model without the wrapping of data parallelism."""
+        return self.accelerator.unwrap_model(self.model)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gives, equal on all ranks."""
+
+    loss: float
+    """weighted mean over the global batch"""
+    grad_norm: float
+    """L2 norm of the gradient before clipping"""
+    skipped: bool
+    """the fp16 scaler met an overflow and left the weights alone"""
+    stop: int
+    """number of a signal some rank has received, or 0"""
+
+
+def train(
+    run: Training, state: TrainState, best: dict[str, torch.Tensor] | None
+) -> tuple[TrainState, dict[str, torch.Tensor]]:
+    """Trains from `state` to the end.
+
+    Returns:
+        the final state, and the best adapter: by validation, or the last one where there is no validation split.
+
+    Raises:
+        Stopped: a signal came; the state is saved.
+        UserError: a loss or gradient that is not finite, or a checkpoint that cannot be written.
+    """
+    config, spe = run.config, run.plan.steps_per_epoch
+    saved = (state.step, state.evaluated_step)
+    stop = 0
+    while True:
+        last = state.step == run.total_steps or state.stopped
+        if not stop and state.evaluated_step < state.step and (_due(config.evaluation.every_steps, state.step, spe) or last):
+            try:
+                state, best = _evaluate(run, state, best)
+                last = last or state.stopped
+            except Interrupted:
+                stop = agreed_stop(run)
+        due = _due(config.checkpoint.every_steps, state.step, spe) or last or stop
+        if due and saved != (state.step, state.evaluated_step):
+            _save(run, state, best)
+            saved = (state.step, state.evaluated_step)
+        if stop:
+            raise Stopped(stop, state.step)
+        if last:
+            break
+        started = time.perf_counter()
+        micro_batches = run.plan.micro_batches(state.step, run.accelerator.process_index, run.accelerator.num_processes)
+        set_learning_rate(run.optimizer, rate := learning_rate(config.optim, state.step, run.total_steps))
+        result = train_step(run, state.step, micro_batches)
+        state = _advanced(run, state, result, time.perf_counter() - started)
+        stop = result.stop
+        state = _logged(run, state, result, rate)
+    return state, best if best is not None else adapter_tensors(run.plain_model)
+
+
+def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> StepResult:
+    """One optimizer step on this rank's share of the global batch.
+
+    Every rank has the same number of micro-batches, and gradients are synchronised in the last one's backward only.
+
+    Raises:
+        UserError: a loss or gradient that is not finite (names step and rows); the weights are unchanged.
+    """
+    accelerator, total_weight = run.accelerator, run.plan.total_weight(step)
+    _seed_other_random_operations(run, step)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    finite: list[torch.Tensor] = []
+    for micro_batch in micro_batches:
+        batch = collate(run.train, micro_batch.ids, micro_batch.weights, run.pad_token_id, accelerator.device)
+        with _gradient_sync(run, last=micro_batch is micro_batches[-1]):
+            with run.dropout.micro_batch(step, batch.ids, batch.lengths):
+                logits = run.model(**batch.inputs).logits
+            losses = example_losses(logits, batch, run.config.optim.label_smoothing)
+            loss = losses.sum() / total_weight
+            # DDP averages over ranks: times their number, this is the sum, and so the mean over the global batch
+            accelerator.backward(loss * accelerator.num_processes)
+        loss_sum += loss.detach()
+        finite.append(torch.isfinite(losses.detach()))
+    # the one place of a step where the host waits for the device
+    num_broken = sum(part.numel() - part.sum() for part in finite)
+    mean_loss, num_broken, *signals = _summed(run, [loss_sum, num_broken, *run.stop.counts()])
+    if num_broken:
+        ids = np.concatenate([part.ids for part in micro_batches])
+        _refuse_broken_loss(run, step, ids[~torch.cat(finite).cpu().numpy()].tolist())
+    grad_norm, skipped = _update(run, step)
+    return StepResult(mean_loss, grad_norm, skipped, _signal(signals))
+
+
+def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
+    """Weighted cross-entropy of each example, [B], in at least fp32.
+
+    An example's weight multiplies its whole loss, the smoothed part included; `torch.nn.CrossEntropyLoss` with class
+    weights would weigh the smoothed part by the weights of the other classes.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    losses = torch.nn.functional.cross_entropy(wide, batch.labels, reduction="none", label_smoothing=label_smoothing)
+    return losses * batch.weights.to(losses.dtype)
+
+
+def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
+    """Puts model, optimizer and scaler where the checkpoint left them.
+
+    Raises:
+        UserError: the checkpoint is of other data or another backbone, or does not fit the model.
+    """
+    state = checkpoint.state
+    for what, value in run.fingerprints.items():
+        if state["fingerprints"].get(what) != value:
+            raise UserError(
+                f"{run.folder} was begun with another {what} (its content has changed); restore it, or start a new run "
+                "with --run.name NAME"
+            )
+    load_adapter_tensors(run.plain_model, checkpoint.adapter, str(run.folder))
+    load_optimizer_tensors(run.optimizer.optimizer, list(run.trained), checkpoint.optimizer)
+    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    restored = TrainState(**{**state["train"], **{k: tuple(state["train"][k]) for k in ("resumed_from", "world_sizes")}})
+    return dataclasses.replace(restored, resumed_from=(*restored.resumed_from, restored.step))
+
+
+def _due(every_steps: int | None, step: int, steps_per_epoch: int) -> bool:
+    return step > 0 and step % (every_steps or steps_per_epoch) == 0
+
+
+def _summed(run: Training, values: list[Any]) -> list[float]:
+    """Sums a few numbers over all ranks."""
+    parts = [torch.as_tensor(value, dtype=torch.float64, device=run.accelerator.device) for value in values]
+    return list(run.accelerator.reduce(torch.stack(parts), "sum").tolist())
+
+
+def _signal(counts: list[float]) -> int:
+    """The signal that stops the run, from the numbers of ranks that received SIGTERM and SIGINT; 0 where none did."""
+    return signal.SIGTERM if counts[0] else signal.SIGINT if counts[1] else 0
+
+
+def agreed_stop(run: Training) -> int:
+    """The signal some rank has received, or 0; the same on every rank."""
+    return _signal(_summed(run, run.stop.counts()))
+
+
+def _gradient_sync(run: Training, last: bool) -> Any:
+    """All but the last backward of a step keep their gradients to themselves."""
+    return contextlib.nullcontext() if last else run.accelerator.no_sync(run.model)
+
+
+def _seed_other_random_operations(run: Training, step: int) -> None:
+    """What keyed dropout does not reach is at least repeatable on the same number of processes."""
+    if run.dropout.unreached:
+        entropy = np.random.SeedSequence([run.config.run.seed, step, run.accelerator.process_index])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+def _update(run: Training, step: int) -> tuple[float, bool]:
+    """Clips and applies the synchronised gradient. Returns its norm, and whether the scaler skipped the step."""
+    without = [name for name, p in run.trained.items() if p.grad is None]
+    if without:
+        raise UserError(f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(run.trained)} tensors)")
+    limit = run.config.optim.max_grad_norm or float("inf")
+    norm = float(run.accelerator.clip_grad_norm_(run.trained.values(), limit))
+    if not np.isfinite(norm) and run.accelerator.scaler is None:
+        worst = next(n for n, p in run.trained.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+        raise UserError(f"step {step}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm, bool(run.accelerator.optimizer_step_was_skipped)
+
+
+def _refuse_broken_loss(run: Training, step: int, broken: list[int]) -> None:
+    ids = sorted(gather_object(broken))
+    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+    raise UserError(
+        f"step {step}: the loss is not finite for {len(ids)} example{'s' if len(ids) > 1 else ''} of train: id {shown}\n"
+        "The weights before this step are saved in the newest checkpoint. Try a lower optim.learning_rate, or run.precision no."
+    )
+
+
+def _advanced(run: Training, state: TrainState, result: StepResult, seconds: float) -> TrainState:
+    padded = run.plan.num_padded_tokens(state.step, run.accelerator.num_processes)
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        window_loss=state.window_loss + result.loss,
+        window_steps=state.window_steps + 1,
+        epoch_loss=state.epoch_loss + result.loss,
+        epoch_steps=state.epoch_steps + 1,
+        num_examples=state.num_examples + len(run.plan.global_batch(state.step)),
+        num_tokens=state.num_tokens + run.plan.num_tokens(state.step),
+        num_padded_tokens=state.num_padded_tokens + padded,
+        train_seconds=state.train_seconds + seconds,
+    )
+
+
+def _logged(run: Training, state: TrainState, result: StepResult, rate: float) -> TrainState:
+    """Shows the step; at a log point and at an epoch's end writes the numbers and starts the next window."""
+    epoch = state.step / run.plan.steps_per_epoch
+    per_second = state.num_examples / state.train_seconds
+    run.log.progress(1, loss=f"{result.loss:.3f}", lr=f"{rate:.1e}", examples=f"{per_second:.0f}/s")
+    if state.step % run.config.tracking.every_steps == 0:
+        values = {
+            "train/loss": state.window_loss / state.window_steps,
+            "train/grad_norm": result.grad_norm,
+            "train/learning_rate": rate,
+            "speed/examples_per_second": per_second,
+            "speed/tokens_per_second": state.num_tokens / state.train_seconds,
+            "speed/padding_fraction": 1 - state.num_tokens / state.num_padded_tokens,
+            "memory/peak_bytes": peak_memory_bytes(run.accelerator.device),
+        }
+        if run.accelerator.scaler is not None:
+            values["train/loss_scale"] = run.accelerator.scaler.get_scale()
+        run.log.scalars(values, state.step, epoch)
+        state = dataclasses.replace(state, window_loss=0.0, window_steps=0)
+    if state.step % run.plan.steps_per_epoch == 0:
+        run.log.scalars({"train/epoch_loss": state.epoch_loss / state.epoch_steps}, state.step, epoch)
+        state = dataclasses.replace(state, epoch_loss=0.0, epoch_steps=0)
+    return state
+
+
+def _evaluate(
+    run: Training, state: TrainState, best: dict[str, torch.Tensor] | None
+) -> tuple[TrainState, dict[str, torch.Tensor] | None]:
+    """Scores the validation split, keeps the adapter if it is the best, counts patience."""
+    if run.validation is None:
+        return dataclasses.replace(state, evaluated_step=state.step), None
+    logits = score_split(
+        run.model,
+        run.validation,
+        run.accelerator,
+        max_tokens=run.eval_max_tokens,
+        pad_token_id=run.pad_token_id,
+        num_labels=len(run.label_names),
+        should_stop=lambda: bool(agreed_stop(run)),
+        progress=None if run.log.quiet else "validation",
+    )
+    metrics = classification_metrics(logits, run.validation.labels, run.label_names)
+    value = metric_value(metrics, run.config.evaluation.metric)
+    better = is_better(value, state.best_value, run.config.evaluation.metric)
+    scalars = {f"validation/{name}": metrics[name] for name in METRICS}
+    scalars |= {f"validation/f1/{name}": numbers["f1"] for name, numbers in metrics["per_class"].items()}
+    epoch = state.step / run.plan.steps_per_epoch
+    run.log.scalars(scalars, state.step, epoch)
+    counts = confusion(logits, run.validation.labels, len(run.label_names))
+    run.log.confusion_matrix("validation/confusion_matrix", counts, run.label_names, state.step)
+    run.log.say(
+        f"step {state.step:>6}  epoch {epoch:5.2f}  validation: accuracy {metrics['accuracy']:.4f}  "
+        f"F1 {metrics['f1_macro']:.4f}  loss {metrics['loss']:.4f}{'  best' if better else ''}"
+    )
+    state = dataclasses.replace(state, evaluated_step=state.step)
+    if better:
+        return dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0), adapter_tensors(run.plain_model)
+    state = dataclasses.replace(state, num_worse=state.num_worse + 1)
+    return dataclasses.replace(state, stopped=state.num_worse == run.config.evaluation.patience), best
+
+
+def _save(run: Training, state: TrainState, best: dict[str, torch.Tensor] | None) -> None:
+    """Writes a checkpoint from the main process; an error there stops every rank."""
+    failure = ""
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler
+        checkpoint = Checkpoint(
+            step=state.step,
+            adapter=adapter_tensors(run.plain_model),
+            best_adapter=best,
+            optimizer=optimizer_tensors(run.optimizer.optimizer, list(run.trained)),
+            state={
+                "train": dataclasses.asdict(state),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "fingerprints": run.fingerprints,
+                "config": as_dict(run.config),
+            },
+            adapter_config=adapter_config_json(run.plain_model),
+        )
+        try:
+            save_checkpoint(run.folder / "checkpoints", checkpoint, run.config.checkpoint.keep_last)
+        except OSError as error:
+            failure = str(error)
+    failures = [text for text in gather_object([failure]) if text]
+    if failures:
+        raise UserError(failures[0])
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: on the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

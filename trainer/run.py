@@ -1,0 +1,537 @@
+"""`accelerate launch trainer/run.py`: parse, check, build, resume, train, test, write the run folder.
+
+Always holds: whatever a user can get wrong is found before a weight is loaded and before a file of the run is touched;
+`summary.json` is the last thing written, so a run with a summary is finished.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's own folder comes first on sys.path; there our modules could hide a library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import tempfile
+import urllib.parse
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from trainer.config import Config, UserError, as_dict, identity, load_config, main_guard, parse_config, run_name, save_config
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from trainer.data import Corpus, Examples
+    from trainer.loop import Training, TrainState
+    from trainer.model import Backbone
+
+LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
+PENDING_SUMMARY = "summary.pending.json"
+
+
+def main() -> int:
+    """Runs what the command line asks for; returns the exit code: 0, 2 for a user's mistake, 128 + signal."""
+    # the heavy libraries are imported where they are first needed: --help and most mistakes answer at once
+    return execute(parse_config(sys.argv[1:]))
+
+
+def execute(config: Config) -> int:
+    """Trains, tests and reports the run that a configuration describes; returns the exit code."""
+    folder = Path(config.run.output_dir) / run_name(config)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if _is_finished(folder, config):
+        if is_main and not config.run.quiet:
+            print(f"{folder} is finished; nothing to do. For another run: --run.name NAME", file=sys.stderr)
+        return 0
+    _go_offline_without_hub(config)
+
+    from trainer.data import load_corpus
+    from trainer.loop import StopRequest, Stopped
+    from trainer.model import check_fit, find_backbone, silence_libraries
+
+    stop = StopRequest()
+    stop.listen()
+    silence_libraries()
+    corpus = load_corpus(config.data, config.run.seed)
+    _check_names(config, corpus)
+    backbone = find_backbone(config.model, corpus.label_names)
+    check_fit(backbone, config.peft, config.data.max_length)
+    precision = choose_precision(config.run.precision)
+    with _lock(folder, is_main):
+        try:
+            _train_and_report(config, folder, corpus, backbone, precision, stop)
+        except Stopped as stopped:
+            if is_main:
+                name = {2: "SIGINT (Ctrl-C)", 15: "SIGTERM"}[stopped.signal]
+                print(
+                    f"stopped by {name} after step {stopped.step}; the state is saved in {folder / 'checkpoints'}. "
+                    "The same command, typed again, continues.",
+                    file=sys.stderr,
+                )
+            return 128 + stopped.signal
+    return 0
+
+
+def choose_precision(wanted: str) -> str:
+    """"no", "bf16" or "fp16" for `run.precision`, on the device that accelerate will choose.
+
+    accelerate's own "no" is its default and cannot be told from a choice, so `auto` overrides it.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    import torch
+
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if wanted == "auto" and launched in {"bf16", "fp16"}:
+        wanted = launched
+    if wanted == "auto" and on_cpu:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        wanted = "bf16" if fast else "no"
+    elif wanted == "auto":
+        wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if wanted == "fp16" and on_cpu:
+        raise UserError("run.precision: fp16 on a CPU is dozens of times slower than fp32; use bf16, no or auto")
+    return wanted
+
+
+# --- before the training -----------------------------------------------------------------------------------------------
+
+
+def _is_finished(folder: Path, config: Config) -> bool:
+    """Whether the run is there and complete.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, something else, or may not be used again.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "config.yaml").is_file():
+        if any(path.name != ".lock" for path in folder.iterdir()):
+            raise UserError(f"{folder} holds something else than a run; choose another --run.name or --run.output_dir")
+        return False
+    if config.run.resume == "never":
+        raise UserError(f"{folder} is in use and run.resume is never; choose another --run.name, or remove the folder")
+    before, now = identity(load_config(folder / "config.yaml")), identity(config)
+    differing = [
+        f"{group}.{name} (there {before[group].get(name)!r}, now {now[group].get(name)!r})"
+        for group in now
+        for name in {**before[group], **now[group]}
+        if before[group].get(name) != now[group].get(name)
+    ]
+    if differing:
+        shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+        raise UserError(f"{folder} holds a run of another configuration: {shown}\nFor a new run: --run.name NAME")
+    return (folder / "summary.json").is_file()
+
+
+def _go_offline_without_hub(config: Config) -> None:
+    """Where the hub does not answer, says so to its client, which would otherwise retry for a minute and more."""
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if proxied or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _check_names(config: Config, corpus: Corpus) -> None:
+    """Class and metric names in the configuration must exist.
+
+    Raises:
+        UserError: a name that does not.
+    """
+    from trainer.metrics import METRICS
+
+    metric, weights = config.evaluation.metric, config.optim.class_weights
+    allowed = [*METRICS, *(f"f1/{name}" for name in corpus.label_names)]
+    if metric not in allowed:
+        raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}")
+    if isinstance(weights, dict):
+        unknown = set(weights) - set(corpus.label_names)
+        if unknown:
+            raise UserError(f"optim.class_weights: {sorted(unknown)[0]!r} is no class; classes: {corpus.label_names}")
+        if any(not 0 <= weight < float("inf") for weight in weights.values()):
+            raise UserError("optim.class_weights: weights must be at least 0")
+
+
+def _lock(folder: Path, is_main: bool) -> Any:
+    """The run folder, held by the main process for as long as it lives; the system frees it when the process dies."""
+    import contextlib
+
+    if not is_main:
+        return contextlib.nullcontext()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is not writable")
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder} is in use by another running command; choose another --run.name") from None
+    return lock
+
+
+def _example_weights(config: Config, labels: np.ndarray, label_names: list[str]) -> np.ndarray:
+    """Weight of each example in the loss, float64 [N]."""
+    import numpy as np
+
+    weights = config.optim.class_weights
+    if weights is None:
+        return np.ones(len(labels))
+    if weights == "balanced":
+        counts = np.bincount(labels, minlength=len(label_names))
+        return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[labels]
+    return np.array([float(weights.get(name, 1.0)) for name in label_names])[labels]
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------
+
+
+def _train_and_report(
+    config: Config, folder: Path, corpus: Corpus, backbone: Backbone, precision: str, stop: Any
+) -> None:
+    from trainer.checkpoint import load_newest, remove_unfinished
+    from trainer.data import tokenise
+    from trainer.loop import TrainState, restore, train
+    from trainer.model import load_adapter_tensors
+
+    # before the process group: however long it takes, no rank waits in a collective
+    examples = {
+        name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
+        for name, split in corpus.splits.items()
+    }
+    run = _build(config, folder, corpus, backbone, examples, precision, stop)
+    is_main = run.accelerator.is_main_process
+    state, best = TrainState(), None
+    if is_main:
+        remove_unfinished(folder / "checkpoints")
+        save_config(config, folder / "config.yaml")
+    checkpoint, damage = load_newest(folder / "checkpoints")
+    for line in damage:
+        run.log.say(f"warning: {line}")
+    if checkpoint is not None:
+        state, best = restore(run, checkpoint), checkpoint.best_adapter
+        run.log.say(f"continuing after step {state.step} of {run.total_steps}")
+    state = _started(run, state, precision)
+    run.log.open(config.tracking.backends, state.step, state.evaluated_step, run.total_steps, as_dict(config))
+    try:
+        stop.deferred = True
+        state, best = train(run, state, best)
+        load_adapter_tensors(run.plain_model, best, "best adapter")
+        metrics = _test(run, corpus, examples, state)
+        if is_main:
+            _finish(run, corpus, backbone, examples, state, best, metrics, precision)
+        run.accelerator.wait_for_everyone()
+    finally:
+        run.log.close()
+
+
+def _build(
+    config: Config,
+    folder: Path,
+    corpus: Corpus,
+    backbone: Backbone,
+    examples: dict[str, Examples],
+    precision: str,
+    stop: Any,
+) -> Training:
+    """Everything a run trains with, on its device."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    from trainer import dropout
+    from trainer.batching import Plan
+    from trainer.loop import Training
+    from trainer.model import COMPUTE_TYPES, build_model
+    from trainer.optim import build_optimizer
+    from trainer.tracking import RunLog
+
+    if torch.cuda.is_available():  # a rerun must give the same bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    place = ProjectConfiguration(project_dir=str(folder.parent), logging_dir=str(folder.parent))
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision, log_with=config.tracking.backends or None, project_config=place
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate: {' '.join(str(error).split())[:240]}") from None
+    asked = int(os.environ.get("ISOTRAIN_NUM_PROCESSES", accelerator.num_processes))
+    if asked != accelerator.num_processes:
+        raise UserError(f"{asked} processes were asked for, {accelerator.num_processes} came up; see ./launch.sh --dry-run")
+    model = build_model(backbone, config.peft, config.run.seed, COMPUTE_TYPES[precision])
+    with accelerator.autocast():
+        keys = dropout.install(model, config.run.seed)
+    model.train()
+    optimizer, trained = build_optimizer(model.to(accelerator.device).named_parameters(), config.optim)
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    train, validation = examples["train"], examples.get("validation")
+    on_cpu = accelerator.device.type == "cpu"
+    plan = Plan(
+        lengths=train.lengths,
+        weights=_example_weights(config, train.labels, corpus.label_names),
+        batch_size=config.batch.size,
+        seed=config.run.seed,
+        max_tokens=config.batch.max_tokens or (CPU_TOKENS if on_cpu else GPU_TOKENS),
+    )
+    return Training(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        model=prepared,
+        optimizer=prepared_optimizer,
+        trained=trained,
+        dropout=keys,
+        plan=plan,
+        train=train,
+        validation=validation,
+        label_names=corpus.label_names,
+        pad_token_id=backbone.tokenizer.pad_token_id,
+        total_steps=config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch,
+        eval_max_tokens=config.batch.eval_max_tokens or (CPU_TOKENS if on_cpu else 4 * GPU_TOKENS),
+        fingerprints={
+            "backbone": backbone.fingerprint,
+            **{f"{name} split": split.fingerprint() for name, split in examples.items()},
+        },
+        log=RunLog(folder, accelerator, config.run.quiet),
+        stop=stop,
+    )
+
+
+# Padded tokens of a micro-batch where the configuration leaves them open. On a CPU small ones stay in its caches; on a
+# GPU large ones fill it.
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+
+
+def _started(run: Training, state: TrainState, precision: str) -> TrainState:
+    """Notes this start in the state and in environment.json, and tells the user what will run."""
+    import dataclasses
+
+    from trainer.checkpoint import write_atomic
+
+    accelerator = run.accelerator
+    trainable, total = run.plain_model.get_nb_trainable_parameters()
+    say = run.log.say
+    say(
+        f"training {run.folder}: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
+        f"{len(run.train.lengths)} examples, {run.total_steps} steps of {run.config.batch.size}, "
+        f"{accelerator.device.type} x {accelerator.num_processes}, {precision}"
+    )
+    if run.dropout.unreached:
+        say(f"note: exact up to dropout: this backbone draws {', '.join(run.dropout.unreached)} out of reach")
+    if accelerator.is_main_process:
+        path = run.folder / "environment.json"
+        starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+        starts.append(
+            {
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "command": shlex.join(sys.argv),
+                "world_size": accelerator.num_processes,
+                "device": str(accelerator.device),
+                "precision": precision,
+                "versions": {name: version(name) for name in LIBRARIES},
+                "platform": platform.platform(),
+                "resumed_from": state.step if state.resumed_from else None,
+            }
+        )
+        write_atomic(path, json.dumps({"starts": starts}, indent=2) + "\n")
+    return dataclasses.replace(state, world_sizes=(*state.world_sizes, accelerator.num_processes))
+
+
+def _test(
+    run: Training, corpus: Corpus, examples: dict[str, Examples], state: TrainState
+) -> dict[str, dict[str, Any]]:
+    """Scores validation and test with the best adapter and writes evaluation/<split>/; metrics by split."""
+    from trainer.evaluation import Interrupted, score_split, write_evaluation
+    from trainer.loop import Stopped, agreed_stop
+
+    metrics = {}
+    for name in ("validation", "test"):
+        if name not in examples:
+            continue
+        try:
+            logits = score_split(
+                run.model,
+                examples[name],
+                run.accelerator,
+                max_tokens=run.eval_max_tokens,
+                pad_token_id=run.pad_token_id,
+                num_labels=len(run.label_names),
+                should_stop=lambda: bool(agreed_stop(run)),
+                progress=None if run.log.quiet else name,
+            )
+        except Interrupted:
+            raise Stopped(agreed_stop(run), state.step) from None
+        split = corpus.splits[name]
+        if run.accelerator.is_main_process:
+            metrics[name] = write_evaluation(
+                run.folder / "evaluation" / name,
+                logits,
+                examples[name].labels,
+                run.label_names,
+                split.rows,
+                split.texts,
+                split.text_pairs,
+            )
+    return metrics
+
+
+def _finish(
+    run: Training,
+    corpus: Corpus,
+    backbone: Backbone,
+    examples: dict[str, Examples],
+    state: TrainState,
+    best: dict[str, torch.Tensor],
+    metrics: dict[str, dict[str, Any]],
+    precision: str,
+) -> None:
+    """Saves and checks the adapter, writes the report and, last, the summary. Main process only."""
+    from trainer.checkpoint import write_atomic
+
+    folder = run.folder
+    summary = _summary(run, corpus, state, metrics, precision)
+    _save_adapter(run, backbone, best, summary)
+    _check_adapter(run, backbone, examples["train"], precision)
+    summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    scores = {f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")}
+    run.log.scalars(scores, state.step, state.step / run.plan.steps_per_epoch)
+    run.log.hyperparameters(as_dict(run.config), scores)
+    write_atomic(folder / PENDING_SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    script = Path(__file__).with_name("report.py")
+    report = subprocess.run([sys.executable, str(script), "--run", str(folder)], capture_output=True, text=True)
+    (folder / PENDING_SUMMARY).rename(folder / "summary.json")
+    for split in metrics:
+        say = f"{split:>10}: accuracy {metrics[split]['accuracy']:.4f}  F1 {metrics[split]['f1_macro']:.4f}"
+        run.log.say(f"{say}  loss {metrics[split]['loss']:.4f}  ({metrics[split]['num_examples']} examples)")
+    run.log.say(
+        f"{'adapter':>10}: {folder / 'adapter'}  ({summary['adapter_bytes']:,} bytes; best of step {state.best_step or state.step})"
+    )
+    if report.returncode == 0:
+        run.log.say(f"{'report':>10}: {folder / 'report.html'}")
+    else:
+        run.log.say(f"warning: no report: {report.stderr.strip()[-300:]}")
+
+
+def _summary(
+    run: Training, corpus: Corpus, state: TrainState, metrics: dict[str, dict[str, Any]], precision: str
+) -> dict[str, Any]:
+    from trainer.loop import peak_memory_bytes
+    from trainer.model import parameter_table
+
+    trainable, total = run.plain_model.get_nb_trainable_parameters()
+    short = ("accuracy", "f1_macro", "loss", "num_examples")
+    return {
+        "status": "finished",
+        "recipe": run.config.recipe,
+        "steps": state.step,
+        "epochs": state.step / run.plan.steps_per_epoch,
+        "stopped_early": state.stopped,
+        "world_size": run.accelerator.num_processes,
+        "world_sizes": list(state.world_sizes),
+        "best_step": state.best_step or state.step,
+        **{name: {key: m[key] for key in short} for name, m in metrics.items()},
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "adapter_bytes": 0,
+        "train_seconds": state.train_seconds,
+        "examples_per_second": state.num_examples / state.train_seconds,
+        "tokens_per_second": state.num_tokens / state.train_seconds,
+        "padding_fraction": 1 - state.num_tokens / state.num_padded_tokens,
+        "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
+        "precision": precision,
+        "resumed_from": list(state.resumed_from),
+        "label_names": corpus.label_names,
+        "parameters": parameter_table(run.plain_model),
+        "data": corpus.summary(),
+    }
+
+
+def _save_adapter(run: Training, backbone: Backbone, best: dict[str, torch.Tensor], summary: dict[str, Any]) -> None:
+    """Writes adapter/: plain PEFT layout, the tokenizer, the class names and a model card."""
+    import safetensors.torch
+
+    from trainer.checkpoint import replace_folder
+    from trainer.model import adapter_config_json
+
+    with tempfile.TemporaryDirectory() as temporary:
+        backbone.tokenizer.save_pretrained(temporary)
+        files = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
+    files["adapter_model.safetensors"] = safetensors.torch.save(best, {"format": "pt"})
+    files["adapter_config.json"] = adapter_config_json(run.plain_model).encode()
+    files["labels.json"] = (json.dumps(run.label_names, ensure_ascii=False) + "\n").encode()
+    files["README.md"] = _model_card(run, summary).encode("utf-8", "backslashreplace")
+    replace_folder(run.folder / "adapter", files)
+
+
+def _model_card(run: Training, summary: dict[str, Any]) -> str:
+    import yaml
+
+    front = {"library_name": "peft", "base_model": run.config.model.name, "pipeline_tag": "text-classification"}
+    scores = "".join(
+        f"| {split} | {summary[split]['accuracy']:.4f} | {summary[split]['f1_macro']:.4f} | {summary[split]['num_examples']} |\n"
+        for split in ("validation", "test")
+        if split in summary
+    )
+    names = "\n".join(f"    {i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(run.label_names))
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {run.folder.name}\n\n"
+        f"A {run.config.peft.peft_type} adapter and classification head, trained by Isotrain: "
+        f"{summary['trainable_parameters']:,} trained parameters, {summary['steps']} steps, best of step {summary['best_step']}.\n\n"
+        f"| split | accuracy | macro F1 | examples |\n|---|---|---|---|\n{scores}\n"
+        f"Classes, by number (also in labels.json):\n\n{names}\n\n"
+        "```python\nfrom peft import AutoPeftModelForSequenceClassification\n\n"
+        f'model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", num_labels={len(run.label_names)})\n```\n'
+    )
+
+
+def _check_adapter(run: Training, backbone: Backbone, examples: Examples, precision: str) -> None:
+    """Loads adapter/ into a fresh model through plain PEFT and compares logits: no run ends with a dead adapter.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    import numpy as np
+    import torch
+
+    from trainer.batching import collate
+    from trainer.model import COMPUTE_TYPES, load_plain
+
+    accelerator = run.accelerator
+    fresh = load_plain(backbone, run.folder / "adapter", COMPUTE_TYPES[precision]).to(accelerator.device)
+    trained = run.plain_model.eval()
+    ids = np.arange(min(8, len(examples)))
+    batch = collate(examples, ids, np.ones(len(ids)), run.pad_token_id, accelerator.device)
+    with torch.no_grad(), accelerator.autocast():
+        difference = (fresh(**batch.inputs).logits.float() - trained(**batch.inputs).logits.float()).abs().max().item()
+    # same weights, same types, same kernels: what is left is at most the order of sums in another attention call
+    if not difference <= 1e-3:
+        raise RuntimeError(f"{run.folder / 'adapter'} gives other logits than the trained model (by {difference:.2g})")
+
+
+def _leave(code: int) -> None:
+    """Tells launch.sh the exit code, which accelerate's launcher would turn into 1."""
+    path = os.environ.get("ISOTRAIN_EXIT_FILE")
+    if code and path:
+        Path(path).write_text(str(code))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _leave(main_guard(main))
