@@ -192,4 +192,3 @@ def collate(
         labels=torch.from_numpy(examples.labels[ids]).to(device),
         weights=torch.from_numpy(weights).to(device),
     )
-

@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, and a line about each damaged one that was passed over."""
-    damage = []
+    damage: list[str] = []
     for path in reversed(_numbered(folder)):
         try:
             return load_checkpoint(path), damage
@@ -166,7 +166,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]
+) -> None:
     """Puts back what `optimizer_tensors` took out; hyperparameters stay the optimizer's own.
 
     Raises:

@@ -1,7 +1,7 @@
 """The configuration: nine frozen groups, read from a recipe and the command line.
 
-Always holds: a `Config` that left `parse_config` has only known keys, right types and possible combinations; whatever is
-wrong with it is reported at once, every problem on a line of its own. Imports no torch, so `--help` is quick.
+Always holds: a `Config` that left `parse_config` has only known keys, right types and possible combinations; whatever
+is wrong with it is reported at once, every problem on a line of its own. Imports no torch, so `--help` is quick.
 
 The option list, its types and its help text are these dataclasses and their field docstrings; jsonargparse does the
 reading. `peft` is open: it takes PEFT's own names, checked against PEFT's own config class in `model.py`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto = continue an unfinished run of the same configuration and data; never = refuse a folder that is in use"""
     precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """arithmetic of the frozen part; auto = what accelerate was launched with, else the device's best. Trained weights are always fp32"""
+    """arithmetic of the frozen part; auto = what accelerate was launched with, else the device's best"""
     quiet: bool = False
     """true = print nothing but errors"""
 
@@ -85,7 +86,7 @@ class DataConfig:
     label_column: str = "label"
     """column that holds the label, by name or by number"""
     label_names: list[str | int] | dict[str, str | int] | None = None
-    """class names in order (numbers in the data then count from 0), or {value in the data: class name}; null = as found, sorted"""
+    """class names in order (numbers then count from 0), or {value in the data: class name}; null = as found, sorted"""
     max_length: int = 512
     """longest example in tokens, special tokens included; the rest of a text is cut off"""
 
@@ -165,7 +166,7 @@ class EvaluationConfig:
     every_steps: int | None = None
     """steps between evaluations; null = at the end of each epoch"""
     metric: str = "accuracy"
-    """what picks the best adapter: accuracy, f1_macro, f1_weighted, precision_macro, recall_macro, mcc, loss or f1/CLASS"""
+    """picks the best adapter: accuracy, f1_macro, f1_weighted, precision_macro, recall_macro, mcc, loss or f1/CLASS"""
     patience: int | None = None
     """evaluations without a better metric after which training stops; null = off"""
 
@@ -316,6 +317,23 @@ def load_config(path: Path) -> Config:
     return parse_config(["--recipe", str(path)])
 
 
+def load_finished_run(folder: Path) -> tuple[Config, list[str]]:
+    """Configuration and class names of a run with a saved adapter.
+
+    Raises:
+        UserError: the folder is no run, or the run is not finished.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--run: {folder} is not a run folder (no config.yaml)")
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"--run: {folder} is not finished; type its training command again to finish it")
+    try:
+        label_names = json.loads((folder / "adapter" / "labels.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run: {folder}: adapter/labels.json cannot be read: {error}") from None
+    return load_config(folder / "config.yaml"), [str(name) for name in label_names]
+
+
 def run_name(config: Config) -> str:
     """Name of the run's folder: `run.name`, else the recipe's, else "run"."""
     return config.run.name or config.recipe or "run"
@@ -328,6 +346,9 @@ def main_guard(main: Any) -> int:
     """
     try:
         return int(main() or 0)
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -476,7 +497,9 @@ def _with_text_labels(data: DataConfig) -> DataConfig:
         return [str(name) for name in names] if names is not None else None
 
     def split_as_text(split: Any) -> Any:
-        return dataclasses.replace(split, label_names=as_text(split.label_names)) if isinstance(split, Source) else split
+        return (
+            dataclasses.replace(split, label_names=as_text(split.label_names)) if isinstance(split, Source) else split
+        )
 
     splits = {name: split_as_text(getattr(data, name)) for name in ("train", "validation", "test")}
     return dataclasses.replace(data, label_names=as_text(data.label_names), **splits)

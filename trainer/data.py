@@ -1,8 +1,8 @@
 """Reading examples: hub data set or local file -> checked texts and labels -> token ids.
 
 Always holds: a split that leaves this module has no empty text, only known labels, and no padding; its order is the
-file's. What is wrong with the data is said with the file and the row (counted from 1, the header not counted) before any
-weight is loaded. Nothing is removed: duplicates are counted and reported.
+file's. What is wrong with the data is said with the file and the row (counted from 1, the header not counted) before
+any weight is loaded. Nothing is removed: duplicates are counted and reported.
 
 Tokenising follows the fast tokenizers of `tokenizers`; its result is kept by `datasets` under a hash of the texts, the
 tokenizer and the settings, so a second run starts at once and a changed file can never meet an old cache.
@@ -117,7 +117,7 @@ class Examples:
         """SHA-256 over tokens, boundaries and labels: equal exactly where two splits train alike."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.offsets, self.labels):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
@@ -154,20 +154,24 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     return Corpus(label_names, splits, warnings)
 
 
-def load_for_prediction(source: Source, config: DataConfig, label_names: list[str]) -> tuple[TextSplit, list[str]]:
-    """Reads one file with a finished run's classes; labels may be absent. Returns the split and warnings.
+def load_for_prediction(
+    source: Source, config: DataConfig, label_names: list[str], id_column: str | None
+) -> tuple[TextSplit, list[str], list[str]]:
+    """Reads one file with a finished run's classes; labels may be absent.
+
+    Returns:
+        the split; the id of each example, from `id_column` or its row counted from 0, [N]; and warnings.
 
     Raises:
         UserError: as `load_corpus`.
     """
-    table = _read("input", _completed(source, config), labels_required=False)
+    table = _read("input", _completed(source, config), labels_required=False, extra=id_column)
     warnings: list[str] = []
-    return _checked(table, label_names, warnings), warnings
+    split = _checked(table, label_names, warnings)
+    return split, [str(value) for value in (table.columns[id_column] if id_column else split.rows)], warnings
 
 
-def tokenise(
-    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool = False
-) -> Examples:
+def tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool = False) -> Examples:
     """Token ids of a split, from the cache where this very text was tokenised before in this very way.
 
     Args:
@@ -192,7 +196,7 @@ def tokenise(
     )
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,8 +237,8 @@ def is_local(path: str) -> bool:
     return Path(path).suffix.lower() in FILE_TYPES + PICKLED or glob.has_magic(path) or Path(path).exists()
 
 
-def _read(name: str, layout: Source, labels_required: bool = True) -> _Table:
-    """All rows of a source, with only the columns its layout names."""
+def _read(name: str, layout: Source, labels_required: bool = True, extra: str | None = None) -> _Table:
+    """All rows of a source, with only the columns its layout names and `extra`."""
     where = f"data.{name}" if name != "input" else "--input"
     class_names = None
     if is_local(layout.path):
@@ -245,7 +249,7 @@ def _read(name: str, layout: Source, labels_required: bool = True) -> _Table:
         raise UserError(f"{where}: {layout.path} has no rows")
     texts = [*(layout.text_columns or []), *(layout.text_pair_columns or [])]
     has_labels = layout.label_column in columns
-    wanted = texts + ([layout.label_column] if labels_required or has_labels else [])
+    wanted = texts + ([layout.label_column] if labels_required or has_labels else []) + ([extra] if extra else [])
     missing = [column for column in wanted if column not in columns]
     if missing:
         option = "data.label_column" if missing == [layout.label_column] else "data.text_columns"
@@ -363,13 +367,11 @@ def _read_hub(where: str, split_name: str, spec: str) -> tuple[dict[str, list[An
             f"{where}: {spec!r} is no local file, and as a hub data set it is neither cached nor reachable ({reason})\n"
             f"Use local files: --{where} FILE.csv (csv, tsv, json, jsonl, parquet), or run once where the hub answers."
         ) from None
-    classes = [
-        list(feature.names) for feature in table.features.values() if isinstance(feature, datasets.ClassLabel)
-    ]
+    classes = [list(feature.names) for feature in table.features.values() if isinstance(feature, datasets.ClassLabel)]
     return {column: list(table[column]) for column in table.column_names}, classes[0] if len(classes) == 1 else None
 
 
-# --- checking ----------------------------------------------------------------------------------------------------------
+# --- checking ---------------------------------------------------------------------------------------------------------
 
 
 def _label_text(value: Any) -> str | None:
@@ -484,8 +486,8 @@ def _unknown_label(
     numbers = sorted(int(v) for v in set(values) if v.isdigit())
     if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) == len(set(values)):
         example = ", ".join(f"{numbers[0] + i}: {name}" for i, name in enumerate(label_names))
-        option = "label_names" if where == "--input" else f"{where}.label_names"
-        message += f"\n{where} counts its labels {numbers[0]} to {numbers[-1]}; say which is which: --{option.lstrip('-')} '{{{example}}}'"
+        option = "--label_names" if where == "--input" else f"--{where}.label_names"
+        message += f"\n{where} counts its labels {numbers[0]} to {numbers[-1]}; map them: {option} '{{{example}}}'"
     return message
 
 
@@ -534,7 +536,7 @@ def _keys(split: TextSplit) -> Iterator[bytes]:
         yield hashlib.blake2b(f"{text}\0{pair}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-# --- tokenising --------------------------------------------------------------------------------------------------------
+# --- tokenising -------------------------------------------------------------------------------------------------------
 
 
 def _encode(

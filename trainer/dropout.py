@@ -4,10 +4,10 @@ Always holds: which units of an example are dropped does not depend on its rank,
 one process or eight, resumed or not, drop the same units. A *site* is one dropout call of the forward, counted in the
 order of execution; `install` finds them by one forward over two dummy examples.
 
-Masks come from numpy's counter-based Philox4x64-10 (Salmon et al., 2011): key (seed, step), counter (0, example id, 0, 0),
-one bulk draw per example and step. Every site takes a run of 64-bit words: the first decides the threshold, the others
-give one byte a unit. A byte below the threshold drops its unit. 256 p is rarely whole (p = 0.1: 25.6), so the threshold
-is 25 or 26, drawn so that a unit's probability to be dropped is p to within 2**-53.
+Masks come from numpy's counter-based Philox4x64-10 (Salmon et al., 2011): key (seed, step), counter (0, example id,
+0, 0), one bulk draw per example and step. Every site takes a run of 64-bit words: the first decides the threshold, the
+others give one byte a unit. A byte below the threshold drops its unit. 256 p is rarely whole (p = 0.1: 25.6), so the
+threshold is 25 or 26, drawn so that a unit's probability to be dropped is p to within 2**-53.
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def write_evaluation(
     table = [header + (["text_pair"] if text_pairs is not None else [])]
     for i, (prediction, shares) in enumerate(predictions(logits, label_names)):
         pair = [text_pairs[i]] if text_pairs is not None else []
-        table.append([rows[i], named[i], prediction, f"{max(shares):.6f}", *(f"{p:.6f}" for p in shares), texts[i], *pair])
+        table.append(
+            [rows[i], named[i], prediction, f"{max(shares):.6f}", *(f"{p:.6f}" for p in shares), texts[i], *pair]
+        )
     write_atomic(folder / "predictions.csv", csv_text(table))
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     matrix = [[name, *row] for name, row in zip(label_names, counts.tolist(), strict=True)]

@@ -37,8 +37,8 @@ from trainer.tracking import RunLog
 class StopRequest:
     """What SIGTERM and SIGINT leave behind: the number of the signal, looked at between steps.
 
-    Before the training (`deferred` is False) there is nothing to save: a signal ends the program at once. So does a second
-    Ctrl-C, more than a second after the first.
+    Before the training (`deferred` is False) there is nothing to save: a signal ends the program at once. So does a
+    second Ctrl-C, more than a second after the first.
     """
 
     def __init__(self) -> None:
@@ -171,7 +171,11 @@ def train(
     stop = 0
     while True:
         last = state.step == run.total_steps or state.stopped
-        if not stop and state.evaluated_step < state.step and (_due(config.evaluation.every_steps, state.step, spe) or last):
+        if (
+            not stop
+            and state.evaluated_step < state.step
+            and (_due(config.evaluation.every_steps, state.step, spe) or last)
+        ):
             try:
                 state, best = _evaluate(run, state, best)
                 last = last or state.stopped
@@ -207,9 +211,9 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
     _seed_other_random_operations(run, step)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     finite: list[torch.Tensor] = []
-    for micro_batch in micro_batches:
+    for index, micro_batch in enumerate(micro_batches):
         batch = collate(run.train, micro_batch.ids, micro_batch.weights, run.pad_token_id, accelerator.device)
-        with _gradient_sync(run, last=micro_batch is micro_batches[-1]):
+        with _gradient_sync(run, last=index == len(micro_batches) - 1):
             with run.dropout.micro_batch(step, batch.ids, batch.lengths):
                 logits = run.model(**batch.inputs).logits
             losses = example_losses(logits, batch, run.config.optim.label_smoothing)
@@ -219,11 +223,11 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
         loss_sum += loss.detach()
         finite.append(torch.isfinite(losses.detach()))
     # the one place of a step where the host waits for the device
-    num_broken = sum(part.numel() - part.sum() for part in finite)
-    mean_loss, num_broken, *signals = _summed(run, [loss_sum, num_broken, *run.stop.counts()])
+    broken = ~torch.cat(finite)
+    mean_loss, num_broken, *signals = _summed(run, [loss_sum, broken.sum(), *run.stop.counts()])
     if num_broken:
         ids = np.concatenate([part.ids for part in micro_batches])
-        _refuse_broken_loss(run, step, ids[~torch.cat(finite).cpu().numpy()].tolist())
+        _refuse_broken_loss(run, step, ids[broken.cpu().numpy()].tolist())
     grad_norm, skipped = _update(run, step)
     return StepResult(mean_loss, grad_norm, skipped, _signal(signals))
 
@@ -256,7 +260,9 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
     load_optimizer_tensors(run.optimizer.optimizer, list(run.trained), checkpoint.optimizer)
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    restored = TrainState(**{**state["train"], **{k: tuple(state["train"][k]) for k in ("resumed_from", "world_sizes")}})
+    restored = TrainState(
+        **{**state["train"], **{k: tuple(state["train"][k]) for k in ("resumed_from", "world_sizes")}}
+    )
     return dataclasses.replace(restored, resumed_from=(*restored.resumed_from, restored.step))
 
 
@@ -308,11 +314,11 @@ def _update(run: Training, step: int) -> tuple[float, bool]:
 
 
 def _refuse_broken_loss(run: Training, step: int, broken: list[int]) -> None:
-    ids = sorted(gather_object(broken))
+    ids = sorted(set(gather_object(broken)))
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
     raise UserError(
-        f"step {step}: the loss is not finite for {len(ids)} example{'s' if len(ids) > 1 else ''} of train: id {shown}\n"
-        "The weights before this step are saved in the newest checkpoint. Try a lower optim.learning_rate, or run.precision no."
+        f"step {step}: the loss is not finite for {len(ids)} of the global batch's examples of train: id {shown}\n"
+        "Nothing of this step was applied. Try a lower optim.learning_rate, or --run.precision no."
     )
 
 
@@ -371,7 +377,7 @@ def _evaluate(
         pad_token_id=run.pad_token_id,
         num_labels=len(run.label_names),
         should_stop=lambda: bool(agreed_stop(run)),
-        progress=None if run.log.quiet else "validation",
+        progress=run.log.bar_label("validation"),
     )
     metrics = classification_metrics(logits, run.validation.labels, run.label_names)
     value = metric_value(metrics, run.config.evaluation.metric)
@@ -388,7 +394,9 @@ def _evaluate(
     )
     state = dataclasses.replace(state, evaluated_step=state.step)
     if better:
-        return dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0), adapter_tensors(run.plain_model)
+        return dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0), adapter_tensors(
+            run.plain_model
+        )
     state = dataclasses.replace(state, num_worse=state.num_worse + 1)
     return dataclasses.replace(state, stopped=state.num_worse == run.config.evaluation.patience), best
 

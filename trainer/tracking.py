@@ -1,10 +1,9 @@
-"""What a run tells while it goes: scalars and figures to Accelerate's trackers and metrics.jsonl, lines to the console.
+"""What a run tells while it goes: numbers to Accelerate's trackers and metrics.jsonl, lines and a bar to the console.
 
-Always holds: metrics.jsonl has each step's numbers once, also after a resume; a tracker that fails is named once and never
-stops a run. A figure is a `matplotlib.figure.Figure` of its own (no pyplot, so no global list of open figures and no window
-system), and a label is drawn as the characters it consists of, never parsed as mathematics.
+Always holds: metrics.jsonl has each step's numbers once, also after a resume; a tracker that fails is named once and
+never stops a run. A figure is a `matplotlib.figure.Figure` of its own (no pyplot, so no global list of open figures and
+no window system), and a label is drawn as the characters it consists of, never parsed as mathematics.
 """
-
 
 from __future__ import annotations
 
@@ -101,7 +100,7 @@ class RunLog:
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.quiet = quiet or not self.is_main
-        self._bar: tqdm | None = None  # type: ignore[type-arg]
+        self._bar: tqdm | None = None
         self._failed: set[str] = set()
 
     def open(
@@ -152,10 +151,19 @@ class RunLog:
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
 
-    def close(self) -> None:
-        """Ends bar and trackers."""
+    def bar_label(self, label: str) -> str | None:
+        """The label for a short bar below the training's; None (no bar) where nobody looks at a terminal."""
+        return None if self.quiet or not sys.stderr.isatty() else label
+
+    def end_progress(self) -> None:
+        """Takes the bar away."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+
+    def close(self) -> None:
+        """Ends bar and trackers."""
+        self.end_progress()
         if self.is_main:
             self._guarded("trackers", self.accelerator.end_training)
 

@@ -1,0 +1,97 @@
+"""A finished run as one plain transformers model: the adapter merged into the backbone, with labels and tokenizer.
+
+    python trainer/export.py --run runs/NAME --output DIR
+
+Always holds: the folder appears only after its model, read back from disk, gave the same logits as backbone and adapter
+apart. Merging starts from the backbone's original fp32 weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's own folder comes first on sys.path; there our modules could hide a library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import shutil
+from typing import Any
+
+import jsonargparse
+
+from trainer.config import UserError, load_finished_run, main_guard
+
+PROBES = (
+    "The committee met on Tuesday and postponed its decision.",
+    "A short one.",
+    "Shares of the company fell by a tenth after the match was abandoned, scientists said, in heavy rain.",
+)
+TOLERANCE = 1e-4  # of logits in fp32: merging adds B A to W before the product with x instead of after it
+
+
+def main() -> int:
+    """Exports what the command line asks for; returns the exit code."""
+    parser = jsonargparse.ArgumentParser(
+        prog="export.py", description="Merges a run's adapter into its backbone.", exit_on_error=False
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    try:
+        options = parser.parse_args()
+    except jsonargparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return export(options.run, options.output)
+
+
+def export(run: Path, output: Path) -> int:
+    """Merges, saves, reads back and compares; returns the exit code.
+
+    Raises:
+        UserError: no finished run, an output folder in use, or an adapter that cannot be merged.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} exists; give a new folder")
+    config, label_names = load_finished_run(run)
+
+    from transformers import AutoModelForSequenceClassification
+
+    from trainer.model import find_backbone, load_plain, silence_libraries
+
+    silence_libraries()
+    backbone = find_backbone(config.model, label_names)
+    model = load_plain(backbone, run / "adapter")
+    wanted = _logits(model, backbone.tokenizer)
+    temporary = output.with_name(f".unfinished-{output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        try:
+            merged: Any = model.merge_and_unload(safe_merge=True)
+        except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+            raise UserError(f"--run: an adapter of type {config.peft.peft_type} cannot be merged: {error}") from None
+        merged.config.torch_dtype = None
+        merged.save_pretrained(temporary)
+        backbone.tokenizer.save_pretrained(temporary)
+        fresh = AutoModelForSequenceClassification.from_pretrained(temporary, trust_remote_code=False).eval()
+        difference = (_logits(fresh, backbone.tokenizer) - wanted).abs().max().item()
+        if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):
+            raise UserError(
+                f"--run: the merged model's logits differ by {difference:.2g} from the adapter's; not exported"
+            )
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"exported to {output}: logits within {difference:.1e} of the adapter's", file=sys.stderr)
+    return 0
+
+
+def _logits(model: Any, tokenizer: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(**tokenizer(list(PROBES), return_tensors="pt", padding=True)).logits
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

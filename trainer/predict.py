@@ -1,0 +1,163 @@
+"""A finished run's adapter on a file: labels and probabilities out, in the order of the rows.
+
+    python trainer/predict.py --run runs/NAME --input FILE.csv --output PREDICTIONS.csv
+
+Always holds: every row is scored exactly once, on any number of processes. By default the arithmetic is fp32 on the
+backbone's original weights, so the numbers are those of plain PEFT.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's own folder comes first on sys.path; there our modules could hide a library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jsonargparse
+
+from trainer.config import Config, Source, UserError, load_finished_run, main_guard
+
+OUTPUT_TYPES = (".csv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to score, with what, and how to write it."""
+
+    run: str
+    """folder of a finished run"""
+    input: str
+    """csv, tsv, json, jsonl or parquet file (or glob) with the run's text columns; with labels it is also scored"""
+    output: str
+    """csv or jsonl file to write"""
+    layout: Literal["full", "contest"] = "full"
+    """full = id, prediction, confidence and a probability per class; contest = ID,Label with class numbers from 0"""
+    id_column: str | None = None
+    """column of the input that holds the ids; null = the row, counted from 0"""
+    column_names: list[str] | None = None
+    """names of the columns of an input without a header; null = the first row is the header"""
+    text_columns: list[str] | None = None
+    """columns that hold the text; null = the run's"""
+    text_pair_columns: list[str] | None = None
+    """columns that hold the second text of a pair; null = the run's"""
+    label_column: str | None = None
+    """column that holds the labels, where there are any; null = the run's"""
+    label_names: list[str | int] | dict[str, str | int] | None = None
+    """{label in the input: class name}, or names for numbers counted from 0; null = the run's"""
+    ignore_labels: bool = False
+    """true = do not read the label column"""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """arithmetic; no = fp32"""
+    max_tokens: int = 4096
+    """padded tokens of one batch on one process"""
+    quiet: bool = False
+    """true = print nothing but errors"""
+
+
+def main() -> int:
+    """Scores what the command line asks for; returns the exit code."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="predict.py", description="Predicts the labels of a file.", exit_on_error=False
+    )
+    parser.add_class_arguments(Options, as_group=False)
+    try:
+        options = Options(**vars(parser.instantiate(parser.parse_args())))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return predict(options)
+
+
+def predict(options: Options) -> int:
+    """Scores and writes; returns the exit code.
+
+    Raises:
+        UserError: no finished run, unreadable input, or an output of no known type.
+    """
+    output = Path(options.output)
+    if output.suffix.lower() not in OUTPUT_TYPES:
+        raise UserError(f"--output: {output} must end in {' or '.join(OUTPUT_TYPES)}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: no folder {output.parent}")
+    config, label_names = load_finished_run(Path(options.run))
+
+    from trainer.checkpoint import write_atomic
+    from trainer.data import load_for_prediction, tokenise
+    from trainer.evaluation import score_split
+    from trainer.metrics import classification_metrics
+    from trainer.model import COMPUTE_TYPES, find_backbone, load_plain, silence_libraries
+
+    silence_libraries()
+    split, ids, warnings = load_for_prediction(_source(options, config), config.data, label_names, options.id_column)
+    backbone = find_backbone(config.model, label_names)
+    examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
+
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=options.precision)
+    model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
+    logits = score_split(
+        model.to(accelerator.device),
+        examples,
+        accelerator,
+        max_tokens=options.max_tokens,
+        pad_token_id=backbone.tokenizer.pad_token_id,
+        num_labels=len(label_names),
+        progress=None if options.quiet or not accelerator.is_main_process else "predicting",
+    )
+    if accelerator.is_main_process:
+        write_atomic(output, _rendered(options, ids, logits, label_names))
+        for line in warnings:
+            print(f"warning: {line}", file=sys.stderr)
+        if not options.quiet:
+            print(f"{len(ids)} predictions: {output}", file=sys.stderr)
+        if split.labels is not None:
+            scores = classification_metrics(logits, split.labels, label_names)
+            print(json.dumps(scores, indent=2, ensure_ascii=False))
+    accelerator.end_training()
+    return 0
+
+
+def _source(options: Options, config: Config) -> Source:
+    """The input's layout; what it leaves open is the run's."""
+    names: Any = options.label_names
+    if isinstance(names, dict):
+        names = {str(value): str(name) for value, name in names.items()}
+    # a column of this name cannot exist in a file, so no labels are found
+    label_column = "\0ignored" if options.ignore_labels else options.label_column
+    return Source(
+        path=options.input,
+        column_names=options.column_names,
+        text_columns=options.text_columns,
+        text_pair_columns=options.text_pair_columns,
+        label_column=label_column,
+        label_names=names,
+    )
+
+
+def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[str]) -> str:
+    """The output file's text."""
+    from trainer.evaluation import csv_text, predictions
+
+    header = ["id", "prediction", "confidence", *(f"probability:{name}" for name in label_names)]
+    rows: list[list[Any]] = [
+        [example, name, max(shares), *shares]
+        for example, (name, shares) in zip(ids, predictions(logits, label_names), strict=True)
+    ]
+    if options.layout == "contest":
+        header = ["ID", "Label"]
+        rows = [[row[0], label_names.index(row[1])] for row in rows]
+    if options.output.lower().endswith(".jsonl"):
+        return "".join(json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
+    return csv_text([header, *[[f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in rows]])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(main_guard(main))
