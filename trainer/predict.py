@@ -89,7 +89,7 @@ def predict(options: Options) -> int:
 
     from trainer.checkpoint import write_atomic
     from trainer.data import load_for_prediction, tokenise
-    from trainer.evaluation import score_split
+    from trainer.evaluation import choose_precision, score_split, start_accelerator
     from trainer.metrics import classification_metrics
     from trainer.model import COMPUTE_TYPES, find_backbone, load_plain, silence_libraries
 
@@ -97,10 +97,7 @@ def predict(options: Options) -> int:
     split, ids, warnings = load_for_prediction(_source(options, config), config.data, label_names, options.id_column)
     backbone = find_backbone(config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
-
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision=options.precision)
+    accelerator = start_accelerator(choose_precision(options.precision))
     model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
     logits = score_split(
         model.to(accelerator.device),

@@ -67,6 +67,7 @@ def execute(config: Config) -> int:
     _go_offline_without_hub(config)
 
     from trainer.data import load_corpus
+    from trainer.evaluation import choose_precision
     from trainer.loop import Stopped, StopRequest
     from trainer.model import check_fit, find_backbone, silence_libraries
 
@@ -91,30 +92,6 @@ def execute(config: Config) -> int:
                 )
             return 128 + stopped.signal
     return 0
-
-
-def choose_precision(wanted: str) -> str:
-    """Turns `run.precision` into no, bf16 or fp16, on the device that accelerate will choose.
-
-    accelerate's own "no" is its default and cannot be told from a choice, so `auto` overrides it.
-
-    Raises:
-        UserError: fp16 on a CPU.
-    """
-    import torch
-
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if wanted == "auto" and launched in {"bf16", "fp16"}:
-        wanted = launched
-    if wanted == "auto" and on_cpu:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = "bf16" if fast else "no"
-    elif wanted == "auto":
-        wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if wanted == "fp16" and on_cpu:
-        raise UserError("run.precision: fp16 on a CPU is dozens of times slower than fp32; use bf16, no or auto")
-    return wanted
 
 
 # --- before the training ----------------------------------------------------------------------------------------------
@@ -263,11 +240,10 @@ def _build(
 ) -> Training:
     """Everything a run trains with, on its device."""
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
 
     from trainer import dropout
     from trainer.batching import Plan
+    from trainer.evaluation import start_accelerator
     from trainer.loop import Training
     from trainer.model import COMPUTE_TYPES, build_model
     from trainer.optim import build_optimizer
@@ -276,18 +252,7 @@ def _build(
     if torch.cuda.is_available():  # a rerun must give the same bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    place = ProjectConfiguration(project_dir=str(folder.parent), logging_dir=str(folder.parent))
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision, log_with=config.tracking.backends or None, project_config=place
-        )
-    except ValueError as error:
-        raise UserError(f"accelerate: {' '.join(str(error).split())[:240]}") from None
-    asked = int(os.environ.get("ISOTRAIN_NUM_PROCESSES", accelerator.num_processes))
-    if asked != accelerator.num_processes:
-        raise UserError(
-            f"{asked} processes were asked for, {accelerator.num_processes} came up; see ./launch.sh --dry-run"
-        )
+    accelerator = start_accelerator(precision, folder, config.tracking.backends)
     model = build_model(backbone, config.peft, config.run.seed, COMPUTE_TYPES[precision])
     with accelerator.autocast():
         keys = dropout.install(model, config.run.seed)
@@ -548,13 +513,5 @@ def _check_adapter(run: Training, backbone: Backbone, examples: Examples, precis
         raise RuntimeError(f"{run.folder / 'adapter'} gives other logits than the trained model (by {difference:.2g})")
 
 
-def _leave(code: int) -> None:
-    """Tells launch.sh the exit code, which accelerate's launcher would turn into 1."""
-    path = os.environ.get("ISOTRAIN_EXIT_FILE")
-    if code and path:
-        Path(path).write_text(str(code))
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    _leave(main_guard(main))
+    sys.exit(main_guard(main))
