@@ -75,6 +75,27 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
+class Tally:
+    """Sums over a stretch of steps and all processes; divided once, when they are shown."""
+
+    loss: float = 0.0
+    """of the steps' mean losses"""
+    steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+    """without padding"""
+    padded_tokens: int = 0
+    """positions computed, padding included"""
+    seconds: float = 0.0
+    """in steps, without evaluation and saving"""
+
+    def plus(self, other: Tally) -> Tally:
+        """Both stretches together."""
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Tally(*(a + b for a, b in zip(mine, others, strict=True)))
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Where a run stands. Adapter, optimizer and scaler besides, it is all a checkpoint needs."""
 
@@ -89,20 +110,12 @@ class TrainState:
     """evaluations since best_step"""
     stopped: bool = False
     """patience ran out"""
-    window_loss: float = 0.0
-    """sum of the steps' losses since the last log point"""
-    window_steps: int = 0
-    epoch_loss: float = 0.0
-    """sum of the steps' losses since the epoch began"""
-    epoch_steps: int = 0
-    num_examples: int = 0
-    """examples trained on, over all processes"""
-    num_tokens: int = 0
-    """their tokens, without padding"""
-    num_padded_tokens: int = 0
-    """positions computed for them, padding included"""
-    train_seconds: float = 0.0
-    """time in steps, without evaluation and saving"""
+    run: Tally = Tally()
+    """since the run began"""
+    epoch: Tally = Tally()
+    """since the epoch began"""
+    window: Tally = Tally()
+    """since the last log point"""
     resumed_from: tuple[int, ...] = ()
     world_sizes: tuple[int, ...] = ()
     """processes of each start, in order"""
@@ -260,10 +273,14 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
     load_optimizer_tensors(run.optimizer.optimizer, list(run.trained), checkpoint.optimizer)
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    restored = TrainState(
-        **{**state["train"], **{k: tuple(state["train"][k]) for k in ("resumed_from", "world_sizes")}}
-    )
+    restored = _state_from_json(state["train"])
     return dataclasses.replace(restored, resumed_from=(*restored.resumed_from, restored.step))
+
+
+def _state_from_json(values: dict[str, Any]) -> TrainState:
+    tallies = {name: Tally(**values[name]) for name in ("run", "epoch", "window")}
+    lists = {name: tuple(values[name]) for name in ("resumed_from", "world_sizes")}
+    return TrainState(**{**values, **tallies, **lists})
 
 
 def _due(every_steps: int | None, step: int, steps_per_epoch: int) -> bool:
@@ -323,43 +340,45 @@ def _refuse_broken_loss(run: Training, step: int, broken: list[int]) -> None:
 
 
 def _advanced(run: Training, state: TrainState, result: StepResult, seconds: float) -> TrainState:
-    padded = run.plan.num_padded_tokens(state.step, run.accelerator.num_processes)
+    step = Tally(
+        loss=result.loss,
+        steps=1,
+        examples=len(run.plan.global_batch(state.step)),
+        tokens=run.plan.num_tokens(state.step),
+        padded_tokens=run.plan.num_padded_tokens(state.step, run.accelerator.num_processes),
+        seconds=seconds,
+    )
     return dataclasses.replace(
         state,
         step=state.step + 1,
-        window_loss=state.window_loss + result.loss,
-        window_steps=state.window_steps + 1,
-        epoch_loss=state.epoch_loss + result.loss,
-        epoch_steps=state.epoch_steps + 1,
-        num_examples=state.num_examples + len(run.plan.global_batch(state.step)),
-        num_tokens=state.num_tokens + run.plan.num_tokens(state.step),
-        num_padded_tokens=state.num_padded_tokens + padded,
-        train_seconds=state.train_seconds + seconds,
+        run=state.run.plus(step),
+        epoch=state.epoch.plus(step),
+        window=state.window.plus(step),
     )
 
 
 def _logged(run: Training, state: TrainState, result: StepResult, rate: float) -> TrainState:
-    """Shows the step; at a log point and at an epoch's end writes the numbers and starts the next window."""
-    epoch = state.step / run.plan.steps_per_epoch
-    per_second = state.num_examples / state.train_seconds
+    """Shows the step; at a log point and at an epoch's end writes the numbers and starts the next stretch."""
+    epoch, window = state.step / run.plan.steps_per_epoch, state.window
+    per_second = window.examples / window.seconds
     run.log.progress(1, loss=f"{result.loss:.3f}", lr=f"{rate:.1e}", examples=f"{per_second:.0f}/s")
     if state.step % run.config.tracking.every_steps == 0:
         values = {
-            "train/loss": state.window_loss / state.window_steps,
+            "train/loss": window.loss / window.steps,
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": rate,
             "speed/examples_per_second": per_second,
-            "speed/tokens_per_second": state.num_tokens / state.train_seconds,
-            "speed/padding_fraction": 1 - state.num_tokens / state.num_padded_tokens,
+            "speed/tokens_per_second": window.tokens / window.seconds,
+            "speed/padding_fraction": 1 - window.tokens / window.padded_tokens,
             "memory/peak_bytes": peak_memory_bytes(run.accelerator.device),
         }
         if run.accelerator.scaler is not None:
             values["train/loss_scale"] = run.accelerator.scaler.get_scale()
         run.log.scalars(values, state.step, epoch)
-        state = dataclasses.replace(state, window_loss=0.0, window_steps=0)
+        state = dataclasses.replace(state, window=Tally())
     if state.step % run.plan.steps_per_epoch == 0:
-        run.log.scalars({"train/epoch_loss": state.epoch_loss / state.epoch_steps}, state.step, epoch)
-        state = dataclasses.replace(state, epoch_loss=0.0, epoch_steps=0)
+        run.log.scalars({"train/epoch_loss": state.epoch.loss / state.epoch.steps}, state.step, epoch)
+        state = dataclasses.replace(state, epoch=Tally())
     return state
 
 
