@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from tqdm import tqdm
 
 from trainer.batching import Tokenised, collate, split_by_tokens
@@ -71,6 +71,8 @@ def start_accelerator(precision: str, folder: Path | None = None, backends: Sequ
             # without a GPU, accelerate would otherwise leave several processes unaware of one another
             cpu=not torch.cuda.is_available(),
             log_with=list(backends) or None,
+            # the few buffers of a backbone never change, so nothing but gradients needs to cross the network
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             project_config=place,
         )
     except ValueError as error:

@@ -137,6 +137,8 @@ class Training:
     dropout: DropoutKeys
     plan: Plan
     train: Tokenised
+    train_rows: np.ndarray
+    """row of each training example in its source, counted from 0, int64 [N]"""
     validation: Tokenised | None
     label_names: list[str]
     pad_token_id: int
@@ -331,10 +333,10 @@ def _update(run: Training, step: int) -> tuple[float, bool]:
 
 
 def _refuse_broken_loss(run: Training, step: int, broken: list[int]) -> None:
-    ids = sorted(set(gather_object(broken)))
-    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+    rows = sorted(set(gather_object(run.train_rows[broken].tolist())))
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
     raise UserError(
-        f"step {step}: the loss is not finite for {len(ids)} of the global batch's examples of train: id {shown}\n"
+        f"step {step}: the loss is not finite for {len(rows)} examples: id {shown} (row of train, counted from 0)\n"
         "Nothing of this step was applied. Try a lower optim.learning_rate, or --run.precision no."
     )
 

@@ -192,6 +192,8 @@ def _example_weights(config: Config, labels: np.ndarray, label_names: list[str])
 def _train_and_report(
     config: Config, folder: Path, corpus: Corpus, backbone: Backbone, precision: str, stop: Any
 ) -> None:
+    from accelerate.utils import broadcast_object_list
+
     from trainer.checkpoint import load_newest, remove_unfinished
     from trainer.data import tokenise
     from trainer.loop import TrainState, restore, train
@@ -208,12 +210,16 @@ def _train_and_report(
     if is_main:
         remove_unfinished(folder / "checkpoints")
         save_config(config, folder / "config.yaml")
-    checkpoint, damage = load_newest(folder / "checkpoints")
+    # read by one process for all: the others may be on machines that do not see the folder
+    found = list(load_newest(folder / "checkpoints")) if is_main else [None, []]
+    checkpoint, damage = broadcast_object_list(found)
     for line in damage:
         run.log.say(f"warning: {line}")
     if checkpoint is not None:
         state, best = restore(run, checkpoint), checkpoint.best_adapter
         run.log.say(f"continuing after step {state.step} of {run.total_steps}")
+    for line in _data_lines(corpus, examples, config.data.max_length):
+        run.log.say(line)
     state = _started(run, state, precision)
     run.log.open(config.tracking.backends, state.step, state.evaluated_step, run.total_steps, as_dict(config))
     try:
@@ -278,6 +284,7 @@ def _build(
         dropout=keys,
         plan=plan,
         train=train,
+        train_rows=corpus.splits["train"].rows,
         validation=validation,
         label_names=corpus.label_names,
         pad_token_id=backbone.tokenizer.pad_token_id,
@@ -295,6 +302,23 @@ def _build(
 # Padded tokens of a micro-batch where the configuration leaves them open. On a CPU small ones stay in its caches; on a
 # GPU large ones fill it.
 CPU_TOKENS, GPU_TOKENS = 512, 16384
+
+
+def _data_lines(corpus: Corpus, examples: dict[str, Examples], max_length: int) -> list[str]:
+    """What the user should know about the data."""
+    counts = corpus.summary()
+    sizes = ", ".join(f"{name} {len(split):,}" for name, split in corpus.splits.items())
+    cut = sum(int((split.lengths == max_length).sum()) for split in examples.values())
+    notes = {
+        "duplicates within train": counts["train"]["num_duplicates"],
+        "rows of test found in train": counts.get("test", {}).get("num_in_train", 0),
+        f"examples fill all {max_length} tokens and may be cut": cut,
+    }
+    return [
+        f"{sizes} examples of {len(corpus.label_names)} classes",
+        *(f"note: {count:,} {what}" for what, count in notes.items() if count),
+        *(f"warning: {line}" for line in corpus.warnings),
+    ]
 
 
 def _started(run: Training, state: TrainState, precision: str) -> TrainState:
