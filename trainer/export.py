@@ -55,7 +55,8 @@ def export(run: Path, output: Path) -> int:
 
     from transformers import AutoModelForSequenceClassification
 
-    from trainer.model import find_backbone, load_plain, silence_libraries
+    from trainer.adapter import load_plain
+    from trainer.model import find_backbone, silence_libraries
 
     silence_libraries()
     backbone = find_backbone(config.model, label_names)

@@ -23,13 +23,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 
+from trainer.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors
 from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate
 from trainer.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from trainer.config import Config, UserError, as_dict
 from trainer.dropout import DropoutKeys
 from trainer.evaluation import Interrupted, score_split
 from trainer.metrics import METRICS, classification_metrics, confusion, is_better, metric_value
-from trainer.model import adapter_config_json, adapter_tensors, load_adapter_tensors
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.tracking import RunLog
 

@@ -1,9 +1,8 @@
-"""Backbone + head + PEFT adapter: finding it, checking it, building it, taking the adapter out and in.
+"""Backbone + head + PEFT adapter: finding it, checking it before a weight is read, building it.
 
 Always holds: only the adapter and the head train, in fp32; frozen matrices are kept in the compute type, norms and
 embeddings as loaded. The head is every module outside the backbone proper plus whatever the weights file lacks, so no
-freshly drawn layer is ever left untrained or unsaved. Adapters are read strictly: a missing or an unexpected tensor is
-an error. No pickled weights and no code from a model folder.
+freshly drawn layer is ever left untrained or unsaved. No pickled weights and no code from a model folder.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ import peft
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig as BackboneConfig
@@ -176,7 +174,7 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_typ
         UserError: weights that cannot be read, or the budget exceeded by layers the weights file lacks.
     """
     torch.manual_seed(seed)
-    model, missing = _load_weights(backbone)
+    model, missing = load_weights(backbone)
     owners = {key.rpartition(".")[0] for key in missing}
     torch.manual_seed(seed)
     model = _wrap(model, adapter_config(settings, backbone.path), owners)
@@ -188,22 +186,6 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_typ
     return model
 
 
-def load_plain(backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32) -> PeftModel:
-    """A fresh backbone with the adapter in `folder`, through plain PEFT, in evaluation mode.
-
-    Raises:
-        UserError: the adapter does not fit the backbone: names the first missing or unexpected tensor.
-    """
-    model, _ = _load_weights(backbone)
-    model = PeftModel.from_pretrained(model, str(folder))
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        saved = set(file.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    _refuse_other_keys(saved, expected, str(folder))
-    cast_frozen(model, compute_type)
-    return model.eval()
-
-
 def cast_frozen(model: nn.Module, compute_type: torch.dtype) -> None:
     """Keeps frozen matrices (with their biases) in the compute type; under autocast they would be cast at every use."""
     for module in model.modules():
@@ -211,35 +193,6 @@ def cast_frozen(model: nn.Module, compute_type: torch.dtype) -> None:
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(compute_type)
-
-
-def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter and head under PEFT's own names, copied to the CPU."""
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-
-
-def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Puts adapter and head in place.
-
-    Raises:
-        UserError: any tensor missing, unexpected or of another shape.
-    """
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _refuse_other_keys(set(tensors), set(expected), source)
-    wrong = [name for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
-    if wrong:
-        shapes = list(tensors[wrong[0]].shape), list(expected[wrong[0]].shape)
-        raise UserError(f"{source}: {wrong[0]} has shape {shapes[0]}, the model wants {shapes[1]}")
-    set_peft_model_state_dict(model, tensors)
-
-
-def adapter_config_json(model: PeftModel) -> str:
-    """adapter_config.json as PEFT writes it."""
-    config = copy.deepcopy(model.peft_config["default"])
-    config.inference_mode = True
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
 
 
 def parameter_table(model: PeftModel) -> list[dict[str, Any]]:
@@ -381,7 +334,7 @@ def _set_dropout(config: BackboneConfig, p: float) -> None:
 # --- building ------------------------------------------------------------------------------------------------------
 
 
-def _load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
+def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
     """The backbone with its weights in fp32, and the names of the tensors its file lacks or has in another shape."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -433,12 +386,3 @@ def _check_targets(model: nn.Module, settings: PeftConfig) -> None:
         raise UserError(
             f"peft.target_modules: {', '.join(map(repr, lost))} matches nothing; this backbone has {', '.join(kinds)}"
         )
-
-
-# --- strict loading ------------------------------------------------------------------------------------------------
-
-
-def _refuse_other_keys(saved: set[str], expected: set[str], source: str) -> None:
-    for what, names in (("lacks", expected - saved), ("has an unexpected", saved - expected)):
-        if names:
-            raise UserError(f"{source}: the adapter {what} tensor {sorted(names)[0]} ({len(names)} in all)")

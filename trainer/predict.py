@@ -57,7 +57,7 @@ class Options:
     max_tokens: int = 4096
     """padded tokens of one batch on one process"""
     quiet: bool = False
-    """true = print nothing but errors"""
+    """true = nothing on stderr but errors; stdout has the metrics alone in any case"""
 
 
 def main() -> int:
@@ -87,11 +87,12 @@ def predict(options: Options) -> int:
         raise UserError(f"--output: no folder {output.parent}")
     config, label_names = load_finished_run(Path(options.run))
 
+    from trainer.adapter import load_plain
     from trainer.checkpoint import write_atomic
     from trainer.data import load_for_prediction, tokenise
     from trainer.evaluation import choose_precision, score_split, start_accelerator
     from trainer.metrics import classification_metrics
-    from trainer.model import COMPUTE_TYPES, find_backbone, load_plain, silence_libraries
+    from trainer.model import COMPUTE_TYPES, find_backbone, silence_libraries
 
     silence_libraries()
     split, ids, warnings = load_for_prediction(_source(options, config), config.data, label_names, options.id_column)
@@ -110,9 +111,9 @@ def predict(options: Options) -> int:
     )
     if accelerator.is_main_process:
         write_atomic(output, _rendered(options, ids, logits, label_names))
-        for line in warnings:
-            print(f"warning: {line}", file=sys.stderr)
         if not options.quiet:
+            for line in warnings:
+                print(f"warning: {line}", file=sys.stderr)
             print(f"{len(ids)} predictions: {output}", file=sys.stderr)
         if split.labels is not None:
             scores = classification_metrics(logits, split.labels, label_names)

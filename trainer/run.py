@@ -19,7 +19,6 @@ import platform
 import shlex
 import socket
 import subprocess
-import tempfile
 import urllib.parse
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -194,10 +193,10 @@ def _train_and_report(
 ) -> None:
     from accelerate.utils import broadcast_object_list
 
+    from trainer.adapter import load_adapter_tensors
     from trainer.checkpoint import load_newest, remove_unfinished
     from trainer.data import tokenise
     from trainer.loop import TrainState, restore, train
-    from trainer.model import load_adapter_tensors
 
     # before the process group: however long it takes, no rank waits in a collective
     examples = {
@@ -403,12 +402,20 @@ def _finish(
     precision: str,
 ) -> None:
     """Saves and checks the adapter, writes the report and, last, the summary. Main process only."""
+    import numpy as np
+
+    from trainer.adapter import check_adapter, model_card, save_adapter
+    from trainer.batching import collate
     from trainer.checkpoint import write_atomic
+    from trainer.model import COMPUTE_TYPES
 
     folder = run.folder
     summary = _summary(run, corpus, state, metrics, precision)
-    _save_adapter(run, backbone, best, summary)
-    _check_adapter(run, backbone, examples["train"], precision)
+    card = model_card(folder.name, run.config, run.label_names, summary)
+    save_adapter(folder / "adapter", run.plain_model, best, backbone.tokenizer, run.label_names, card)
+    probe = np.arange(min(8, len(examples["train"])))
+    inputs = collate(examples["train"], probe, np.ones(len(probe)), run.pad_token_id, run.accelerator.device).inputs
+    check_adapter(folder / "adapter", backbone, run.plain_model, inputs, COMPUTE_TYPES[precision])
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     scores = {
         f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")
@@ -462,79 +469,6 @@ def _summary(
         "parameters": parameter_table(run.plain_model),
         "data": corpus.summary(),
     }
-
-
-def _save_adapter(run: Training, backbone: Backbone, best: dict[str, torch.Tensor], summary: dict[str, Any]) -> None:
-    """Writes adapter/: plain PEFT layout, the tokenizer, the class names and a model card."""
-    import safetensors.torch
-
-    from trainer.checkpoint import replace_folder
-    from trainer.model import adapter_config_json
-
-    with tempfile.TemporaryDirectory() as temporary:
-        backbone.tokenizer.save_pretrained(temporary)
-        files = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
-    files["adapter_model.safetensors"] = safetensors.torch.save(best, {"format": "pt"})
-    files["adapter_config.json"] = adapter_config_json(run.plain_model).encode()
-    files["labels.json"] = (json.dumps(run.label_names, ensure_ascii=False) + "\n").encode()
-    files["README.md"] = _model_card(run, summary).encode("utf-8", "backslashreplace")
-    replace_folder(run.folder / "adapter", files)
-
-
-def _model_card(run: Training, summary: dict[str, Any]) -> str:
-    import yaml
-
-    front = {"library_name": "peft", "base_model": run.config.model.name, "pipeline_tag": "text-classification"}
-    scored = [(split, summary[split]) for split in ("validation", "test") if split in summary]
-    rows = "".join(
-        f"| {name} | {m['accuracy']:.4f} | {m['f1_macro']:.4f} | {m['num_examples']} |\n" for name, m in scored
-    )
-    names = "\n".join(f"    {i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(run.label_names))
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False)}---
-
-# {run.folder.name}
-
-A {run.config.peft.peft_type} adapter and classification head, trained by Isotrain: {summary["trainable_parameters"]:,}
-trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]}.
-
-| split | accuracy | macro F1 | examples |
-|---|---|---|---|
-{rows}
-Classes, by number (also in labels.json):
-
-{names}
-
-```python
-from peft import AutoPeftModelForSequenceClassification
-
-model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", num_labels={len(run.label_names)})
-```
-"""
-
-
-def _check_adapter(run: Training, backbone: Backbone, examples: Examples, precision: str) -> None:
-    """Loads adapter/ into a fresh model through plain PEFT and compares logits: no run ends with a dead adapter.
-
-    Raises:
-        RuntimeError: they differ.
-    """
-    import numpy as np
-    import torch
-
-    from trainer.batching import collate
-    from trainer.model import COMPUTE_TYPES, load_plain
-
-    accelerator = run.accelerator
-    fresh = load_plain(backbone, run.folder / "adapter", COMPUTE_TYPES[precision]).to(accelerator.device)
-    trained = run.plain_model.eval()
-    ids = np.arange(min(8, len(examples)))
-    batch = collate(examples, ids, np.ones(len(ids)), run.pad_token_id, accelerator.device)
-    with torch.no_grad(), accelerator.autocast():
-        difference = (fresh(**batch.inputs).logits.float() - trained(**batch.inputs).logits.float()).abs().max().item()
-    # same weights, same types, same kernels: what is left is at most the order of sums in another attention call
-    if not difference <= 1e-3:
-        raise RuntimeError(f"{run.folder / 'adapter'} gives other logits than the trained model (by {difference:.2g})")
 
 
 if __name__ == "__main__":

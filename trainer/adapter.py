@@ -1,0 +1,155 @@
+"""The adapter in and out: tensors of a trained model, the adapter/ folder, a fresh model from it.
+
+Always holds: an adapter is read strictly, a missing or an unexpected tensor is an error; the folder is plain PEFT,
+beside tokenizer, class names and a model card, and is put in place whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+
+from trainer.checkpoint import replace_folder
+from trainer.config import Config, UserError
+from trainer.model import Backbone, cast_frozen, load_weights
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter and head under PEFT's own names, copied to the CPU."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Puts adapter and head in place.
+
+    Raises:
+        UserError: any tensor missing, unexpected or of another shape.
+    """
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _refuse_other_keys(set(tensors), set(expected), source)
+    wrong = [name for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
+    if wrong:
+        shapes = list(tensors[wrong[0]].shape), list(expected[wrong[0]].shape)
+        raise UserError(f"{source}: {wrong[0]} has shape {shapes[0]}, the model wants {shapes[1]}")
+    set_peft_model_state_dict(model, tensors)
+
+
+def adapter_config_json(model: PeftModel) -> str:
+    """adapter_config.json as PEFT writes it."""
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
+
+
+def load_plain(backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32) -> PeftModel:
+    """A fresh backbone with the adapter in `folder`, through plain PEFT, in evaluation mode.
+
+    Raises:
+        UserError: the adapter does not fit the backbone: names the first missing or unexpected tensor.
+    """
+    model, _ = load_weights(backbone)
+    model = PeftModel.from_pretrained(model, str(folder))
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    _refuse_other_keys(saved, expected, str(folder))
+    cast_frozen(model, compute_type)
+    return model.eval()
+
+
+def save_adapter(
+    folder: Path,
+    model: PeftModel,
+    tensors: dict[str, torch.Tensor],
+    tokenizer: Any,
+    label_names: list[str],
+    card: str,
+) -> None:
+    """Writes the adapter folder: plain PEFT layout, the tokenizer, labels.json and README.md.
+
+    Raises:
+        OSError: the disk is full or not writable; a folder that was there is unchanged.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        files = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
+    files["adapter_model.safetensors"] = safetensors.torch.save(tensors, {"format": "pt"})
+    files["adapter_config.json"] = adapter_config_json(model).encode()
+    files["labels.json"] = (json.dumps(label_names, ensure_ascii=False) + "\n").encode()
+    files["README.md"] = card.encode("utf-8", "backslashreplace")
+    replace_folder(folder, files)
+
+
+def check_adapter(
+    folder: Path,
+    backbone: Backbone,
+    trained: PeftModel,
+    inputs: Mapping[str, torch.Tensor],
+    compute_type: torch.dtype,
+) -> None:
+    """Loads the folder into a fresh model through plain PEFT and compares logits: no run ends with a dead adapter.
+
+    Args:
+        folder: as `save_adapter` wrote it.
+        backbone: that the adapter was trained on.
+        trained: the trained model, holding the tensors that were saved.
+        inputs: input_ids and attention_mask of some examples, [B, L].
+        compute_type: of the trained model's frozen matrices.
+
+    Raises:
+        RuntimeError: the logits differ.
+    """
+    device = next(iter(inputs.values())).device
+    fresh, trained = load_plain(backbone, folder, compute_type).to(device), trained.eval()
+    with torch.no_grad(), torch.autocast(device.type, compute_type, enabled=compute_type != torch.float32):
+        difference = (fresh(**inputs).logits.float() - trained(**inputs).logits.float()).abs().max().item()
+    # the same weights, types and kernels: what a GPU may leave is the order of its sums
+    if not difference <= 1e-3:
+        raise RuntimeError(f"{folder} gives other logits than the trained model (by {difference:.2g})")
+
+
+def model_card(name: str, config: Config, label_names: list[str], summary: Mapping[str, Any]) -> str:
+    """README.md of an adapter, from the run's summary."""
+    front = {"library_name": "peft", "base_model": config.model.name, "pipeline_tag": "text-classification"}
+    scored = [(split, summary[split]) for split in ("validation", "test") if split in summary]
+    rows = "".join(f"| {s} | {m['accuracy']:.4f} | {m['f1_macro']:.4f} | {m['num_examples']} |\n" for s, m in scored)
+    names = "\n".join(f"    {i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(label_names))
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {name}
+
+A {config.peft.peft_type} adapter and classification head, trained by Isotrain: {summary["trainable_parameters"]:,}
+trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]}.
+
+| split | accuracy | macro F1 | examples |
+|---|---|---|---|
+{rows}
+Classes, by number (also in labels.json):
+
+{names}
+
+```python
+from peft import AutoPeftModelForSequenceClassification
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", num_labels={len(label_names)})
+```
+"""
+
+
+def _refuse_other_keys(saved: set[str], expected: set[str], source: str) -> None:
+    for what, names in (("lacks", expected - saved), ("has an unexpected", saved - expected)):
+        if names:
+            raise UserError(f"{source}: the adapter {what} tensor {sorted(names)[0]} ({len(names)} in all)")
