@@ -181,23 +181,17 @@ def train(
         Stopped: a signal came; the state is saved.
         UserError: a loss or gradient that is not finite, or a checkpoint that cannot be written.
     """
-    config, spe = run.config, run.plan.steps_per_epoch
     saved = (state.step, state.evaluated_step)
     stop = 0
-    while True:
-        last = state.step == run.total_steps or state.stopped
-        if (
-            not stop
-            and state.evaluated_step < state.step
-            and (_due(config.evaluation.every_steps, state.step, spe) or last)
-        ):
+    while True:  # one turn more than there are steps: the last evaluation and checkpoint need no second copy
+        if not stop and _evaluation_due(run, state):
             try:
                 state, best = _evaluate(run, state, best)
-                last = last or state.stopped
             except Interrupted:
                 stop = agreed_stop(run)
-        due = _due(config.checkpoint.every_steps, state.step, spe) or last or stop
-        if due and saved != (state.step, state.evaluated_step):
+        last = state.step == run.total_steps or state.stopped
+        save = last or stop or _due(run.config.checkpoint.every_steps, state.step, run.plan.steps_per_epoch)
+        if save and saved != (state.step, state.evaluated_step):
             _save(run, state, best)
             saved = (state.step, state.evaluated_step)
         if stop:
@@ -206,10 +200,11 @@ def train(
             break
         started = time.perf_counter()
         micro_batches = run.plan.micro_batches(state.step, run.accelerator.process_index, run.accelerator.num_processes)
-        set_learning_rate(run.optimizer, rate := learning_rate(config.optim, state.step, run.total_steps))
+        rate = learning_rate(run.config.optim, state.step, run.total_steps)
+        set_learning_rate(run.optimizer, rate)
         result = train_step(run, state.step, micro_batches)
-        state = _advanced(run, state, result, time.perf_counter() - started)
         stop = result.stop
+        state = _advanced(run, state, result, time.perf_counter() - started)
         state = _logged(run, state, result, rate)
     return state, best if best is not None else adapter_tensors(run.plain_model)
 
@@ -258,6 +253,24 @@ def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -
     return losses * batch.weights.to(losses.dtype)
 
 
+def score(run: Training, examples: Tokenised, name: str) -> np.ndarray:
+    """Logits of a split with the model as it stands, float32 [N, C], on every rank.
+
+    Raises:
+        Interrupted: some rank received a signal.
+    """
+    return score_split(
+        run.model,
+        examples,
+        run.accelerator,
+        max_tokens=run.eval_max_tokens,
+        pad_token_id=run.pad_token_id,
+        num_labels=len(run.label_names),
+        should_stop=lambda: bool(agreed_stop(run)),
+        progress=run.log.bar_label(name),
+    )
+
+
 def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
     """Puts model, optimizer and scaler where the checkpoint left them.
 
@@ -298,6 +311,11 @@ def _summed(run: Training, values: list[Any]) -> list[float]:
 def _signal(counts: list[float]) -> int:
     """The signal that stops the run, from the numbers of ranks that received SIGTERM and SIGINT; 0 where none did."""
     return signal.SIGTERM if counts[0] else signal.SIGINT if counts[1] else 0
+
+
+def _evaluation_due(run: Training, state: TrainState) -> bool:
+    due = _due(run.config.evaluation.every_steps, state.step, run.plan.steps_per_epoch)
+    return (due or state.step == run.total_steps) and state.evaluated_step < state.step
 
 
 def agreed_stop(run: Training) -> int:
@@ -390,16 +408,7 @@ def _evaluate(
     """Scores the validation split, keeps the adapter if it is the best, counts patience."""
     if run.validation is None:
         return dataclasses.replace(state, evaluated_step=state.step), None
-    logits = score_split(
-        run.model,
-        run.validation,
-        run.accelerator,
-        max_tokens=run.eval_max_tokens,
-        pad_token_id=run.pad_token_id,
-        num_labels=len(run.label_names),
-        should_stop=lambda: bool(agreed_stop(run)),
-        progress=run.log.bar_label("validation"),
-    )
+    logits = score(run, run.validation, "validation")
     metrics = classification_metrics(logits, run.validation.labels, run.label_names)
     value = metric_value(metrics, run.config.evaluation.metric)
     better = is_better(value, state.best_value, run.config.evaluation.metric)
@@ -415,9 +424,8 @@ def _evaluate(
     )
     state = dataclasses.replace(state, evaluated_step=state.step)
     if better:
-        return dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0), adapter_tensors(
-            run.plain_model
-        )
+        state = dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0)
+        return state, adapter_tensors(run.plain_model)
     state = dataclasses.replace(state, num_worse=state.num_worse + 1)
     return dataclasses.replace(state, stopped=state.num_worse == run.config.evaluation.patience), best
 

@@ -357,24 +357,15 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
 
 def _test(run: Training, corpus: Corpus, examples: dict[str, Examples], state: TrainState) -> dict[str, dict[str, Any]]:
     """Scores validation and test with the best adapter and writes evaluation/<split>/; metrics by split."""
-    from trainer.evaluation import Interrupted, score_split, write_evaluation
-    from trainer.loop import Stopped, agreed_stop
+    from trainer.evaluation import Interrupted, write_evaluation
+    from trainer.loop import Stopped, agreed_stop, score
 
     metrics: dict[str, dict[str, Any]] = {}
     for name in ("validation", "test"):
         if name not in examples:
             continue
         try:
-            logits = score_split(
-                run.model,
-                examples[name],
-                run.accelerator,
-                max_tokens=run.eval_max_tokens,
-                pad_token_id=run.pad_token_id,
-                num_labels=len(run.label_names),
-                should_stop=lambda: bool(agreed_stop(run)),
-                progress=run.log.bar_label(name),
-            )
+            logits = score(run, examples[name], name)
         except Interrupted:
             raise Stopped(agreed_stop(run), state.step) from None
         split = corpus.splits[name]
