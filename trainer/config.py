@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import glob
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -204,19 +207,20 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    recipe: str | None = None
+    recipe: str | None = field(default=None, compare=False)
+    """name of the recipe it was read from; no setting"""
 
 
-GROUPS: dict[str, type] = {
-    "run": RunConfig,
-    "data": DataConfig,
-    "batch": BatchConfig,
-    "model": ModelConfig,
-    "peft": PeftConfig,
-    "optim": OptimConfig,
-    "evaluation": EvaluationConfig,
-    "checkpoint": CheckpointConfig,
-    "tracking": TrackingConfig,
+GROUPS: dict[str, Any] = {
+    item.name: item.default_factory for item in dataclasses.fields(Config) if item.name != "recipe"
+}
+SPLITS = ("data.train", "data.validation", "data.test")
+# The type of each option, as written above; a split may have fields of its own (`data.test.label_names`).
+_TYPES: dict[str, str] = {
+    f"{prefix}.{item.name}": str(item.type)
+    for prefix, kind in (*GROUPS.items(), *((split, Source) for split in SPLITS))
+    for item in dataclasses.fields(kind)
+    if item.name != "options"
 }
 
 # What may differ between a run and its continuation: nothing here changes an example, a gradient or a score. The paths
@@ -226,19 +230,25 @@ NOT_IDENTITY = {
     "data": {"train", "validation", "test"},
     "batch": {"max_tokens", "eval_max_tokens"},
     "model": {"name", "revision"},
+    "peft": {"max_trainable_parameters"},
     "checkpoint": {"every_steps", "keep_last"},
     "tracking": {"every_steps", "backends"},
 }
 
 
+AT_LEAST = {
+    "run.seed": 0, "data.max_length": 4, "batch.size": 1, "batch.max_tokens": 1, "batch.eval_max_tokens": 1,
+    "peft.max_trainable_parameters": 1, "optim.learning_rate": 0, "optim.weight_decay": 0, "optim.eps": 0,
+    "optim.epochs": 1, "optim.max_steps": 1, "evaluation.every_steps": 1, "evaluation.patience": 1,
+    "checkpoint.every_steps": 1, "checkpoint.keep_last": 2, "tracking.every_steps": 1,
+}  # fmt: skip
+BELOW_ONE = ("data.validation_fraction", "model.dropout", "optim.label_smoothing")
+UP_TO_ONE = ("optim.warmup_fraction", "optim.final_lr_fraction")
+
+
 def option_names() -> list[str]:
     """All accepted options but PEFT's own, as `group.field`, in the order of the groups."""
-    return [
-        f"{group}.{item.name}"
-        for group, kind in GROUPS.items()
-        for item in dataclasses.fields(kind)
-        if f"{group}.{item.name}" != "peft.options"
-    ]
+    return [key for key in _TYPES if key.count(".") == 1]
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -257,32 +267,19 @@ def parse_config(argv: Sequence[str]) -> Config:
         parser.print_help()
         raise SystemExit(0)
     problems: list[str] = []
-    overrides = dict(_command_line(argv, problems))
-    recipe = overrides.pop("recipe", None)
-    settings = _recipe_settings(_recipe_path(recipe)) if recipe else {}
-    peft_options: dict[str, Any] = {}
-    accepted: dict[str, Any] = {}
-    for key, value, origin in [
-        *((key, value, f"in {recipe}") for key, value in settings.items()),
-        *((key, value, "on the command line") for key, value in overrides.items()),
-    ]:
-        group, _, name = key.partition(".")
-        if group == "peft" and name and name not in {"peft_type", "max_trainable_parameters", "options"}:
-            peft_options[name] = _yaml(value) if isinstance(value, str) and origin == "on the command line" else value
-            continue
-        problem = _problem_of(parser, key, value)
-        if problem:
-            problems.append(f"{problem} ({origin})")
-        else:
-            accepted[key] = value
-    if problems:
-        raise UserError("\n".join(problems))
-    namespace = parser.instantiate(parser.parse_object(_nested(accepted)))
-    config = Config(**{group: namespace[group] for group in GROUPS}, recipe=_recipe_name(recipe))
-    peft = dataclasses.replace(config.peft, options=peft_options, peft_type=config.peft.peft_type.upper())
-    config = dataclasses.replace(config, peft=peft, data=_with_text_labels(config.data))
-    if problems := list(_impossible(config)):
-        raise UserError("\n".join(problems))
+    given = _command_line(argv, problems)
+    recipe = given.pop("recipe", None)
+    settings = [
+        *((key, value, f"in {recipe}") for key, value in _recipe_settings(recipe, problems).items()),
+        *((key, value, "on the command line") for key, value in _flat(given).items()),
+    ]
+    pairs = [(key, value) for key, value, _ in settings]
+    if not _fit(parser, pairs):  # one by one is slow, and needed only to say what is wrong
+        found = ((_problem_of(parser, key, value), origin) for key, value, origin in settings)
+        problems += [f"{problem} ({origin})" for problem, origin in found if problem]
+    _refuse(problems)
+    config = _built(parser, pairs, Path(recipe).stem if recipe else None)
+    _refuse(list(_impossible(config)))
     return config
 
 
@@ -305,7 +302,8 @@ def identity(config: Config) -> dict[str, dict[str, Any]]:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes a recipe that gives this very configuration again."""
-    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def load_config(path: Path) -> Config:
@@ -355,6 +353,7 @@ def main_guard(main: Any) -> int:
         return 2
 
 
+@functools.cache
 def _parser() -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
@@ -369,63 +368,132 @@ def _parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _command_line(argv: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of `--key value` and `--key=value`; what is neither is added to `problems`."""
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("--"):
-            problems.append(f"unexpected argument {word!r}: options are written --group.field value")
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]], recipe: str | None) -> Config:
+    """The configuration from settings that are right one by one; a later one stands over an earlier one.
+
+    Raises:
+        UserError: a split's layout without a path.
+    """
+    nested = _nested([(key, value) for key, value in settings if not _is_peft_option(key)])
+    for split in SPLITS:
+        layout = nested.get("data", {}).get(split.partition(".")[2])
+        if isinstance(layout, dict) and not layout.get("path"):
+            raise UserError(f"{split} has a layout and no path: --{split} FILE")
+    namespace = parser.instantiate(parser.parse_object(nested))
+    config = Config(**{group: namespace[group] for group in GROUPS}, recipe=recipe)
+    options = {key.removeprefix("peft."): value for key, value in settings if _is_peft_option(key)}
+    peft = dataclasses.replace(config.peft, options=options, peft_type=config.peft.peft_type.upper())
+    return dataclasses.replace(config, peft=peft, data=_with_text_labels(config.data))
+
+
+def _command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """Values of `--key value` and `--key=value`, the last of each; what is neither is added to `problems`."""
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        key, equals, value = words.pop(0).partition("=")
+        if not key.startswith("--"):
+            problems.append(f"unexpected argument {key!r}: options are written --group.field value")
             continue
-        key, equals, value = word[2:].partition("=")
         if not equals:
-            following = next(words, None)
-            if following is None:
-                problems.append(f"--{key} needs a value")
+            if not words or words[0].startswith("--"):
+                problems.append(f"{key} needs a value")
                 continue
-            value = following
-        yield key, value
+            value = words.pop(0)
+        key = key.removeprefix("--")
+        if key == "recipe" and "recipe" in given:
+            problems.append("--recipe is given twice")
+        try:
+            value.encode()
+            given[key] = _value(key, value)
+        except UnicodeEncodeError:
+            problems.append(f"{key}: {value!r} is not UTF-8")
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+    # a split's path first: `--data.test.label_column y --data.test x.csv` belongs together in either order
+    return dict(sorted(given.items(), key=lambda item: item[0].count(".") > 1))
+
+
+def _value(key: str, text: str) -> Any:
+    """A value of the command line. PEFT's options, lists and mappings are YAML; the rest is read by its type."""
+    kind = _TYPES.get(key, "")
+    opening = ("{",) if "Source" in kind else ("{", "[") if "[" in kind else ()
+    return _yaml(text) if _is_peft_option(key) or (opening and text.startswith(opening)) else text
+
+
+def _is_peft_option(key: str) -> bool:
+    return key.startswith("peft.") and key not in _TYPES and key not in {"peft.", "peft.options"}
+
+
+def _fit(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]]) -> bool:
+    """Whether settings have known names and right types. PEFT's are checked against its own class in model.py."""
+    ours = [(key, value) for key, value in settings if not _is_peft_option(key)]
+    if not all(key in _TYPES for key, _ in ours):
+        return False
+    try:
+        parser.parse_object(_nested(ours))
+    except (jsonargparse.ArgumentError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _problem_of(parser: jsonargparse.ArgumentParser, key: str, value: Any) -> str | None:
     """What is wrong with one setting, or None."""
-    known = option_names()
-    group, _, name = key.partition(".")
-    is_source_field = group == "data" and name.split(".")[0] in {"train", "validation", "test"}
-    if key not in known and not is_source_field:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-            name or key, [option.partition(".")[2] for option in known], n=1
-        )
-        full = [option for option in known if near and (option == near[0] or option.endswith("." + near[0]))]
-        hint = f"; nearest: {full[0]}" if full else f"; groups: {', '.join(GROUPS)}"
-        return f"unknown option {key!r}{hint}"
     # one field of a split's own layout is no Source by itself: the path that completes it stands elsewhere
-    context = {key.rpartition(".")[0] + ".path": "file"} if key.count(".") == 2 else {}
-    try:
-        parser.parse_object(_nested({**context, key: value}))
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        expected = [line.strip(" -") for line in str(error).splitlines() if "xpected" in line or "accept" in line]
-        wanted = " or ".join(line.split("Got value")[0].replace("Expected a ", "").strip(" .") for line in expected)
-        return f"{key}: {value!r} does not fit; wanted {_plain_type(wanted) or str(error).splitlines()[0]}"
-    return None
+    context = [(key.rpartition(".")[0] + ".path", "file")] if key.count(".") == 2 else []
+    if _fit(parser, [*context, (key, value)]):
+        return None
+    if key not in _TYPES:
+        return f"unknown option {key!r}; {_nearest(key)}"
+    hint = f"; write [{value}]" if _TYPES[key].startswith("list") and isinstance(value, str) else ""
+    return f"{key}: {value!r} does not fit; wanted {_in_words(_TYPES[key])}{hint}"
 
 
-def _plain_type(text: str) -> str:
-    """jsonargparse's words for a type, without the Python around it."""
-    for old, new in (("<class '", ""), ("'>", ""), ("typing.", ""), ("NoneType", "null"), ("Literal", "one of ")):
-        text = text.replace(old, new)
-    return text
+def _nearest(key: str) -> str:
+    """The option most like an unknown one, by its whole name, else by its last part."""
+    options = list(_TYPES) if key.count(".") > 1 else option_names()
+    last_parts = {option.rpartition(".")[2]: option for option in reversed(options)}
+    near = difflib.get_close_matches(key, options, n=1, cutoff=0.8)
+    near = near or difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
+    if near:
+        return f"nearest: {last_parts.get(near[0], near[0])}"
+    group = key.partition(".")[0]
+    fields = [option.partition(".")[2] for option in option_names() if option.startswith(f"{group}.")]
+    return f"{group} has {', '.join(fields)}" if fields else f"groups: {', '.join(GROUPS)}"
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} -> {"a": {"b": 1}}"""
+def _in_words(kind: str) -> str:
+    """'Literal["a", "b"] | None' -> 'a or b or null'"""
+    choices = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace('"', "").replace(", ", " | "), kind)
+    return choices.replace(" | Source", "").replace(" | ", " or ").replace("None", "null")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"data.test": {"path": "x.csv"}} -> {"data.test.path": "x.csv"}; other settings stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in SPLITS and isinstance(value, dict):
+            flat |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _nested(flat: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """[("a.b", 1)] -> {"a": {"b": 1}}"""
     nested: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in flat:
         *parents, last = key.split(".")
         level = nested
         for parent in parents:
-            inner = level.setdefault(parent, {})
+            inner = level.get(parent, {})
             # `data.test: x.csv` in a recipe, then `--data.test.label_column y`: the recipe's path stays
-            level[parent] = {"path": inner} if isinstance(inner, str) else inner
+            level[parent] = inner if isinstance(inner, dict) else {"path": inner}
             level = level[parent]
         level[last] = value
     return nested
@@ -435,56 +503,85 @@ def _recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def _recipe_name(recipe: str | None) -> str | None:
-    return Path(recipe).stem if recipe else None
-
-
 def _recipe_path(recipe: str) -> Path:
     path = Path(recipe)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if not path.is_file():
-            raise UserError(f"--recipe: no file {recipe!r}")
+            raise UserError("no such file")
         return path.resolve()
     if recipe not in _recipe_names():
         near = difflib.get_close_matches(recipe, _recipe_names(), n=1, cutoff=0.4)
         hint = f"nearest: {near[0]}" if near else f"shipped: {', '.join(_recipe_names())}"
-        raise UserError(f"--recipe: unknown recipe {recipe!r}; {hint} (or give the path of a .yaml file)")
+        raise UserError(f"no such recipe; {hint} (or give the path of a .yaml file)")
     return RECIPES / f"{recipe}.yaml"
 
 
-def _yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it: `1e-4` is a number and `no` a word, unlike in plain PyYAML.
-
-    Raises:
-        UserError: not YAML.
-    """
-    try:
-        return jsonargparse.get_loader("yaml")(text)
-    except Exception as error:
-        raise UserError(f"not readable as YAML: {' '.join(str(error).split())[:200]}") from None
-
-
-def _recipe_settings(path: Path) -> dict[str, Any]:
+def _recipe_settings(recipe: str | None, problems: list[str]) -> dict[str, Any]:
     """A recipe's settings as {"group.field": value}; its relative paths that exist beside it are made absolute."""
+    if recipe is None:
+        return {}
     try:
-        groups = _yaml(path.read_text(encoding="utf-8"))
+        path = _recipe_path(recipe)
+        groups = _yaml(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(groups, dict) or not all(isinstance(values, dict | None) for values in groups.values()):
+            raise UserError(f"it must hold groups of settings ({', '.join(GROUPS)})")
     except (OSError, UnicodeDecodeError, UserError) as error:
-        raise UserError(f"--recipe: cannot read {path}: {error}") from None
-    if not isinstance(groups, dict) or not all(isinstance(values, dict) for values in groups.values()):
-        raise UserError(f"--recipe: {path} must hold groups of settings ({', '.join(GROUPS)})")
-    flat = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
-    for key in ("data.train", "data.validation", "data.test", "model.name"):
-        value = flat.get(key)
-        if isinstance(value, str):
-            flat[key] = _beside(path, value)
-        elif isinstance(value, dict) and isinstance(value.get("path"), str):
-            flat[key] = {**value, "path": _beside(path, value["path"])}
+        problems.append(f"--recipe {recipe}: {error}")
+        return {}
+    flat = _flat(
+        {f"{group}.{name}": value for group, values in groups.items() for name, value in (values or {}).items()}
+    )
+    for key in ("model.name", *SPLITS, *(f"{split}.path" for split in SPLITS)):
+        if isinstance(flat.get(key), str):
+            flat[key] = _beside(path, flat[key])
     return flat
 
 
 def _beside(recipe: Path, value: str) -> str:
-    if not Path(value).is_absolute() and next(recipe.parent.glob(value), None) is not None:
-        return str(recipe.parent / value)
+    here = recipe.parent / value
+    if value and not Path(value).is_absolute() and (here.exists() or glob.glob(str(here))):
+        return str(here)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `no` is a word and `1e-4` a number. A key twice in one mapping is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in pairs if tag.endswith((":null", ":merge"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{twice!r} stands twice in line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever some YAML reader could take for a number or a truth value: "1e-4", "no"."""
+
+
+_FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|nan)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|false|False)$"), list("tTfF"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _yaml(text: str) -> Any:
+    """YAML text -> plain values.
+
+    Raises:
+        UserError: not YAML, or nothing a setting could hold.
+    """
+    try:
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str)  # refuses an alias that leads back to itself
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"not readable as YAML: {' '.join(str(error).split())[:200]}") from None
     return value
 
 
@@ -507,59 +604,58 @@ def _with_text_labels(data: DataConfig) -> DataConfig:
 
 def _impossible(config: Config) -> Iterator[str]:
     """Values out of range and combinations that cannot work, a line each."""
-    data, optim, evaluation = config.data, config.optim, config.evaluation
-    at_least = {
-        "run.seed": (config.run.seed, 0),
-        "data.max_length": (data.max_length, 4),
-        "batch.size": (config.batch.size, 1),
-        "batch.max_tokens": (config.batch.max_tokens, 1),
-        "batch.eval_max_tokens": (config.batch.eval_max_tokens, 1),
-        "peft.max_trainable_parameters": (config.peft.max_trainable_parameters, 1),
-        "optim.learning_rate": (optim.learning_rate, 0),
-        "optim.weight_decay": (optim.weight_decay, 0),
-        "optim.eps": (optim.eps, 0),
-        "optim.epochs": (optim.epochs, 1),
-        "optim.max_steps": (optim.max_steps, 1),
-        "evaluation.every_steps": (evaluation.every_steps, 1),
-        "evaluation.patience": (evaluation.patience, 1),
-        "checkpoint.every_steps": (config.checkpoint.every_steps, 1),
-        "checkpoint.keep_last": (config.checkpoint.keep_last, 2),
-        "tracking.every_steps": (config.tracking.every_steps, 1),
-    }
-    for key, (value, least) in at_least.items():
-        if value is not None and not (least <= value < float("inf")):
-            yield f"{key}: {value} must be at least {least}"
-    below_one = {
-        "data.validation_fraction": data.validation_fraction,
-        "model.dropout": config.model.dropout,
-        "optim.label_smoothing": optim.label_smoothing,
-        "optim.betas": max(optim.betas),
-        "optim.betas ": min(optim.betas),
-    }
-    for key, fraction in below_one.items():
-        if fraction is not None and not 0 <= fraction < 1:
-            yield f"{key.strip()}: {fraction} must be in [0, 1)"
-    for key, fraction in {
-        "optim.warmup_fraction": optim.warmup_fraction,
-        "optim.final_lr_fraction": optim.final_lr_fraction,
-    }.items():
-        if not 0 <= fraction <= 1:
-            yield f"{key}: {fraction} must be in [0, 1]"
-    if optim.max_grad_norm is not None and not 0 < optim.max_grad_norm < float("inf"):
-        yield f"optim.max_grad_norm: {optim.max_grad_norm} must be above 0 (null = no clipping)"
+    yield from _out_of_range(config)
+    data, optim = config.data, config.optim
     if optim.final_lr_fraction and optim.schedule != "cosine_annealing":
         yield f"optim.final_lr_fraction belongs to schedule cosine_annealing, not to {optim.schedule}"
     if optim.name == "sgd" and config.run.precision == "fp16":
         yield "optim.name sgd with run.precision fp16: gradients this small are lost; use bf16 or adamw"
-    if data.train is None:
+    if not data.train:
         yield "data.train is missing: --data.train FILE (csv, tsv, json, jsonl, parquet) or hub id, or a --recipe"
-    if not data.text_columns:
-        yield "data.text_columns is empty: name at least one column"
-    texts = [*data.text_columns, *(data.text_pair_columns or [])]
-    if data.label_column in texts:
-        yield f"data.label_column {data.label_column!r} is also a text column"
-    if data.validation is None and data.validation_fraction == 0 and evaluation.patience is not None:
+    for key, layout in {"data": data, **{split: getattr(data, split.partition(".")[2]) for split in SPLITS}}.items():
+        if layout == "" and key != "data.train":
+            yield f"{key} is empty; null = none"
+        if isinstance(layout, DataConfig | Source):
+            yield from _impossible_layout(key, layout)
+    if data.validation is None and data.validation_fraction == 0 and config.evaluation.patience is not None:
         yield "evaluation.patience needs a validation split; data.validation_fraction is 0"
     name = run_name(config)
-    if name in {".", ".."} or "/" in name or "\\" in name or "\0" in name:
-        yield f"run.name: {name!r} must be a folder name, not a path (see run.output_dir)"
+    if name in {".", ".."} or config.run.name == "" or set(name) & set("/\\\0\n") or len(name.encode()) > 200:
+        yield f"run.name: {config.run.name!r} must be a folder name, not a path (see run.output_dir)"
+
+
+def _out_of_range(config: Config) -> Iterator[str]:
+    def value_of(key: str) -> Any:
+        group, _, name = key.partition(".")
+        return getattr(getattr(config, group), name)
+
+    for key, least in AT_LEAST.items():
+        value = value_of(key)
+        if value is not None and not least <= value < float("inf"):
+            yield f"{key}: {value} must be at least {least}"
+    for key in BELOW_ONE:
+        if value_of(key) is not None and not 0 <= value_of(key) < 1:
+            yield f"{key}: {value_of(key)} must be in [0, 1)"
+    for key in UP_TO_ONE:
+        if not 0 <= value_of(key) <= 1:
+            yield f"{key}: {value_of(key)} must be in [0, 1]"
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        yield f"optim.betas: {list(config.optim.betas)} must be in [0, 1)"
+    limit = config.optim.max_grad_norm
+    if limit is not None and not 0 < limit < float("inf"):
+        yield f"optim.max_grad_norm: {limit} must be above 0 (null = no clipping)"
+    if config.run.seed >= 2**63:
+        yield f"run.seed: {config.run.seed} must be below 2**63"
+
+
+def _impossible_layout(key: str, layout: DataConfig | Source) -> Iterator[str]:
+    if layout.text_columns == []:
+        yield f"{key}.text_columns is empty: name at least one column"
+    if layout.label_column in [*(layout.text_columns or []), *(layout.text_pair_columns or [])]:
+        yield f"{key}.label_column {layout.label_column!r} is also a text column"
+    names = layout.label_names
+    listed = list(names.values()) if isinstance(names, dict) else names or []
+    if names is not None and (not listed or not all(str(name).strip() for name in listed)):
+        yield f"{key}.label_names: {names!r} has no name, or an empty one"
+    if isinstance(names, list) and len(set(names)) < len(names):
+        yield f"{key}.label_names: {next(n for n in names if names.count(n) > 1)!r} stands twice"

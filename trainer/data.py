@@ -16,15 +16,17 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +36,7 @@ from trainer.config import DataConfig, Source, UserError
 FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
 SHOWN = 5  # how many rows an error names
+_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ class Examples:
     def fingerprint(self) -> str:
         """SHA-256 over tokens, boundaries and labels: equal exactly where two splits train alike."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.labels):
+        types = () if self.token_types is None else (self.token_types,)
+        for array in (self.tokens, self.offsets, self.labels, *types):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -127,29 +131,14 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     Raises:
         UserError: anything wrong with the data, every split's problem on a line of its own.
     """
-    raw: dict[str, _Table] = {}
-    problems: list[str] = []
-    for name in ("train", "validation", "test"):
-        source = getattr(config, name)
-        if source is not None:
-            try:
-                raw[name] = _read(name, _completed(source, config))
-            except UserError as error:
-                problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    label_names = _label_names(raw["train"])
-    splits: dict[str, TextSplit] = {}
     warnings: list[str] = []
-    for name, table in raw.items():
-        try:
-            splits[name] = _checked(table, label_names, warnings)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    named = [name for name in ("train", "validation", "test") if getattr(config, name) is not None]
+    tables = _for_each(named, lambda name: _read(name, _completed(getattr(config, name), config)))
+    label_names = _label_names(tables["train"], warnings)
+    splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
     if "validation" not in splits and config.validation_fraction > 0:
-        splits = {**_hold_out(splits["train"], config.validation_fraction, seed), **_without(splits, "train")}
+        held = _hold_out(splits["train"], config.validation_fraction, seed)
+        splits = held | {name: split for name, split in splits.items() if name not in held}
     _check_classes(splits["train"], label_names, warnings)
     return Corpus(label_names, splits, warnings)
 
@@ -182,21 +171,33 @@ def tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: i
     """
     with_types = split.text_pairs is not None and "token_type_ids" in tokenizer.model_input_names
     key = _cache_key(split, tokenizer, max_length)
-    table = _cached_map(split, key, quiet, lambda batch: _encode(batch, tokenizer, max_length, with_types))
-    tokens = [chunk.values.to_numpy() for chunk in _sliced(table.data.column("input_ids"))]
-    lengths = np.concatenate([np.diff(chunk.offsets) for chunk in _sliced(table.data.column("input_ids"))])
-    types = [chunk.values.to_numpy() for chunk in _sliced(table.data.column("token_type_ids"))] if with_types else None
-    lengths = lengths.astype(np.int64)
+    table = _cached_map(split, key, quiet, lambda batch: _encode(batch, tokenizer, max_length, with_types)).data
+    lengths = pa.compute.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
+    types = pa.compute.list_flatten(table.column("token_type_ids")).to_numpy() if with_types else None
     return Examples(
-        tokens=np.concatenate(tokens) if len(tokens) > 1 else tokens[0],
+        tokens=pa.compute.list_flatten(table.column("input_ids")).to_numpy(),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        token_types=np.concatenate(types) if types is not None else None,
+        token_types=types,
         labels=split.labels if split.labels is not None else np.zeros(len(split), dtype=np.int64),
         lengths=lengths,
     )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _for_each(names: Iterable[str], part: Callable[[str], _Part]) -> dict[str, _Part]:
+    """{name: part(name)}; what is wrong with several is said together."""
+    parts: dict[str, _Part] = {}
+    problems: list[str] = []
+    for name in names:
+        try:
+            parts[name] = part(name)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,10 @@ class _Table:
     """names a hub data set gives its class numbers"""
     has_labels: bool = True
 
-    def row(self, index: int) -> str:
-        return f"row {index + 1}"
+    @property
+    def where(self) -> str:
+        """The option that named this table."""
+        return f"data.{self.name}" if self.name != "input" else "--input"
 
 
 def _completed(source: str | Source, config: DataConfig) -> Source:
@@ -262,7 +265,9 @@ def _read(name: str, layout: Source, labels_required: bool = True, extra: str | 
 
 
 def _read_files(where: str, layout: Source) -> dict[str, list[Any]]:
-    paths = sorted(glob.glob(layout.path)) if glob.has_magic(layout.path) else [layout.path]
+    paths = [layout.path]
+    if glob.has_magic(layout.path) and not Path(layout.path).is_file():  # a file may really be called [a].csv
+        paths = sorted(glob.glob(layout.path))
     if not paths:
         raise UserError(f"{where}: no file matches {layout.path!r}")
     columns: dict[str, list[Any]] = {}
@@ -276,7 +281,7 @@ def _read_files(where: str, layout: Source) -> dict[str, list[Any]]:
             raise UserError(f"{where}: no file {path!r}")
         try:
             part = _READERS[kind](path, layout.column_names)
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
             raise UserError(f"{where}: {path}: {_reason(path, error)}") from None
         if columns and set(part) != set(columns):
             raise UserError(f"{where}: {path} has other columns than {paths[0]}")
@@ -325,7 +330,11 @@ def _read_json(path: str, column_names: list[str] | None) -> dict[str, list[Any]
         if path.lower().endswith(".jsonl"):
             records = list(_json_lines(file))
         else:
-            records = json.load(file)
+            try:
+                records = json.load(file)
+            except json.JSONDecodeError as error:
+                hint = " (one object a line? call it .jsonl)" if error.msg == "Extra data" else ""
+                raise ValueError(f"{error}{hint}") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError("must hold objects: a list of them (.json) or one a line (.jsonl)")
     names = list(dict.fromkeys(name for record in records for name in record))
@@ -342,7 +351,11 @@ def _json_lines(file: Any) -> Iterator[Any]:
 
 
 def _read_parquet(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
-    return dict(pyarrow.parquet.read_table(path).to_pydict())
+    # not read_table, which would make a column of a folder called label=1
+    table = pyarrow.parquet.ParquetFile(path).read()
+    if len(set(table.column_names)) < table.num_columns:
+        raise ValueError(f"two columns have the same name in {table.column_names}")
+    return dict(table.to_pydict())
 
 
 _READERS: dict[str, Callable[[str, list[str] | None], dict[str, list[Any]]]] = {
@@ -361,7 +374,7 @@ def _read_hub(where: str, split_name: str, spec: str) -> tuple[dict[str, list[An
     name, settings = ("/".join(parts[:2]), "/".join(parts[2:]) or None) if len(parts) > 1 else (path, None)
     try:
         table = datasets.load_dataset(name, settings, split=split or split_name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # as its loaders raise them
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{where}: {spec!r} is no local file, and as a hub data set it is neither cached nor reachable ({reason})\n"
@@ -383,22 +396,24 @@ def _label_text(value: Any) -> str | None:
     return str(value).strip() or None
 
 
-def _label_names(train: _Table) -> list[str]:
-    """Class names in order: as configured, else as the hub says, else as found in train, sorted.
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?[0-9]{1,9}", text) is not None
 
-    Raises:
-        UserError: two classes of one name.
-    """
-    configured = train.layout.label_names
-    if isinstance(configured, dict):
-        return [str(name) for name in dict.fromkeys(configured.values())]
-    if names := configured or train.class_names:
-        repeated = [name for name, count in Counter(names).items() if count > 1]
-        if repeated:
-            raise UserError(f"data.label_names: {repeated[0]!r} stands twice")
-        return [str(name) for name in names]
-    found = {text for text in map(_label_text, train.columns[train.layout.label_column or ""]) if text is not None}
-    return sorted(found, key=lambda text: (0, int(text), text) if text.lstrip("-").isdigit() else (1, 0, text))
+
+def _label_names(train: _Table, warnings: list[str]) -> list[str]:
+    """Class names in order: as configured, else as the hub says, else as found in train, sorted."""
+    configured = train.layout.label_names or train.class_names
+    if configured:
+        names = configured.values() if isinstance(configured, dict) else configured
+        return [str(name) for name in dict.fromkeys(names)]
+    values = train.columns[train.layout.label_column or ""]
+    found = {text for text in map(_label_text, values) if text is not None}
+    if len(found) > max(20, len(values) // 2):
+        warnings.append(
+            f"{train.where} has {len(found)} classes in {len(values)} rows; does column "
+            f"{train.layout.label_column!r} hold the classes (data.label_column)?"
+        )
+    return sorted(found, key=lambda text: (0, int(text), text) if _is_number(text) else (1, 0, text))
 
 
 def _checked(table: _Table, label_names: list[str], warnings: list[str]) -> TextSplit:
@@ -407,87 +422,105 @@ def _checked(table: _Table, label_names: list[str], warnings: list[str]) -> Text
     Raises:
         UserError: empty texts, missing or unknown labels; how many, and the first rows.
     """
-    where = f"data.{table.name}" if table.name != "input" else "--input"
-    texts = _joined(where, table, table.layout.text_columns or [])
-    pairs = _joined(where, table, table.layout.text_pair_columns) if table.layout.text_pair_columns else None
+    texts = _joined(table, table.layout.text_columns or [])
+    pairs = _joined(table, table.layout.text_pair_columns) if table.layout.text_pair_columns else None
     labels = None
     if table.has_labels:
-        values = [_label_text(value) for value in table.columns[table.layout.label_column or ""]]
-        _refuse_missing(where, "label", [i for i, value in enumerate(values) if value is None], table)
-        labels = _class_numbers(where, table, [value or "" for value in values], label_names, warnings)
+        column = table.layout.label_column or ""
+        _refuse_what_is_no_text(table, column)
+        values = [_label_text(value) for value in table.columns[column]]
+        _refuse_missing(table, "label", [i for i, value in enumerate(values) if value is None])
+        labels = _class_numbers(table, [value or "" for value in values], label_names, warnings)
     return TextSplit(table.name, table.source, texts, pairs, labels, np.arange(len(texts)))
 
 
-def _joined(where: str, table: _Table, columns: Sequence[str]) -> list[str]:
+def _joined(table: _Table, columns: Sequence[str]) -> list[str]:
     parts: list[list[str]] = []
     for column in columns:
-        values = table.columns[column]
-        wrong = next((i for i, v in enumerate(values) if isinstance(v, (list, dict, bytes))), None)
-        if wrong is not None:
-            raise UserError(f"{where}: {table.source} {table.row(wrong)}: column {column!r} holds no text")
-        parts.append(["" if value is None or value != value else str(value).strip() for value in values])
+        _refuse_what_is_no_text(table, column)
+        parts.append(["" if v is None or v != v else str(v).strip() for v in table.columns[column]])
     texts = [" ".join(filter(None, row)) for row in zip(*parts, strict=True)]
-    _refuse_missing(where, f"text ({', '.join(columns)})", [i for i, text in enumerate(texts) if not text], table)
+    _refuse_missing(table, f"text ({', '.join(columns)})", [i for i, text in enumerate(texts) if not text])
     return texts
 
 
-def _refuse_missing(where: str, what: str, rows: list[int], table: _Table) -> None:
+def _refuse_what_is_no_text(table: _Table, column: str) -> None:
+    for index, value in enumerate(table.columns[column]):
+        if isinstance(value, list | dict | bytes):
+            kind = f"a {type(value).__name__}, no text"
+        elif isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+            kind = "half a character (a lone surrogate such as \\ud83d)"
+        else:
+            continue
+        raise UserError(f"{table.where}: {table.source}: row {index + 1}: column {column!r} holds {kind}")
+
+
+def _refuse_missing(table: _Table, what: str, rows: list[int]) -> None:
     if rows:
         first = ", ".join(str(row + 1) for row in rows[:SHOWN])
         more = ", ..." if len(rows) > SHOWN else ""
         count = f"{len(rows)} row{'s have' if len(rows) > 1 else ' has'}"
-        raise UserError(f"{where}: {table.source}: {count} an empty or missing {what}: row {first}{more}")
+        raise UserError(f"{table.where}: {table.source}: {count} an empty or missing {what}: row {first}{more}")
 
 
-def _class_numbers(
-    where: str, table: _Table, values: list[str], label_names: list[str], warnings: list[str]
-) -> np.ndarray:
-    """Values of the label column -> class numbers [N].
-
-    A split is read in one way throughout: through its own mapping, or all as names, or all as numbers counted from 0.
-    So a file counted from 1 never slips through a file counted from 0.
-    """
-    names = {name: i for i, name in enumerate(label_names)}
-    mapping = table.layout.label_names
+def _class_numbers(table: _Table, values: list[str], label_names: list[str], warnings: list[str]) -> np.ndarray:
+    """Values of the label column -> class numbers [N]."""
     found = set(values)
-    if isinstance(mapping, dict) and (found <= set(mapping) or not found <= set(names)):
-        meaning = {str(value): names[str(name)] for value, name in mapping.items() if name in names}
-        strangers = sorted({str(name) for name in mapping.values()} - set(names))
-        if strangers:
-            raise UserError(f"{where}: label_names maps to {strangers[0]!r}, which is no class of train: {_few(names)}")
-    elif found <= set(names):
-        meaning = names
-    else:
-        meaning = {str(i): i for i in range(len(label_names))}
+    meaning = _meaning(table, found, label_names)
     unknown = [i for i, value in enumerate(values) if value not in meaning]
     if unknown:
-        raise UserError(_unknown_label(where, table, values, unknown, label_names, meaning))
-    if not isinstance(mapping, dict) and found <= {str(i) for i in range(len(label_names))} and "0" not in found:
-        warnings.append(
-            f"{where}: the labels are numbers and none is 0; they were read as counted from 0 "
-            f"({', '.join(f'{value} = {label_names[meaning[value]]}' for value in sorted(found)[:4])})"
-        )
+        raise UserError(_unknown_label(table, values, unknown, label_names, meaning))
+    if _could_count_otherwise(found, meaning):
+        read = ", ".join(f"{value} = {label_names[meaning[value]]}" for value in sorted(found)[:4])
+        warnings.append(f"{table.where}: its labels could count from 0 or from 1; they were read as {read}")
     return np.array([meaning[value] for value in values], dtype=np.int64)
 
 
+def _meaning(table: _Table, found: set[str], label_names: list[str]) -> dict[str, int]:
+    """What the values of a label column stand for: {value: class number}.
+
+    A split is read in one way throughout: by its own mapping or its own list of names, or all as names, or all as
+    numbers counted from 0. The last only where no class is itself called by a number: classes found as 1 to 4 in train
+    never meet a test split that counts from 0.
+    """
+    names = {name: i for i, name in enumerate(label_names)}
+    own = table.layout.label_names or table.class_names or {}
+    if isinstance(own, list):
+        own = {str(i): str(name) for i, name in enumerate(own)} if [str(name) for name in own] != label_names else {}
+    if own and (found <= set(own) or not found & set(names)):
+        strangers = sorted({str(name) for name in own.values()} - set(names))
+        if strangers:
+            raise UserError(
+                f"{table.where}: label_names maps to {strangers[0]!r}, which is no class of train: {_few(names)}"
+            )
+        return {str(value): names[str(name)] for value, name in own.items()}
+    if all(map(_is_number, found)) and not any(map(_is_number, names)):
+        return {str(i): i for i in range(len(label_names))}
+    return names
+
+
+def _could_count_otherwise(found: set[str], meaning: dict[str, int]) -> bool:
+    """Whether the labels found are numbers that fit a count from 0 as well as one from 1."""
+    for first, telling in ((0, "0"), (1, str(len(meaning)))):
+        if set(meaning) == {str(first + i) for i in range(len(meaning))}:
+            return telling not in found
+    return False
+
+
 def _unknown_label(
-    where: str,
-    table: _Table,
-    values: list[str],
-    unknown: list[int],
-    label_names: list[str],
-    meaning: dict[str, int],
+    table: _Table, values: list[str], unknown: list[int], label_names: list[str], meaning: dict[str, int]
 ) -> str:
-    value = values[unknown[0]]
     message = (
-        f"{where}: {table.source}: {len(unknown)} of {len(values)} labels are unknown, first {value!r} in "
-        f"{table.row(unknown[0])}; known: {_few(meaning)}"
+        f"{table.where}: {table.source}: {len(unknown)} of {len(values)} labels are unknown, first "
+        f"{values[unknown[0]]!r} in row {unknown[0] + 1}; known: {_few(meaning)}"
     )
-    numbers = sorted(int(v) for v in set(values) if v.isdigit())
-    if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) == len(set(values)):
-        example = ", ".join(f"{numbers[0] + i}: {name}" for i, name in enumerate(label_names))
-        option = "--label_names" if where == "--input" else f"--{where}.label_names"
-        message += f"\n{where} counts its labels {numbers[0]} to {numbers[-1]}; map them: {option} '{{{example}}}'"
+    count = len(label_names)
+    counts_from = [n for n in (0, 1) if set(values) <= {str(n + i) for i in range(count)}]
+    if counts_from and count <= 20:
+        first = counts_from[0]
+        example = ", ".join(f"{first + i}: {name}" for i, name in enumerate(label_names))
+        option = "--label_names" if table.name == "input" else f"--{table.where}.label_names"
+        message += f"\n{table.where} counts its labels from {first}; map them: {option} '{{{example}}}'"
     return message
 
 
@@ -526,14 +559,11 @@ def _hold_out(train: TextSplit, fraction: float, seed: int) -> dict[str, TextSpl
     }
 
 
-def _without(splits: dict[str, TextSplit], name: str) -> dict[str, TextSplit]:
-    return {key: split for key, split in splits.items() if key != name}
-
-
 def _keys(split: TextSplit) -> Iterator[bytes]:
     pairs = split.text_pairs if split.text_pairs is not None else [""] * len(split)
     for text, pair in zip(split.texts, pairs, strict=True):
-        yield hashlib.blake2b(f"{text}\0{pair}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        # with its length, so that no text that holds a \0 reads like another pair
+        yield hashlib.blake2b(f"{len(text)}\0{text}{pair}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 # --- tokenising -------------------------------------------------------------------------------------------------------
@@ -554,58 +584,52 @@ def _encode(
 
 
 def _cache_key(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    digest = hashlib.sha256()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    # truncation is set in the backend by earlier calls, so it is not part of what the tokenizer is
-    settings = json.loads(backend.to_str()) if backend is not None else {}
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    # set by earlier calls, so not part of what the tokenizer is
     settings.pop("truncation", None)
     settings.pop("padding", None)
-    header = [type(tokenizer).__name__, settings, max_length, tokenizer.model_input_names, 1]
-    digest.update(json.dumps(header, sort_keys=True).encode())
+    header = [type(tokenizer).__name__, settings, max_length, tokenizer.model_input_names, split.text_pairs is None, 2]
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for key in _keys(split):
         digest.update(key)
     return digest.hexdigest()[:32]
 
 
 def _cached_map(split: TextSplit, key: str, quiet: bool, encode: Callable[..., dict[str, Any]]) -> datasets.Dataset:
+    """The split through `encode`, or what an earlier run kept of it."""
     columns = {"text": split.texts} | ({"text_pair": split.text_pairs} if split.text_pairs is not None else {})
     source = datasets.Dataset.from_dict(columns)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
     settings: dict[str, Any] = {
         "batched": True,
         "remove_columns": list(columns),
         "new_fingerprint": key,
         "desc": f"tokenising {split.name}",
     }
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
     if quiet or os.environ.get("LOCAL_RANK", "0") != "0":
         datasets.disable_progress_bars()
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            writable = os.access(folder, os.W_OK)
-        except OSError:
-            writable = False
-        if not writable:  # a read-only home: slower the second time, nothing worse
+        if not _is_writable(folder):  # a read-only home: slower the second time, nothing worse
             return source.map(encode, keep_in_memory=True, **settings)
         path = folder / f"{key}.arrow"
         with FileLock(f"{path}.lock"):
-            try:
-                table = source.map(encode, cache_file_name=str(path), load_from_cache_file=True, **settings)
-                assert len(table) == len(split)
-            except (pa.ArrowException, AssertionError, OSError):  # a cut or foreign cache file: made anew
-                path.unlink(missing_ok=True)
-                table = source.map(encode, cache_file_name=str(path), load_from_cache_file=False, **settings)
-        return table
+            if path.exists() and not _is_complete(path, len(split)):
+                path.unlink()
+            return source.map(encode, cache_file_name=str(path), load_from_cache_file=True, **settings)
     finally:
         datasets.enable_progress_bars()
 
 
-def _sliced(column: pa.ChunkedArray) -> list[Any]:
-    """Chunks of a list column whose `values` hold just that chunk's items."""
-    chunks = [chunk for chunk in column.chunks if len(chunk)]
-    return [
-        pa.ListArray.from_arrays(
-            pa.array(np.asarray(chunk.offsets) - chunk.offsets[0].as_py(), type=pa.int32()), chunk.flatten()
-        )
-        for chunk in chunks
-    ]
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _is_complete(path: Path, num_examples: int) -> bool:
+    try:
+        return len(datasets.Dataset.from_file(str(path))) == num_examples
+    except (pa.ArrowException, OSError):
+        return False

@@ -1,0 +1,439 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.config import (
+    Config,
+    DataConfig,
+    Source,
+    UserError,
+    as_dict,
+    identity,
+    load_config,
+    load_finished_run,
+    main_guard,
+    option_names,
+    parse_config,
+    run_name,
+    save_config,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ["--data.train", "train.csv"]
+
+
+def parse(*arguments):
+    return parse_config([*TRAIN, *arguments])
+
+
+def problems(*arguments, train=True):
+    with pytest.raises(UserError) as error:
+        parse_config([*(TRAIN if train else []), *arguments])
+    return str(error.value)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "own.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_then_recipe_then_command_line(recipe):
+    path = recipe("data: {train: a.csv}\nbatch: {size: 7}\noptim: {epochs: 5, learning_rate: 1e-4}\npeft: {r: 2}\n")
+    config = parse_config(["--optim.epochs", "9", "--recipe", str(path), "--peft.r", "3"])
+    assert config.optim.weight_decay == Config().optim.weight_decay
+    assert config.batch.size == 7
+    assert config.optim.learning_rate == 1e-4
+    assert config.optim.epochs == 9
+    assert config.peft.options == {"r": 3}
+    assert config.recipe == "own"
+
+
+def test_equals_sign_and_the_last_of_two():
+    config = parse("--batch.size=4", "--batch.size", "5", "--run.name=a=b")
+    assert (config.batch.size, config.run.name) == (5, "a=b")
+
+
+def test_value_that_begins_with_dashes_needs_the_equals_sign():
+    assert parse("--run.name=--x").run.name == "--x"
+    assert problems("--run.name", "--run.seed", "5") == "--run.name needs a value"
+    assert problems("--run.name") == "--run.name needs a value"
+    assert parse("--run.name", "-5").run.name == "-5"
+
+
+def test_recipe_given_twice_is_refused():
+    assert problems("--recipe", "quickstart", "--recipe", "quickstart") == "--recipe is given twice"
+
+
+def test_recipe_paths_are_relative_to_the_recipe(tmp_path, recipe, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for name in ("train.csv", "[odd].csv", "part-1.csv"):
+        (tmp_path / "data" / name).write_text("text,label\n")
+    (tmp_path / "backbone").mkdir()
+    path = recipe(
+        "data: {train: data/train.csv, validation: 'data/[odd].csv', test: {path: 'data/part-*.csv'}}\n"
+        "model: {name: backbone}\n"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = parse_config(["--recipe", str(path)])
+    assert config.data.train == str(tmp_path / "data" / "train.csv")
+    assert config.data.validation == str(tmp_path / "data" / "[odd].csv")
+    assert config.data.test.path == str(tmp_path / "data" / "part-*.csv")
+    assert config.model.name == str(tmp_path / "backbone")
+    assert parse_config(["--recipe", "../own.yaml"]) == config
+
+
+def test_recipe_leaves_hub_ids_and_absolute_paths_alone(recipe):
+    path = recipe("data: {train: owner/name, test: /no/such.csv}\nmodel: {name: FacebookAI/roberta-base}\n")
+    config = parse_config(["--recipe", str(path)])
+    assert (config.data.train, config.data.test) == ("owner/name", "/no/such.csv")
+    assert config.model.name == "FacebookAI/roberta-base"
+
+
+def test_command_line_paths_are_left_alone():
+    assert parse("--data.test", "quickstart/test.csv", "--recipe", "quickstart").data.test == "quickstart/test.csv"
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_yaml_numbers_and_words(recipe):
+    path = recipe(
+        "run: {precision: no, name: '1e5', quiet: true}\ndata: {train: x, label_names: [yes, no, on, 007]}\n"
+        "optim: {learning_rate: 1e-4, eps: 1E-9, weight_decay: 0}\nmodel: {dropout: .5}\npeft: {x: 2e-3, y: off}\n"
+    )
+    config = parse_config(["--recipe", str(path)])
+    assert config.run.precision == "no" and config.run.name == "1e5" and config.run.quiet is True
+    assert config.data.label_names == ["yes", "no", "on", "007"]
+    assert (config.optim.learning_rate, config.optim.eps, config.model.dropout) == (1e-4, 1e-9, 0.5)
+    assert config.optim.weight_decay == 0
+    assert config.peft.options == {"x": 2e-3, "y": "off"}
+
+
+def test_command_line_values_are_read_by_type():
+    config = parse(
+        "--optim.learning_rate", "1e-4", "--run.precision", "no", "--run.name", "2024", "--optim.max_grad_norm", "null",
+        "--data.text_columns", "[title, body]", "--data.label_names", "[no, yes]", "--optim.betas", "[0.8, 0.9]",
+        "--optim.class_weights", "{a: 2, no: 0.5}", "--tracking.backends", "[]", "--run.quiet", "true",
+        "--peft.target_modules", "[query, value]", "--peft.lora_dropout", "1e-1", "--peft.bias", "none",
+        "--peft.peft_type", "ia3",
+    )  # fmt: skip
+    assert config.optim.learning_rate == 1e-4
+    assert config.run.precision == "no" and config.run.name == "2024" and config.run.quiet is True
+    assert config.optim.max_grad_norm is None
+    assert config.data.text_columns == ["title", "body"] and config.data.label_names == ["no", "yes"]
+    assert config.optim.betas == (0.8, 0.9) and config.optim.class_weights == {"a": 2, "no": 0.5}
+    assert config.tracking.backends == []
+    assert config.peft.options == {"target_modules": ["query", "value"], "lora_dropout": 0.1, "bias": "none"}
+    assert config.peft.peft_type == "IA3"
+
+
+def test_label_mappings_have_text_keys(recipe):
+    mapping = {"1": "World", "2": "Sports"}
+    assert parse("--data.label_names", "{1: World, 2: Sports}").data.label_names == mapping
+    path = recipe("data: {train: x, label_names: {1: World, 2: Sports}, test: {path: y, label_names: {1: 0, 2: 5}}}")
+    config = parse_config(["--recipe", str(path)])
+    assert config.data.label_names == mapping
+    assert config.data.test.label_names == {"1": "0", "2": "5"}
+    assert parse("--data.label_names", "[1, 2]").data.label_names == ["1", "2"]
+
+
+@pytest.mark.parametrize("names", ["[1, 2.0]", "[a, null]", "[a, true]", "{1: null}", "[[a]]"])
+def test_label_names_are_texts_or_whole_numbers(names):
+    assert "data.label_names" in problems("--data.label_names", names)
+
+
+def test_a_split_of_its_own_layout(recipe):
+    expected = Source("x.csv", label_column="y", label_names={"1": "a"})
+    fields = ["--data.test.label_column", "y", "--data.test.label_names", "{1: a}"]
+    assert parse("--data.test", "x.csv", *fields).data.test == expected
+    assert parse(*fields, "--data.test", "x.csv").data.test == expected
+    assert parse(*fields, "--data.test.path", "x.csv").data.test == expected
+    assert parse("--data.test", "{path: x.csv, label_column: y, label_names: {1: a}}").data.test == expected
+    path = recipe("data: {train: t, test: x.csv}")
+    assert parse_config(["--recipe", str(path), *fields]).data.test == expected
+    path = recipe("data: {train: t, test: {path: x.csv, label_column: z, label_names: {1: a}}}")
+    assert parse_config(["--recipe", str(path), *fields[:2]]).data.test == expected
+    # another file is another layout
+    assert parse_config(["--recipe", str(path), "--data.test", "other.csv"]).data.test == "other.csv"
+
+
+@pytest.mark.parametrize("name", ["[a].csv", "[a", "a b.csv", "1", "é.csv"])
+def test_paths_are_never_read_as_yaml(name):
+    assert parse("--data.test", name).data.test == name
+
+
+def test_repeated_field_of_yaml_is_refused(recipe):
+    for text in ("data: {train: x}\ndata: {test: y}", "data:\n  train: x\n  train: y", "peft: {p: {a: 1, a: 2}}"):
+        assert "stands twice" in problems("--recipe", str(recipe(text)))
+    assert "data.label_names: " in problems("--data.label_names", "{1: a, 1: b}")
+
+
+def test_anchors_and_merges_work_and_loops_are_refused(recipe):
+    path = recipe("data: &d {train: x, label_names: &n [a, b]}\npeft: {modules: *n}\n")
+    assert parse_config(["--recipe", str(path)]).peft.options == {"modules": ["a", "b"]}
+    assert "not readable as YAML" in problems("--peft.x", "&a [*a]")
+    assert "not readable as YAML" in problems("--peft.x", "[" * 5000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- a\n- b", "word", "", "data:\n\ttrain: x", "data: [x]", b"\xff\xfe", "a: !!python/object/apply:os.system [ls]",
+     "data: {train: x}\n---\nrun: {}", "recipe: quickstart", "data: 'x"],
+)  # fmt: skip
+def test_what_is_no_recipe(recipe, text):
+    path = recipe(text)
+    message = problems("--recipe", str(path))
+    assert message.startswith(f"--recipe {path}: ") and "\n" not in message
+
+
+def test_recipe_with_byte_order_mark_and_empty_group(recipe):
+    path = recipe(b"\xef\xbb\xbfdata:\r\n  train: x\r\nbatch:\r\n")
+    assert parse_config(["--recipe", str(path)]).data.train == "x"
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_problems_at_once(recipe):
+    path = recipe("optim: {epochs: many}\nbatch: {sise: 3}\n")
+    message = problems("--recipe", str(path), "--optim.leaning_rate", "1", "--run.seed", "x", "word", "--peft.r", "[1,")
+    lines = message.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("unexpected argument 'word'") and lines[1].startswith("peft.r: not readable as YAML")
+    assert lines[2] == f"optim.epochs: 'many' does not fit; wanted int (in {path})"
+    assert lines[3] == f"unknown option 'batch.sise'; nearest: batch.size (in {path})"
+    assert lines[4] == "unknown option 'optim.leaning_rate'; nearest: optim.learning_rate (on the command line)"
+    assert lines[5] == "run.seed: 'x' does not fit; wanted int (on the command line)"
+
+
+def test_all_impossible_values_at_once():
+    message = problems("--batch.size", "0", "--optim.label_smoothing", "1", "--checkpoint.keep_last", "1", train=False)
+    assert [line.partition(" ")[0] for line in message.splitlines()] == [
+        "batch.size:", "checkpoint.keep_last:", "optim.label_smoothing:", "data.train",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optim.lr", "optim has name, learning_rate, "),
+        ("learning_rate", "nearest: optim.learning_rate"),
+        ("seed", "nearest: run.seed"),
+        ("batch_size", "nearest: batch.size"),
+        ("train.epochs", "nearest: optim.epochs"),
+        ("data.tset", "nearest: data.test"),
+        ("data.test.labl_names", "nearest: data.test.label_names"),
+        ("peft.options", "peft has peft_type, max_trainable_parameters"),
+        ("peft.peft_typ.x.y", ""),
+    ],
+)
+def test_unknown_option_names_the_nearest(key, nearest):
+    if key == "peft.peft_typ.x.y":  # PEFT's names are checked against PEFT's class in model.py
+        assert parse(f"--{key}", "1").peft.options == {"peft_typ.x.y": 1}
+        return
+    assert problems(f"--{key}", "1").startswith(f"unknown option {key!r}; {nearest}")
+
+
+def test_unknown_recipe_names_the_nearest():
+    assert problems("--recipe", "quikstart").startswith("--recipe quikstart: no such recipe; nearest: quickstart")
+    assert "shipped: " in problems("--recipe", "zzz") and "quickstart" in problems("--recipe", "zzz")
+    assert problems("--recipe", "no/such.yaml") == "--recipe no/such.yaml: no such file"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("batch.size", "1.5", "int"),
+        ("batch.size", "true", "int"),
+        ("optim.learning_rate", "fast", "float"),
+        ("run.precision", "tf32", "'auto' or 'no' or 'fp16' or 'bf16'"),
+        ("run.quiet", "perhaps", "bool"),
+        ("data.text_columns", "title", "list[str]; write [title]"),
+        ("data.test.label_column", "[a]", None),
+        ("optim.betas", "[0.9]", "tuple[float, float]"),
+        ("optim.class_weights", "{a: x}", "'balanced' or dict[str, float] or null"),
+    ],
+)
+def test_wrong_type_says_what_is_wanted(key, value, wanted):
+    if wanted is None:
+        assert parse("--data.test", "x", f"--{key}", value).data.test.label_column == value
+        return
+    message = problems(f"--{key}", value)
+    assert message.startswith(f"{key}: ") and message.endswith(f"does not fit; wanted {wanted} (on the command line)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run.seed", "-1"], "run.seed: -1 must be at least 0"),
+        (["--run.seed", str(2**70)], f"run.seed: {2**70} must be below 2**63"),
+        (["--data.max_length", "3"], "data.max_length: 3 must be at least 4"),
+        (["--optim.learning_rate", ".inf"], "optim.learning_rate: inf must be at least 0"),
+        (["--optim.betas", "[0.9, 1]"], "optim.betas: [0.9, 1.0] must be in [0, 1)"),
+        (["--optim.betas", "[-0.1, 0.9]"], "optim.betas: [-0.1, 0.9] must be in [0, 1)"),
+        (["--optim.warmup_fraction", "1.01"], "optim.warmup_fraction: 1.01 must be in [0, 1]"),
+        (["--data.validation_fraction", "1"], "data.validation_fraction: 1.0 must be in [0, 1)"),
+        (["--model.dropout", "-0.1"], "model.dropout: -0.1 must be in [0, 1)"),
+        (["--optim.max_grad_norm", "0"], "optim.max_grad_norm: 0.0 must be above 0 (null = no clipping)"),
+        (["--optim.final_lr_fraction", "0.1"], "optim.final_lr_fraction belongs to schedule cosine_annealing, not to "
+         "cosine"),
+        (["--optim.name", "sgd", "--run.precision", "fp16"], "optim.name sgd with run.precision fp16: gradients this "
+         "small are lost; use bf16 or adamw"),
+        (["--data.text_columns", "[]"], "data.text_columns is empty: name at least one column"),
+        (["--data.test", "{path: x, text_columns: []}"], "data.test.text_columns is empty: name at least one column"),
+        (["--data.label_column", "text"], "data.label_column 'text' is also a text column"),
+        (["--data.text_pair_columns", "[label]"], "data.label_column 'label' is also a text column"),
+        (["--data.test="], "data.test is empty; null = none"),
+        (["--data.train="], "data.train is missing: --data.train FILE (csv, tsv, json, jsonl, parquet) or hub id, or "
+         "a --recipe"),
+        (["--data.test.label_column", "x"], "data.test has a layout and no path: --data.test FILE"),
+        (["--data.label_names", "[]"], "data.label_names: [] has no name, or an empty one"),
+        (["--data.label_names", "[a, ' ']"], "data.label_names: ['a', ' '] has no name, or an empty one"),
+        (["--data.label_names", "[a, a]"], "data.label_names: 'a' stands twice"),
+        (["--data.validation_fraction", "0", "--evaluation.patience", "1"], "evaluation.patience needs a validation "
+         "split; data.validation_fraction is 0"),
+    ],
+)  # fmt: skip
+def test_impossible(arguments, message):
+    assert problems(*arguments) == message
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", "a\nb", "x" * 201])
+def test_run_name_is_one_folder(name):
+    assert problems(f"--run.name={name}") == (
+        f"run.name: {name!r} must be a folder name, not a path (see run.output_dir)"
+    )
+
+
+@pytest.mark.parametrize("name", ["a b", "größe", "...", "-", "[x]", "日本"])
+def test_run_name_may_be_any_other(name, tmp_path):
+    config = parse(f"--run.name={name}")
+    assert run_name(config) == name
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_bytes_that_are_no_text_are_refused():
+    assert problems("--run.name", "\udcff") == "run.name: '\\udcff' is not UTF-8"
+
+
+def test_run_name_is_the_recipes_by_default():
+    assert run_name(parse_config(["--recipe", "quickstart"])) == "quickstart"
+    assert run_name(parse()) == "run"
+
+
+# --- saved and compared -----------------------------------------------------------------------------------------------
+
+
+def test_round_trip_of_awkward_texts(tmp_path):
+    names = ["1e-4", "no", "null", "~", "true", "1_0", "0x1", "1:30", "2020-01-01", ".5", "1.", ".inf", "=", "<<",
+             "#x", "- a", "a\nb", "a,b", "a: b", "é", "007", "5", "'", '"', "\U0001f600", "x" * 200]  # fmt: skip
+    config = dataclasses.replace(
+        parse("--run.name", "1e5", "--peft.r", "8", "--peft.rank_pattern", "{a.b: 3}", "--peft.bias", "none"),
+        data=DataConfig(
+            train=Source("a.csv", column_names=["1e3", "no"], label_names={name: name for name in names}),
+            test="1e-3",
+            label_names=names,
+        ),
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_as_dict_is_plain():
+    config = parse("--peft.r", "8", "--data.test", "{path: x}")
+    assert json.loads(json.dumps(as_dict(config))) == as_dict(config)
+    assert as_dict(config)["peft"] == {"peft_type": "LORA", "max_trainable_parameters": None, "r": 8}
+
+
+OTHER = {
+    "run.seed": "7", "run.precision": "bf16", "data.validation_fraction": "0.2", "data.column_names": "[a]",
+    "data.text_columns": "[b]", "data.text_pair_columns": "[c]", "data.label_column": "d", "data.label_names": "[e]",
+    "data.max_length": "9", "batch.size": "3", "model.dropout": "0.3", "peft.peft_type": "IA3", "peft.r": "3",
+    "optim.name": "adam", "optim.learning_rate": "1", "optim.weight_decay": "0.5", "optim.betas": "[0, 0]",
+    "optim.eps": "1", "optim.max_grad_norm": "null", "optim.schedule": "linear", "optim.warmup_fraction": "0.5",
+    "optim.epochs": "9", "optim.max_steps": "9", "optim.label_smoothing": "0.5", "optim.class_weights": "balanced",
+    "evaluation.every_steps": "9", "evaluation.metric": "loss", "evaluation.patience": "9",
+}  # fmt: skip
+SAME = {
+    "run.name": "x", "run.output_dir": "x", "run.resume": "never", "run.quiet": "true", "data.train": "x",
+    "data.validation": "x", "data.test": "x", "batch.max_tokens": "9", "batch.eval_max_tokens": "9", "model.name": "x",
+    "model.revision": "x", "peft.max_trainable_parameters": "9", "checkpoint.every_steps": "9",
+    "checkpoint.keep_last": "9", "tracking.every_steps": "9", "tracking.backends": "[]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*OTHER, "optim.final_lr_fraction"])
+def test_identity_sees_what_changes_the_result(key):
+    before, extra = parse(), []
+    if key == "optim.final_lr_fraction":
+        extra = ["--optim.schedule", "cosine_annealing"]
+        before = parse(*extra)
+    assert identity(parse(f"--{key}", OTHER.get(key, "0.5"), *extra)) != identity(before)
+
+
+def test_identity_ignores_what_cannot_change_the_result():
+    assert {*OTHER, "optim.final_lr_fraction"} - {"peft.r"} | set(SAME) == set(option_names())
+    arguments = [word for key, value in SAME.items() for word in (f"--{key}", value)]
+    assert identity(parse(*arguments)) == identity(parse())
+
+
+def test_load_finished_run(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        load_finished_run(tmp_path)
+    config = parse()
+    save_config(config, tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="is not finished"):
+        load_finished_run(tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"labels\.json cannot be read"):
+        load_finished_run(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "labels.json").write_text('["a", "b"]')
+    assert load_finished_run(tmp_path) == (config, ["a", "b"])
+
+
+def test_main_guard(capsys, monkeypatch):
+    def fails(error):
+        def main():
+            raise error
+
+        return main
+
+    assert main_guard(lambda: 143) == 143 and main_guard(lambda: None) == 0
+    assert main_guard(fails(UserError("one\ntwo"))) == 2
+    assert capsys.readouterr().err == "error: one\ntwo\n"
+    assert main_guard(fails(OSError(28, "No space left on device", "x"))) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'x'\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main_guard(fails(UserError("one"))) == 2
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):
+        main_guard(fails(ZeroDivisionError()))
+
+
+def test_no_torch_for_help():
+    code = (
+        "import sys; sys.argv = ['run.py', '--help']\nfrom trainer.run import main\ntry: main()\n"
+        "except SystemExit as end: print('torch' in sys.modules, end.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert done.stdout.endswith("False 0\n"), done.stderr
+    assert "--optim.learning_rate" in done.stdout and "quickstart" in done.stdout

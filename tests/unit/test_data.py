@@ -1,0 +1,666 @@
+import dataclasses
+import json
+import os
+import time
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import WORDS, write_csv
+from trainer.config import DataConfig, Source, UserError
+from trainer.data import Examples, TextSplit, load_corpus, load_for_prediction, tokenise
+
+ROWS = [("goal one", "b"), ("goal two", "a"), ("win", "b"), ("bank", "a")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for each test."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder / "isotrain"
+
+
+def load(train, seed=1, **settings):
+    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), seed)
+
+
+def refused(train, **settings):
+    with pytest.raises(UserError) as error:
+        load(train, **settings)
+    return str(error.value)
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def texts_and_labels(corpus, split="train"):
+    part = corpus.splits[split]
+    return list(zip(part.texts, [corpus.label_names[i] for i in part.labels], strict=True))
+
+
+# --- file types -------------------------------------------------------------------------------------------------------
+
+
+def as_json(path, rows):
+    return write(path, json.dumps([{"label": label, "text": text, "n": 1} for text, label in rows]))
+
+
+def as_jsonl(path, rows):
+    return write(path, "\n".join(json.dumps({"text": text, "label": label}) for text, label in rows) + "\n\n")
+
+
+def as_tsv(path, rows):
+    return write(path, "".join(f"{text}\t{label}\n" for text, label in [("text", "label"), *rows]))
+
+
+def as_parquet(path, rows):
+    texts, labels = zip(*rows, strict=True)
+    pq.write_table(pa.table({"text": list(texts), "label": list(labels)}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "writer"),
+    [("x.csv", write_csv), ("X.CSV", write_csv), ("x.tsv", as_tsv), ("x.json", as_json), ("x.jsonl", as_jsonl),
+     ("x.parquet", as_parquet)],
+)  # fmt: skip
+def test_every_file_type(tmp_path, name, writer):
+    corpus = load(writer(tmp_path / name, ROWS))
+    assert texts_and_labels(corpus) == ROWS
+    assert corpus.label_names == ["a", "b"]
+    assert corpus.splits["train"].rows.tolist() == [0, 1, 2, 3]
+    assert corpus.splits["train"].text_pairs is None
+    assert corpus.warnings == []
+
+
+def test_file_without_header(tmp_path):
+    path = write(tmp_path / "x.csv", 'b,"goal, one",more\na,win,\n')
+    corpus = load(path, column_names=["label", "title", "body"], text_columns=["title", "body"])
+    assert texts_and_labels(corpus) == [("goal, one more", "b"), ("win", "a")]
+
+
+def test_header_of_one_split_only(tmp_path):
+    train = write_csv(tmp_path / "train.csv", ROWS)
+    test = write(tmp_path / "test.csv", "a,x,y\nb,z,\n")
+    own = Source(str(test), column_names=["label", "t", "u"], text_columns=["t", "u"])
+    assert texts_and_labels(load(train, test=own), "test") == [("x y", "a"), ("z", "b")]
+
+
+def test_text_pairs(tmp_path):
+    path = write(tmp_path / "x.csv", "q1,q2,note,label\ngoal,win,n,0\nbank,deal,,1\n")
+    corpus = load(path, text_columns=["q1"], text_pair_columns=["q2", "note"])
+    assert corpus.splits["train"].texts == ["goal", "bank"]
+    assert corpus.splits["train"].text_pairs == ["win n", "deal"]
+
+
+def test_glob_in_order_of_names(tmp_path):
+    write_csv(tmp_path / "b.csv", ROWS[2:])
+    write_csv(tmp_path / "a.csv", ROWS[:2])
+    assert texts_and_labels(load(tmp_path / "*.csv")) == ROWS
+    write_csv(tmp_path / "c.csv", ROWS, header=("text", "class"))
+    assert "c.csv has other columns than" in refused(tmp_path / "*.csv")
+    assert refused(tmp_path / "*.tsv") == f"data.train: no file matches '{tmp_path}/*.tsv'"
+
+
+def test_file_whose_name_looks_like_a_glob(tmp_path):
+    assert texts_and_labels(load(write_csv(tmp_path / "[a]*.csv", ROWS))) == ROWS
+
+
+def test_byte_order_mark_line_ends_and_quoted_newlines(tmp_path):
+    path = write(tmp_path / "x.csv", b'\xef\xbb\xbftext,label\r\n"one\r\ntwo ""quoted""",a\r\n\r\nthree,b')
+    assert texts_and_labels(load(path)) == [('one\r\ntwo "quoted"', "a"), ("three", "b")]
+    path = write(tmp_path / "x.jsonl", b'\xef\xbb\xbf{"text": "x", "label": 1}\r\n{"text": "y", "label": 0}\r\n')
+    assert texts_and_labels(load(path)) == [("x", "1"), ("y", "0")]
+
+
+@pytest.mark.parametrize("word", ["NA", "null", "None", "nan", "0", "False", "#N/A"])
+def test_words_that_other_readers_take_for_nothing(tmp_path, word):
+    path = write_csv(tmp_path / "x.csv", [(word, word), ("x", "y")])
+    assert texts_and_labels(load(path))[0] == (word, word)
+
+
+def test_huge_field_and_nul_byte(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [("x" * 300_000, "a"), ("a\0b", "b")])
+    assert [len(text) for text in load(path).splits["train"].texts] == [300_000, 3]
+
+
+def test_folder_called_like_a_partition_adds_no_column(tmp_path):
+    (tmp_path / "label=7").mkdir()
+    path = as_parquet(tmp_path / "label=7" / "x.parquet", ROWS)
+    assert texts_and_labels(load(path)) == ROWS
+
+
+def test_parquet_columns_of_other_types(tmp_path):
+    table = pa.table(
+        {
+            "text": pa.array(["x", "y", "x"]).dictionary_encode(),
+            "label": pa.array([True, False, True]),
+            "unused": pa.array([[1], [2], []]),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert texts_and_labels(load(tmp_path / "x.parquet")) == [("x", "True"), ("y", "False"), ("x", "True")]
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.0], [1, 0], ["1", "0"], [" 1", "0 "]])
+def test_whole_numbers_read_alike(tmp_path, values):
+    pq.write_table(pa.table({"text": ["x", "y"], "label": values}), tmp_path / "x.parquet")
+    corpus = load(tmp_path / "x.parquet", label_names=["no", "yes"])
+    assert texts_and_labels(corpus) == [("x", "yes"), ("y", "no")]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "", " has no rows"),
+        ("x.csv", "text,label\n", " has no rows"),
+        ("x.jsonl", "\n", " has no rows"),
+        ("x.json", "[]", " has no rows"),
+        ("x.csv", "text,label\na,b,c\n", ": line 2 has 3 fields, expected 2 (text, label)"),
+        ("x.csv", "text,label\na\n", ": line 2 has 1 fields, expected 2 (text, label)"),
+        ("x.csv", "text,text\na,b\n", ": two columns have the same name in ['text', 'text']"),
+        (
+            "x.csv",
+            'text,label\n"a,b\n',
+            ": line 2: unexpected end of data (a quote that is not closed or not doubled?)",
+        ),
+        (
+            "x.csv",
+            b"text,label\nok,1\n\xff,2\n",
+            ": line 3 has a byte that is not UTF-8 (0xff, byte 1); save it as UTF-8",
+        ),
+        (
+            "x.csv",
+            "text,label\na,b\n".encode("utf-16"),
+            ": line 1 has a byte that is not UTF-8 (0xff, byte 1); save it as UTF-8",
+        ),
+        ("x.json", '{"data": [{"text": 1}]}', ": must hold objects: a list of them (.json) or one a line (.jsonl)"),
+        ("x.json", "[[1], 2]", ": must hold objects: a list of them (.json) or one a line (.jsonl)"),
+        ("x.jsonl", '{"text": 1}\n{"te', ": line 2: Unterminated string starting at: line 1 column 2 (char 1)"),
+        ("x.json", '{}\n{"a": 2}', ": Extra data: line 2 column 1 (char 3) (one object a line? call it .jsonl)"),
+        ("x.parquet", "PAR1 no", None),
+        ("x.json", "[" * 200_000, None),
+        ("x.jsonl", '{"text": ' + "1" * 5000 + "}", None),
+        ("x.txt", "a", " is of no known type (.csv, .tsv, .json, .jsonl, .parquet)"),
+        ("x.pkl", "a", " is a pickled file, which can run code when read; refused. Save it as csv"),
+        ("x.csv", "text,label\n,a\n ,b\nx,a\n", ": 2 rows have an empty or missing text (text): row 1, 2"),
+        ("x.csv", "text,label\nx,\n", ": 1 row has an empty or missing label: row 1"),
+        ("x.jsonl", '{"text": NaN, "label": 1}', ": 1 row has an empty or missing text (text): row 1"),
+        ("x.jsonl", '{"text": "a", "label": null}', ": 1 row has an empty or missing label: row 1"),
+        ("x.jsonl", '{"text": "a", "label": [0, 1]}', ": row 1: column 'label' holds a list, no text"),
+        ("x.jsonl", '{"text": {"a": 1}, "label": 0}', ": row 1: column 'text' holds a dict, no text"),
+        (
+            "x.jsonl",
+            '{"text": "a", "label": 0}\n{"text": "\\ud83d", "label": 1}',
+            ": row 2: column 'text' holds half a character (a lone surrogate such as \\ud83d)",
+        ),
+        ("x.csv", "text,label\nx,a\ny,a\n", " has a single class, 'a'; a classifier needs two"),
+    ],
+)  # fmt: skip
+def test_refused(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    said = refused(path)
+    assert said.startswith(f"data.train: {path}") and "\n" not in said and len(said) < 600
+    if message is not None:
+        assert said == f"data.train: {path}{message}"
+
+
+def test_refused_places(tmp_path):
+    assert refused(tmp_path / "no.csv") == f"data.train: no file '{tmp_path}/no.csv'"
+    (tmp_path / "folder.csv").mkdir()
+    assert refused(tmp_path / "folder.csv") == f"data.train: no file '{tmp_path}/folder.csv'"
+    assert refused(tmp_path) == f"data.train: {tmp_path} is of no known type (.csv, .tsv, .json, .jsonl, .parquet)"
+
+
+def test_bytes_in_parquet_are_no_text(tmp_path):
+    pq.write_table(pa.table({"text": [b"x", b"y"], "label": [0, 1]}), tmp_path / "x.parquet")
+    assert refused(tmp_path / "x.parquet").endswith("row 1: column 'text' holds a bytes, no text")
+
+
+def test_first_rows_of_many(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [("", "a")] * 7 + [("x", "b")])
+    assert refused(path).endswith("7 rows have an empty or missing text (text): row 1, 2, 3, 4, 5, ...")
+
+
+def test_missing_column(tmp_path):
+    path = write_csv(tmp_path / "x.csv", ROWS, header=("title", "class"))
+    assert refused(path) == (
+        f"data.train: {path} has no column 'text', 'label'; it has 'title', 'class' (see data.text_columns; for a file "
+        "without a header name its columns in data.column_names)"
+    )
+    said = refused(path, text_columns=["title"])
+    assert said.startswith(f"data.train: {path} has no column 'label'; it has 'title', 'class' (see data.label_column;")
+
+
+def test_every_splits_problem_at_once(tmp_path):
+    train, good = write(tmp_path / "train.csv", ""), write_csv(tmp_path / "good.csv", ROWS)
+    said = refused(train, validation=str(good), test=str(tmp_path / "no.csv")).splitlines()
+    assert [line.partition(":")[0] for line in said] == ["data.train", "data.test"]
+    bad = write_csv(tmp_path / "bad.csv", [("x", "zzz")])
+    said = refused(good, validation=str(bad), test=str(write_csv(tmp_path / "empty.csv", [("", "a")]))).splitlines()
+    assert [line.partition(":")[0] for line in said] == ["data.validation", "data.test"]
+
+
+def test_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    said = refused("no-owner/no-such-name").splitlines()
+    assert said[0].startswith(
+        "data.train: 'no-owner/no-such-name' is no local file, and as a hub data set it is neither"
+    )
+    assert said[1].startswith("Use local files: --data.train FILE.csv (csv, tsv, json, jsonl, parquet), or run once")
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def numbered(path, labels, header=("text", "label")):
+    return write_csv(path, [(f"text {i}", label) for i, label in enumerate(labels)], header)
+
+
+def test_numbers_sort_as_numbers_and_before_names(tmp_path):
+    labels = ["10", "9", "b", "-1", "a", "²", "--5", "٣", "1" * 5000]
+    names = load(numbered(tmp_path / "x.csv", labels)).label_names
+    assert names[:3] == ["-1", "9", "10"] and sorted(names[3:]) == names[3:]
+
+
+def test_label_names_fix_the_order(tmp_path):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    corpus = load(path, label_names=["b", "c", "a"])
+    assert corpus.label_names == ["b", "c", "a"]
+    assert corpus.splits["train"].labels.tolist() == [0, 2, 0, 2]
+    assert corpus.warnings == ["data.train has no example of 'c'"]
+
+
+def test_label_mapping(tmp_path):
+    path = numbered(tmp_path / "x.csv", [1, 2, 3, 2])
+    corpus = load(path, label_names={"1": "neg", "2": "pos", "3": "neg"})
+    assert corpus.label_names == ["neg", "pos"]
+    assert corpus.splits["train"].labels.tolist() == [0, 1, 0, 1]
+    said = refused(path, label_names={"1": "neg", "2": "pos"})
+    assert "1 of 4 labels are unknown, first '3' in row 3; known: '1', '2'" in said
+
+
+def test_names_are_known_where_numbers_are_mapped(tmp_path):
+    train = numbered(tmp_path / "train.csv", [1, 2, 1])
+    test = numbered(tmp_path / "test.csv", ["pos", "neg"])
+    corpus = load(train, test=str(test), label_names={"1": "neg", "2": "pos"})
+    assert corpus.splits["test"].labels.tolist() == [1, 0]
+
+
+def test_mapping_of_one_split(tmp_path):
+    train = numbered(tmp_path / "train.csv", ["neg", "pos"])
+    test = numbered(tmp_path / "test.csv", [1, 2, 2])
+    own = Source(str(test), label_names={"2": "pos", "1": "neg"})
+    assert load(train, test=own).splits["test"].labels.tolist() == [0, 1, 1]
+    own = dataclasses.replace(own, label_names={"1": "neg", "2": "good"})
+    assert "label_names maps to 'good', which is no class of train: 'neg', 'pos'" in refused(train, test=own)
+
+
+def test_list_of_names_of_one_split_is_its_own_numbering(tmp_path):
+    train = numbered(tmp_path / "train.csv", [0, 1])
+    test = numbered(tmp_path / "test.csv", [0, 1, 1])
+    own = Source(str(test), label_names=["pos", "neg"])
+    corpus = load(train, test=own, label_names=["neg", "pos"])
+    assert corpus.splits["train"].labels.tolist() == [0, 1]
+    assert corpus.splits["test"].labels.tolist() == [1, 0, 0]
+
+
+def test_label_out_of_range(tmp_path):
+    path = numbered(tmp_path / "x.csv", [0, 1, 7])
+    assert refused(path, label_names=["neg", "pos"]) == (
+        f"data.train: {path}: 1 of 3 labels are unknown, first '7' in row 3; known: '0', '1'"
+    )
+    assert "first '-1' in row 1" in refused(numbered(path, [-1, 0]), label_names=["neg", "pos"])
+
+
+def test_awkward_label_names(tmp_path):
+    names = ["a,b", "a\nb", '"', "<b>", "é", " "]
+    corpus = load(numbered(tmp_path / "x.csv", names[:-1]))
+    assert corpus.label_names == sorted(names[:-1])
+    assert "missing label: row 6" in refused(numbered(tmp_path / "x.csv", names))
+
+
+def test_a_thousand_classes(tmp_path):
+    corpus = load(numbered(tmp_path / "x.csv", [i % 1000 for i in range(2500)]))
+    assert corpus.label_names == [str(i) for i in range(1000)] and corpus.warnings == []
+    test = numbered(tmp_path / "test.csv", ["1000"])
+    said = refused(tmp_path / "x.csv", test=str(test))
+    assert said.endswith(
+        "'1000' in row 1; known: '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', '10', '11', ... (1000)"
+    )
+
+
+def test_a_column_that_holds_no_classes(tmp_path):
+    corpus = load(numbered(tmp_path / "x.csv", [i / 7 for i in range(100)]))
+    assert corpus.warnings == [
+        "data.train has 100 classes in 100 rows; does column 'label' hold the classes (data.label_column)?"
+    ]
+
+
+# --- two numberings ---------------------------------------------------------------------------------------------------
+
+FOUR = ["World", "Sports", "Business", "Sci/Tech"]
+FROM_1 = dict(zip("1234", FOUR, strict=True))
+
+
+@pytest.mark.parametrize("names", [None, FOUR, dict(zip("0123", FOUR, strict=True))])
+def test_train_from_0_and_test_from_1(tmp_path, names):
+    train = numbered(tmp_path / "train.csv", [0, 1, 2, 3])
+    test = numbered(tmp_path / "test.csv", [1, 2, 3, 4])
+    said = refused(train, test=str(test), label_names=names)
+    pairs = ", ".join(f"{i + 1}: {name}" for i, name in enumerate(FOUR if names else "0123"))
+    assert said == (
+        f"data.test: {test}: 1 of 4 labels are unknown, first '4' in row 4; known: '0', '1', '2', '3'\n"
+        f"data.test counts its labels from 1; map them: --data.test.label_names '{{{pairs}}}'"
+    )
+    few = numbered(tmp_path / "few.csv", [3, 1, 2])
+    corpus = load(train, test=str(few), label_names=names)
+    assert corpus.splits["test"].labels.tolist() == [3, 1, 2]
+    assert len(corpus.warnings) == 1
+    assert corpus.warnings[0].startswith("data.test: its labels could count from 0 or from 1; they were read as 1 = ")
+    if names:
+        mapped = load(train, test=Source(str(test), label_names=FROM_1), label_names=names)
+        assert mapped.splits["test"].labels.tolist() == [0, 1, 2, 3] and mapped.warnings == []
+
+
+@pytest.mark.parametrize("names", [None, FROM_1])
+def test_train_from_1_and_test_from_0(tmp_path, names):
+    train = numbered(tmp_path / "train.csv", [1, 2, 3, 4])
+    test = numbered(tmp_path / "test.csv", [0, 1, 2, 3])
+    said = refused(train, test=str(test), label_names=names)
+    pairs = ", ".join(f"{i}: {name}" for i, name in enumerate(FOUR if names else "1234"))
+    assert "1 of 4 labels are unknown, first '0' in row 1; known: '1', '2', '3', '4'" in said
+    assert said.endswith(f"data.test counts its labels from 0; map them: --data.test.label_names '{{{pairs}}}'")
+    few = numbered(tmp_path / "few.csv", [3, 1, 2])
+    corpus = load(train, test=str(few), label_names=names)
+    assert corpus.splits["test"].labels.tolist() == [2, 0, 1]
+    assert [line.partition(":")[0] for line in corpus.warnings] == ["data.test"]
+
+
+def test_names_are_never_found_by_number_where_classes_are_numbers(tmp_path):
+    # '1' to '4' are names here: a test split of 0 to 3 must not be taken for positions among them
+    train = numbered(tmp_path / "train.csv", [1, 2, 3, 4])
+    assert "unknown" in refused(train, test=str(numbered(tmp_path / "t.csv", [0])))
+    assert "unknown" in refused(train, test=str(numbered(tmp_path / "t.csv", [0, 1])), label_names=["1", "2", "3", "4"])
+
+
+def test_unmapped_train_from_1(tmp_path):
+    train = numbered(tmp_path / "train.csv", [1, 2, 3, 4])
+    said = refused(train, label_names=FOUR)
+    assert said.endswith("--data.train.label_names '{1: World, 2: Sports, 3: Business, 4: Sci/Tech}'")
+    corpus = load(numbered(train, [1, 2, 3]), label_names=FOUR)
+    assert corpus.warnings[0].startswith(
+        "data.train: its labels could count from 0 or from 1; they were read as 1 = Spo"
+    )
+
+
+ORIGINAL = {"column_names": ["label", "title", "description"], "text_columns": ["title", "description"]}
+
+
+def test_agnews_as_published_is_refused_until_mapped(agnews, tmp_path):
+    train, original = agnews / "train.csv", agnews / "test_original_layout.csv"
+    plain = {"text_columns": ["text"]}
+    header = train.open(encoding="utf-8").readline().strip().split(",")
+    assert header == ["text", "label"], "the copy's layout has changed"
+    unmapped = Source(str(original), **ORIGINAL)
+    for names in (None, FOUR):
+        said = refused(train, test=unmapped, label_names=names, **plain)
+        assert "labels are unknown, first '4'" in said and "--data.test.label_names '{1: " in said
+        said = refused(original, test=Source(str(train), column_names=header, **plain), label_names=names, **ORIGINAL)
+        assert said.startswith(("data.train", "data.test")) and "unknown" in said
+    mapped = dataclasses.replace(unmapped, label_names=FROM_1)
+    corpus = load(train, test=mapped, label_names=FOUR, **plain)
+    assert corpus.warnings == []
+    twin = load(train, test=str(agnews / "test.csv"), label_names=FOUR, **plain)
+    assert corpus.splits["test"].labels.tolist() == twin.splits["test"].labels.tolist()
+
+
+def test_agnews_test_part_without_its_last_class(agnews, tmp_path):
+    lines = (agnews / "test_original_layout.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    part = write(tmp_path / "part.csv", "".join(line for line in lines if line.lstrip('"')[0] in "123"))
+    for names in (None, FOUR):
+        corpus = load(agnews / "train.csv", test=Source(str(part), **ORIGINAL), label_names=names)
+        assert any(line.startswith("data.test: its labels could count from 0 or from 1") for line in corpus.warnings)
+
+
+# --- hold-out and counts ----------------------------------------------------------------------------------------------
+
+
+def test_hold_out_is_stratified_and_a_function_of_the_seed(tmp_path):
+    labels = ["a"] * 60 + ["b"] * 25 + ["c"] * 5 + ["d"]
+    path = numbered(tmp_path / "x.csv", labels)
+    first = load(path, seed=1, validation_fraction=0.1)
+    held = first.splits["validation"]
+    # halves are rounded up: 6 of 60, 3 of 25, 1 of 5, 0 of 1
+    assert np.bincount(held.labels, minlength=4).tolist() == [6, 3, 1, 0]
+    assert sorted([*held.rows, *first.splits["train"].rows]) == list(range(91))
+    assert held.rows.tolist() == sorted(held.rows) and held.texts == [f"text {i}" for i in held.rows]
+    again, other = load(path, seed=1, validation_fraction=0.1), load(path, seed=2, validation_fraction=0.1)
+    assert again.splits["validation"].rows.tolist() == held.rows.tolist()
+    assert other.splits["validation"].rows.tolist() != held.rows.tolist()
+    assert list(first.splits) == ["train", "validation"]
+
+
+def test_hold_out_does_not_depend_on_the_texts_or_names(tmp_path):
+    one = load(numbered(tmp_path / "x.csv", ["a", "b"] * 20), validation_fraction=0.2)
+    rows = [(f"other {i}", "pq"[i % 2]) for i in range(40)]
+    two = load(write_csv(tmp_path / "y.csv", rows), validation_fraction=0.2)
+    assert one.splits["validation"].rows.tolist() == two.splits["validation"].rows.tolist()
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.1, 4), (0.99, 4)])
+def test_hold_out_that_leaves_nothing(tmp_path, fraction, count):
+    path = numbered(tmp_path / "x.csv", ["a", "b"] * (count // 2))
+    said = refused(path, validation_fraction=fraction)
+    assert said == (
+        f"data.validation_fraction: {fraction} of {count} examples leaves train or validation empty; "
+        "change it, or name data.validation"
+    )
+
+
+def test_hold_out_that_takes_a_whole_class_is_said(tmp_path):
+    path = numbered(tmp_path / "x.csv", ["a"] * 10 + ["b"] * 10 + ["c"])
+    corpus = load(path, validation_fraction=0.6)
+    assert corpus.warnings == ["data.train has no example of 'c'"]
+
+
+def test_named_validation_is_taken_whole(tmp_path):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    corpus = load(path, validation=str(path), validation_fraction=0.5)
+    assert len(corpus.splits["train"]) == len(corpus.splits["validation"]) == 4
+
+
+def test_summary_counts_duplicates_and_test_rows_in_train(tmp_path):
+    train = write_csv(tmp_path / "train.csv", [("x", "a"), ("x", "b"), ("y", "a"), ("x", "a"), ("z", "b")])
+    test = write_csv(tmp_path / "test.csv", [("x", "a"), ("q", "b"), (" z ", "a"), ("Z", "a")])
+    summary = load(train, test=str(test)).summary()
+    assert summary["train"] == {"num_examples": 5, "label_counts": {"a": 3, "b": 2}, "num_duplicates": 2}
+    assert summary["test"] == {"num_examples": 4, "label_counts": {"a": 3, "b": 1}, "num_in_train": 2}
+
+
+def test_summary_tells_pairs_apart(tmp_path):
+    rows = [("x", "y\0z", "a"), ("x\0y", "z", "b"), ("xy", "z", "a"), ("x", "yz", "b"), ("x", "yz", "a")]
+    train = write_csv(tmp_path / "train.csv", rows, ("p", "q", "label"))
+    summary = load(train, text_columns=["p"], text_pair_columns=["q"]).summary()
+    assert summary["train"]["num_duplicates"] == 1
+
+
+# --- prediction -------------------------------------------------------------------------------------------------------
+
+
+def test_load_for_prediction(tmp_path):
+    config = DataConfig(train="x", text_columns=["t"], label_names={"1": "neg", "2": "pos"})
+    path = write(tmp_path / "x.csv", "id,t\n007,x\n8,y\n")
+    split, ids, warnings = load_for_prediction(Source(str(path)), config, ["neg", "pos"], "id")
+    assert (split.texts, split.labels, ids, warnings) == (["x", "y"], None, ["007", "8"], [])
+    assert load_for_prediction(Source(str(path)), config, ["neg", "pos"], None)[1] == ["0", "1"]
+    path = write(tmp_path / "y.csv", "t,label\nx,2\ny,neg\n")
+    with pytest.raises(UserError, match="1 of 2 labels are unknown, first '2' in row 1; known: 'neg', 'pos'"):
+        load_for_prediction(Source(str(path)), config, ["neg", "pos"], None)
+    path = write(tmp_path / "y.csv", "t,label\nx,2\ny,1\n")
+    assert load_for_prediction(Source(str(path)), config, ["neg", "pos"], None)[0].labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match=r"^--input: .*y\.csv has no column 'id'"):
+        load_for_prediction(Source(str(path)), config, ["neg", "pos"], "id")
+
+
+# --- tokenising -------------------------------------------------------------------------------------------------------
+
+
+def split_of(texts, pairs=None):
+    return TextSplit("train", "here", texts, pairs, np.zeros(len(texts), dtype=np.int64), np.arange(len(texts)))
+
+
+def example(examples, i):
+    return examples.tokens[examples.offsets[i] : examples.offsets[i + 1]].tolist()
+
+
+def words(count, seed=0):
+    chooser = np.random.default_rng(seed)
+    return [" ".join(chooser.choice(WORDS, chooser.integers(1, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def bert_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1001, 10001])
+def test_tokenise_equals_the_tokenizer(tiny_tokenizer, count):
+    texts = words(count)
+    examples = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
+    direct = tiny_tokenizer(texts, truncation=True, max_length=16)["input_ids"]
+    assert len(examples) == count and examples.token_types is None
+    assert examples.lengths.tolist() == [len(ids) for ids in direct]
+    assert examples.tokens.tolist() == [token for ids in direct for token in ids]
+    assert examples.offsets.tolist() == [0, *np.cumsum(examples.lengths)]
+    assert max(examples.lengths) == 16 or count == 1
+    assert (examples.tokens.dtype, examples.offsets.dtype, examples.lengths.dtype) == (np.int32, np.int64, np.int64)
+
+
+def test_tokenise_pairs_with_types(bert_tokenizer):
+    left, right = words(1203, seed=1), words(1203, seed=2)
+    examples = tokenise(split_of(left, right), bert_tokenizer, 20, quiet=True)
+    direct = bert_tokenizer(left, right, truncation=True, max_length=20)
+    assert examples.tokens.tolist() == [token for ids in direct["input_ids"] for token in ids]
+    assert examples.token_types.tolist() == [kind for kinds in direct["token_type_ids"] for kind in kinds]
+    assert examples.token_types.dtype == np.int8
+    assert examples.lengths.max() == 20 and example(examples, 7) == direct["input_ids"][7]
+    assert tokenise(split_of(left), bert_tokenizer, 20, quiet=True).token_types is None
+
+
+def test_tokenise_unlabelled(tiny_tokenizer):
+    split = dataclasses.replace(split_of(["goal", "win"]), labels=None)
+    assert tokenise(split, tiny_tokenizer, 16, quiet=True).labels.tolist() == [0, 0]
+
+
+def arrow_files(cache):
+    return sorted(cache.glob("*.arrow"))
+
+
+def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
+    split = split_of(words(50))
+    first = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    (file,) = arrow_files(cache)
+    monkeypatch.setattr("trainer.data._encode", lambda *_: pytest.fail("tokenised again"))
+    # truncation and padding of earlier calls are no part of the tokenizer
+    tiny_tokenizer(["goal"], truncation=True, max_length=3, padding="max_length")
+    second = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    assert arrow_files(cache) == [file]
+    assert second.fingerprint() == first.fingerprint()
+
+
+@pytest.mark.parametrize("change", ["text", "order", "max_length", "pairs", "empty pairs", "tokenizer"])
+def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, change):
+    texts = words(50)
+    before = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
+    tokenizer, pairs, length = tiny_tokenizer, None, 16
+    if change == "text":
+        texts = [*texts[:-1], "goal"]
+    if change == "order":
+        texts = texts[::-1]
+    if change == "max_length":
+        length = 15
+    if change == "pairs":
+        pairs = texts
+    if change == "empty pairs":
+        pairs = [""] * 50
+    if change == "tokenizer":
+        tokenizer = bert_tokenizer
+    after = tokenise(split_of(texts, pairs), tokenizer, length, quiet=True)
+    assert len(arrow_files(cache)) == 2
+    direct = tokenizer(texts, pairs, truncation=True, max_length=length)["input_ids"]
+    assert after.tokens.tolist() == [token for ids in direct for token in ids]
+    assert after.fingerprint() != before.fingerprint()
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "other length"])
+def test_damaged_cache_file_is_made_anew(tiny_tokenizer, cache, damage):
+    split = split_of(words(2500))
+    before = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    (file,) = arrow_files(cache)
+    content = file.read_bytes()
+    if damage == "other length":
+        tokenise(split_of(words(30)), tiny_tokenizer, 16, quiet=True)
+        (other,) = set(arrow_files(cache)) - {file}
+        other.rename(file)
+    else:
+        cut = {"cut": content[: len(content) // 2], "cut late": content[:-200], "empty": b"", "foreign": b"x" * 5000}
+        file.write_bytes(cut[damage])
+    again = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    assert again.fingerprint() == before.fingerprint()
+    assert file.read_bytes() == content or len(datasets.Dataset.from_file(str(file))) == 2500
+
+
+def test_cache_that_cannot_be_written(tiny_tokenizer, tmp_path, monkeypatch):
+    write(tmp_path / "file", "")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "below")
+    examples = tokenise(split_of(["goal", "win"]), tiny_tokenizer, 16, quiet=True)
+    assert examples.lengths.tolist() == [3, 3]
+
+
+def test_fingerprint_sees_everything_that_trains():
+    base = Examples(np.arange(4), np.array([0, 2, 4]), None, np.array([0, 1]), np.array([2, 2]))
+    others = [
+        dataclasses.replace(base, tokens=np.array([0, 1, 2, 9])),
+        dataclasses.replace(base, offsets=np.array([0, 1, 4])),
+        dataclasses.replace(base, labels=np.array([1, 0])),
+        dataclasses.replace(base, token_types=np.array([0, 0, 0, 1])),
+        dataclasses.replace(base, token_types=np.array([0, 1, 0, 1])),
+    ]
+    assert len({part.fingerprint() for part in [base, *others]}) == 6
+    assert dataclasses.replace(base, tokens=np.arange(4)).fingerprint() == base.fingerprint()
+
+
+def test_reading_is_quick(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [(f"some text of row {i}", i % 4) for i in range(50_000)])
+    started = time.process_time()
+    load(path)
+    assert time.process_time() - started < 5
+
+
+def test_progress_bars_are_back_afterwards(tiny_tokenizer):
+    assert os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS") is None
+    tokenise(split_of(["goal", "win"]), tiny_tokenizer, 16, quiet=True)
+    assert datasets.are_progress_bars_disabled() is False
