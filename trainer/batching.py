@@ -70,8 +70,11 @@ class Plan:
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def total_weight(self, step: int) -> float:
-        """Sum of the weights of the global batch: what the summed loss is divided by, on every rank."""
-        return float(self.weights[self.global_batch(step)].sum())
+        """Sum of the weights of the global batch: what the summed loss is divided by, on every rank.
+
+        1 where all weigh nothing (classes of weight 0): such a step has no loss and no gradient.
+        """
+        return float(self.weights[self.global_batch(step)].sum()) or 1.0
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
         """What `rank` computes in `step`; the lists of all ranks have the same length, at least 1."""

@@ -46,7 +46,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Writes `folder`/step-XXXXXXXX and removes all but the newest `keep_last`.
+    """Writes `folder`/step-XXXXXXXX and removes all but the newest `keep_last` up to this step.
+
+    A checkpoint of a later step is removed too: a run that comes by its step again has found it damaged.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints before are whole.
@@ -66,8 +68,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
     }
     target = folder / f"step-{checkpoint.step:08d}"
     replace_folder(target, files | {"manifest.json": _json(manifest)})
-    for old in _numbered(folder)[:-keep_last]:
-        shutil.rmtree(old)
+    kept = [path for path in _numbered(folder) if path <= target][-keep_last:]
+    for path in set(_numbered(folder)) - set(kept):
+        _remove_folder(path)
     return target
 
 
@@ -78,8 +81,8 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return load_checkpoint(path), damage
         except DamagedCheckpoint as error:
-            damage.append(f"checkpoint {path.name} is damaged ({error}); using the one before")
-    return None, damage
+            damage.append(f"checkpoint {path.name} is damaged ({error}); it is passed over")
+    return None, [*damage, "no whole checkpoint is left; starting from the beginning"] if damage else []
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -136,6 +139,8 @@ def replace_folder(target: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(retired, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if retired.exists() and not target.exists():
+            retired.rename(target)
         raise OSError(f"cannot save {target}: {error.strerror or error}; what was saved before is whole") from None
 
 
@@ -187,6 +192,13 @@ def load_optimizer_tensors(
 def _numbered(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     return sorted(path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name))
+
+
+def _remove_folder(path: Path) -> None:
+    """Removes a folder so that, killed halfway, no part of it stands under its name."""
+    retired = path.with_name(f"{UNFINISHED}old-{path.name}")
+    path.rename(retired)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _verified(path: Path, entry: dict[str, Any]) -> bytes:

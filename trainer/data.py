@@ -10,9 +10,7 @@ tokenizer and the settings, so a second run starts at once and a changed file ca
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -32,9 +30,8 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import DataConfig, Source, UserError
+from trainer.reading import Table, completed, read_table
 
-FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
 SHOWN = 5  # how many rows an error names
 _Part = TypeVar("_Part")
 
@@ -133,7 +130,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """
     warnings: list[str] = []
     named = [name for name in ("train", "validation", "test") if getattr(config, name) is not None]
-    tables = _for_each(named, lambda name: _read(name, _completed(getattr(config, name), config)))
+    tables = _for_each(named, lambda name: read_table(name, completed(getattr(config, name), config)))
     label_names = _label_names(tables["train"], warnings)
     splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
     if "validation" not in splits and config.validation_fraction > 0:
@@ -154,7 +151,7 @@ def load_for_prediction(
     Raises:
         UserError: as `load_corpus`.
     """
-    table = _read("input", _completed(source, config), labels_required=False, extra=id_column)
+    table = read_table("input", completed(source, config), labels_required=False, extra=id_column)
     warnings: list[str] = []
     split = _checked(table, label_names, warnings)
     return split, [str(value) for value in (table.columns[id_column] if id_column else split.rows)], warnings
@@ -183,7 +180,7 @@ def tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: i
     )
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- checking ---------------------------------------------------------------------------------------------------------
 
 
 def _for_each(names: Iterable[str], part: Callable[[str], _Part]) -> dict[str, _Part]:
@@ -200,193 +197,6 @@ def _for_each(names: Iterable[str], part: Callable[[str], _Part]) -> dict[str, _
     return parts
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Columns as they stand in the source."""
-
-    name: str
-    source: str
-    layout: Source
-    columns: dict[str, list[Any]]
-    class_names: list[str] | None = None
-    """names a hub data set gives its class numbers"""
-    has_labels: bool = True
-
-    @property
-    def where(self) -> str:
-        """The option that named this table."""
-        return f"data.{self.name}" if self.name != "input" else "--input"
-
-
-def _completed(source: str | Source, config: DataConfig) -> Source:
-    """A split's own layout, filled up from the data group's."""
-    split = source if isinstance(source, Source) else Source(path=source)
-
-    def own(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
-    return Source(
-        path=split.path,
-        column_names=own(split.column_names, config.column_names),
-        text_columns=own(split.text_columns, config.text_columns),
-        text_pair_columns=own(split.text_pair_columns, config.text_pair_columns),
-        label_column=own(split.label_column, config.label_column),
-        label_names=own(split.label_names, config.label_names),
-    )
-
-
-def is_local(path: str) -> bool:
-    """Whether a `data` entry names files rather than a hub data set."""
-    return Path(path).suffix.lower() in FILE_TYPES + PICKLED or glob.has_magic(path) or Path(path).exists()
-
-
-def _read(name: str, layout: Source, labels_required: bool = True, extra: str | None = None) -> _Table:
-    """All rows of a source, with only the columns its layout names and `extra`."""
-    where = f"data.{name}" if name != "input" else "--input"
-    class_names = None
-    if is_local(layout.path):
-        columns = _read_files(where, layout)
-    else:
-        columns, class_names = _read_hub(where, name, layout.path)
-    if not columns or not len(next(iter(columns.values()))):
-        raise UserError(f"{where}: {layout.path} has no rows")
-    texts = [*(layout.text_columns or []), *(layout.text_pair_columns or [])]
-    has_labels = layout.label_column in columns
-    wanted = texts + ([layout.label_column] if labels_required or has_labels else []) + ([extra] if extra else [])
-    missing = [column for column in wanted if column not in columns]
-    if missing:
-        option = "data.label_column" if missing == [layout.label_column] else "data.text_columns"
-        hint = "" if layout.column_names else "; for a file without a header name its columns in data.column_names"
-        raise UserError(
-            f"{where}: {layout.path} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(repr(column[:40]) for column in list(columns)[:12])} (see {option}{hint})"
-        )
-    return _Table(name, layout.path, layout, {key: columns[key] for key in wanted if key}, class_names, has_labels)
-
-
-def _read_files(where: str, layout: Source) -> dict[str, list[Any]]:
-    paths = [layout.path]
-    if glob.has_magic(layout.path) and not Path(layout.path).is_file():  # a file may really be called [a].csv
-        paths = sorted(glob.glob(layout.path))
-    if not paths:
-        raise UserError(f"{where}: no file matches {layout.path!r}")
-    columns: dict[str, list[Any]] = {}
-    for path in paths:
-        kind = Path(path).suffix.lower()
-        if kind in PICKLED:
-            raise UserError(f"{where}: {path} is a pickled file, which can run code when read; refused. Save it as csv")
-        if kind not in _READERS:
-            raise UserError(f"{where}: {path} is of no known type ({', '.join(FILE_TYPES)})")
-        if not Path(path).is_file():
-            raise UserError(f"{where}: no file {path!r}")
-        try:
-            part = _READERS[kind](path, layout.column_names)
-        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-            raise UserError(f"{where}: {path}: {_reason(path, error)}") from None
-        if columns and set(part) != set(columns):
-            raise UserError(f"{where}: {path} has other columns than {paths[0]}")
-        for column, values in part.items():
-            columns.setdefault(column, []).extend(values)
-    return columns
-
-
-def _reason(path: str, error: Exception) -> str:
-    if not isinstance(error, UnicodeDecodeError):
-        return " ".join(str(error).split())[:300]
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as here:
-                bad = line[here.start : here.start + 1].hex()
-                return f"line {number} has a byte that is not UTF-8 (0x{bad}, byte {here.start + 1}); save it as UTF-8"
-    return "is not UTF-8"
-
-
-def _read_csv(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
-    csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
-        try:
-            rows = (row for row in reader if row)
-            names = column_names or next(rows, [])
-            if len(set(names)) < len(names):
-                raise ValueError(f"two columns have the same name in {names}")
-            columns: dict[str, list[Any]] = {name: [] for name in names}
-            for row in rows:
-                if len(row) != len(names):
-                    raise ValueError(
-                        f"line {reader.line_num} has {len(row)} fields, expected {len(names)} ({', '.join(names)[:80]})"
-                    )
-                for name, value in zip(names, row, strict=True):
-                    columns[name].append(value)
-        except csv.Error as error:
-            raise ValueError(f"line {reader.line_num}: {error} (a quote that is not closed or not doubled?)") from None
-    return columns
-
-
-def _read_json(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
-    with open(path, encoding="utf-8-sig") as file:
-        if path.lower().endswith(".jsonl"):
-            records = list(_json_lines(file))
-        else:
-            try:
-                records = json.load(file)
-            except json.JSONDecodeError as error:
-                hint = " (one object a line? call it .jsonl)" if error.msg == "Extra data" else ""
-                raise ValueError(f"{error}{hint}") from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError("must hold objects: a list of them (.json) or one a line (.jsonl)")
-    names = list(dict.fromkeys(name for record in records for name in record))
-    return {name: [record.get(name) for record in records] for name in names}
-
-
-def _json_lines(file: Any) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-
-
-def _read_parquet(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
-    # not read_table, which would make a column of a folder called label=1
-    table = pyarrow.parquet.ParquetFile(path).read()
-    if len(set(table.column_names)) < table.num_columns:
-        raise ValueError(f"two columns have the same name in {table.column_names}")
-    return dict(table.to_pydict())
-
-
-_READERS: dict[str, Callable[[str, list[str] | None], dict[str, list[Any]]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-def _read_hub(where: str, split_name: str, spec: str) -> tuple[dict[str, list[Any]], list[str] | None]:
-    """`owner/name[/config][:split]` from the hub or its cache. Returns columns and the names of its classes."""
-    path, _, split = spec.partition(":")
-    parts = path.split("/")
-    name, settings = ("/".join(parts[:2]), "/".join(parts[2:]) or None) if len(parts) > 1 else (path, None)
-    try:
-        table = datasets.load_dataset(name, settings, split=split or split_name)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # as its loaders raise them
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{where}: {spec!r} is no local file, and as a hub data set it is neither cached nor reachable ({reason})\n"
-            f"Use local files: --{where} FILE.csv (csv, tsv, json, jsonl, parquet), or run once where the hub answers."
-        ) from None
-    classes = [list(feature.names) for feature in table.features.values() if isinstance(feature, datasets.ClassLabel)]
-    return {column: list(table[column]) for column in table.column_names}, classes[0] if len(classes) == 1 else None
-
-
-# --- checking ---------------------------------------------------------------------------------------------------------
-
-
 def _label_text(value: Any) -> str | None:
     """A label as text; whole numbers read alike from csv ("1"), json (1) and parquet (1.0). None where missing."""
     if value is None or value != value:
@@ -400,7 +210,7 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?[0-9]{1,9}", text) is not None
 
 
-def _label_names(train: _Table, warnings: list[str]) -> list[str]:
+def _label_names(train: Table, warnings: list[str]) -> list[str]:
     """Class names in order: as configured, else as the hub says, else as found in train, sorted."""
     configured = train.layout.label_names or train.class_names
     if configured:
@@ -416,7 +226,7 @@ def _label_names(train: _Table, warnings: list[str]) -> list[str]:
     return sorted(found, key=lambda text: (0, int(text), text) if _is_number(text) else (1, 0, text))
 
 
-def _checked(table: _Table, label_names: list[str], warnings: list[str]) -> TextSplit:
+def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextSplit:
     """A table's texts and class numbers.
 
     Raises:
@@ -434,7 +244,7 @@ def _checked(table: _Table, label_names: list[str], warnings: list[str]) -> Text
     return TextSplit(table.name, table.source, texts, pairs, labels, np.arange(len(texts)))
 
 
-def _joined(table: _Table, columns: Sequence[str]) -> list[str]:
+def _joined(table: Table, columns: Sequence[str]) -> list[str]:
     parts: list[list[str]] = []
     for column in columns:
         _refuse_what_is_no_text(table, column)
@@ -444,7 +254,7 @@ def _joined(table: _Table, columns: Sequence[str]) -> list[str]:
     return texts
 
 
-def _refuse_what_is_no_text(table: _Table, column: str) -> None:
+def _refuse_what_is_no_text(table: Table, column: str) -> None:
     for index, value in enumerate(table.columns[column]):
         if isinstance(value, list | dict | bytes):
             kind = f"a {type(value).__name__}, no text"
@@ -455,7 +265,7 @@ def _refuse_what_is_no_text(table: _Table, column: str) -> None:
         raise UserError(f"{table.where}: {table.source}: row {index + 1}: column {column!r} holds {kind}")
 
 
-def _refuse_missing(table: _Table, what: str, rows: list[int]) -> None:
+def _refuse_missing(table: Table, what: str, rows: list[int]) -> None:
     if rows:
         first = ", ".join(str(row + 1) for row in rows[:SHOWN])
         more = ", ..." if len(rows) > SHOWN else ""
@@ -463,7 +273,7 @@ def _refuse_missing(table: _Table, what: str, rows: list[int]) -> None:
         raise UserError(f"{table.where}: {table.source}: {count} an empty or missing {what}: row {first}{more}")
 
 
-def _class_numbers(table: _Table, values: list[str], label_names: list[str], warnings: list[str]) -> np.ndarray:
+def _class_numbers(table: Table, values: list[str], label_names: list[str], warnings: list[str]) -> np.ndarray:
     """Values of the label column -> class numbers [N]."""
     found = set(values)
     meaning = _meaning(table, found, label_names)
@@ -476,7 +286,7 @@ def _class_numbers(table: _Table, values: list[str], label_names: list[str], war
     return np.array([meaning[value] for value in values], dtype=np.int64)
 
 
-def _meaning(table: _Table, found: set[str], label_names: list[str]) -> dict[str, int]:
+def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str, int]:
     """What the values of a label column stand for: {value: class number}.
 
     A split is read in one way throughout: by its own mapping or its own list of names, or all as names, or all as
@@ -508,7 +318,7 @@ def _could_count_otherwise(found: set[str], meaning: dict[str, int]) -> bool:
 
 
 def _unknown_label(
-    table: _Table, values: list[str], unknown: list[int], label_names: list[str], meaning: dict[str, int]
+    table: Table, values: list[str], unknown: list[int], label_names: list[str], meaning: dict[str, int]
 ) -> str:
     message = (
         f"{table.where}: {table.source}: {len(unknown)} of {len(values)} labels are unknown, first "

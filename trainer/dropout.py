@@ -5,9 +5,10 @@ one process or eight, resumed or not, drop the same units. A *site* is one dropo
 order of execution; `install` finds them by one forward over two dummy examples.
 
 Masks come from numpy's counter-based Philox4x64-10 (Salmon et al., 2011): key (seed, step), counter (0, example id,
-0, 0), one bulk draw per example and step. Every site takes a run of 64-bit words: the first decides the threshold, the
-others give one byte a unit. A byte below the threshold drops its unit. 256 p is rarely whole (p = 0.1: 25.6), so the
-threshold is 25 or 26, drawn so that a unit's probability to be dropped is p to within 2**-53.
+1, 0), one bulk draw per example and step; the 1 keeps it apart from the order of epoch `step`, which has the same key.
+Every site takes a run of 64-bit words: the first decides the threshold, the others give one byte a unit. A byte below
+the threshold drops its unit. 256 p is rarely whole (p = 0.1: 25.6), so the threshold is 25 or 26, drawn so that a
+unit's probability to be dropped is p to within 2**-53.
 """
 
 from __future__ import annotations
@@ -27,26 +28,27 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "isotrain"
-PROBE_BATCH, PROBE_LENGTH = 2, 5
+PROBE_BATCH, PROBE_LENGTH = 2, 11
+# What a site drops, by which of the axes behind the example's are as long as the example.
+KINDS = {(False,): "pooled", (True, False): "tokens", (False, True, True): "attention"}
 
 
 @dataclass(frozen=True)
 class Site:
     """One dropout call: what it drops, as a function of an example's length n in tokens.
 
-    `tokens`: [n + extra[0], width]; `attention`: [width heads, n + extra[0], n + extra[1]]; `pooled`: [width].
+    `tokens`: [n, width]; `attention`: [width heads, n, n]; `pooled`: [width].
     """
 
     kind: str
     width: int
-    extra: tuple[int, int] = (0, 0)
 
     def shape(self, length: int) -> tuple[int, ...]:
         """Units of one example of `length` tokens."""
         if self.kind == "tokens":
-            return (length + self.extra[0], self.width)
+            return (length, self.width)
         if self.kind == "attention":
-            return (self.width, length + self.extra[0], length + self.extra[1])
+            return (self.width, length, length)
         return (self.width,)
 
     def words(self, length: int) -> int:
@@ -150,7 +152,7 @@ class KeyedDropout(nn.Module):
 
 def example_stream(seed: int, step: int, example: int, num_words: int) -> np.ndarray:
     """The random words of one example in one step, uint64 [num_words]."""
-    return np.random.Philox(key=[seed, step], counter=[0, example, 0, 0]).random_raw(num_words)
+    return np.random.Philox(key=[seed, step], counter=[0, example, 1, 0]).random_raw(num_words)
 
 
 def install(model: nn.Module, seed: int) -> DropoutKeys:
@@ -167,9 +169,10 @@ def install(model: nn.Module, seed: int) -> DropoutKeys:
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
                 module.register_module(name, KeyedDropout(child.p))
-    _use_keyed_attention(next(module for module in model.modules() if isinstance(module, PreTrainedModel)))
+    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    _use_keyed_attention(backbone)
     keys = DropoutKeys(seed)
-    _probe(model, keys)
+    _probe(model, keys, getattr(backbone.config, "eos_token_id", None))
     return keys
 
 
@@ -217,28 +220,25 @@ def keyed_attention(
     scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    attended = _current.drop(torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype), dropout)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    attended = _current.drop(shares.to(value.dtype), dropout)
     return torch.matmul(attended, value).transpose(1, 2).contiguous(), None
 
 
 def _site_of(shape: torch.Size) -> Site | None:
-    if len(shape) < 2 or shape[0] != PROBE_BATCH:
+    along = tuple(size == PROBE_LENGTH for size in shape[1:])
+    if shape[0] != PROBE_BATCH or along not in KINDS:
         return None
-    if len(shape) == 2:
-        return Site("pooled", shape[1])
-    extra = tuple(size - PROBE_LENGTH for size in (shape[1:2] if len(shape) == 3 else shape[2:]))
-    if min(extra) < 0 or len(shape) > 4:
-        return None
-    if len(shape) == 3:
-        return Site("tokens", shape[2], (extra[0], 0))
-    return Site("attention", shape[1], (extra[0], extra[1]))
+    return Site(KINDS[along], next(size for size in shape[1:] if size != PROBE_LENGTH))
 
 
-def _probe(model: nn.Module, keys: DropoutKeys) -> None:
+def _probe(model: nn.Module, keys: DropoutKeys, end_token: Any) -> None:
     """Fills `keys.sites` by one forward in training mode over dummy examples; no weight and no random state changes."""
     training = model.training
     device = next(model.parameters()).device
     ids = torch.ones(PROBE_BATCH, PROBE_LENGTH, dtype=torch.long, device=device)
+    if isinstance(end_token, int):  # encoder-decoders classify by the last end token
+        ids[:, -1] = end_token
     mask = torch.ones_like(ids)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), keys.recording():
         model.train()

@@ -19,7 +19,8 @@ from typing import Any
 
 import jsonargparse
 
-from trainer.config import UserError, load_finished_run, main_guard
+from trainer.config import UserError, main_guard
+from trainer.options import load_finished_run
 
 PROBES = (
     "The committee met on Tuesday and postponed its decision.",
@@ -49,10 +50,12 @@ def export(run: Path, output: Path) -> int:
     Raises:
         UserError: no finished run, an output folder in use, or an adapter that cannot be merged.
     """
+    output = output.absolute()  # "." has no name to put another beside
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists; give a new folder")
     config, label_names = load_finished_run(run)
 
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     from trainer.adapter import load_plain
@@ -65,12 +68,16 @@ def export(run: Path, output: Path) -> int:
     temporary = output.with_name(f".unfinished-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        _unwrap_head(model)
         try:
             merged: Any = model.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
             raise UserError(f"--run: an adapter of type {config.peft.peft_type} cannot be merged: {error}") from None
         merged.config.torch_dtype = None
-        merged.save_pretrained(temporary)
+        try:
+            merged.save_pretrained(temporary)
+        except SafetensorError as error:  # a full disk is no OSError there
+            raise UserError(f"--output: cannot write {output}: {error}") from None
         backbone.tokenizer.save_pretrained(temporary)
         fresh = AutoModelForSequenceClassification.from_pretrained(temporary, trust_remote_code=False).eval()
         difference = (_logits(fresh, backbone.tokenizer) - wanted).abs().max().item()
@@ -85,6 +92,16 @@ def export(run: Path, output: Path) -> int:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"exported to {output}: logits within {difference:.1e} of the adapter's", file=sys.stderr)
     return 0
+
+
+def _unwrap_head(model: Any) -> None:
+    """Puts the trained head in the place of PEFT's wrapper around it, which PEFT 0.21 merges rightly for LoRA only."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.modules_to_save["default"])
 
 
 def _logits(model: Any, tokenizer: Any) -> Any:

@@ -6,6 +6,7 @@ so they are equal on any number of processes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,8 @@ def metric_value(metrics: dict[str, Any], name: str) -> float:
 
 
 def is_better(value: float, best: float | None, name: str) -> bool:
-    """Whether `value` beats `best`; a loss is better when lower, and the first value always is."""
-    return best is None or (value < best if name == "loss" else value > best)
+    """Whether `value` beats `best`; a loss is better when lower; the first value always is, and so is any after NaN."""
+    return best is None or math.isnan(best) or (value < best if name == "loss" else value > best)
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:

@@ -26,6 +26,7 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig as BackboneConfig
@@ -91,6 +92,8 @@ def find_backbone(config: ModelConfig, label_names: list[str]) -> Backbone:
         UserError: not found, not reachable, asks for remote code, has only pickled weights, or no fast tokenizer.
     """
     path = _located(config.name)
+    if config.revision is not None and Path(path).is_dir():
+        raise UserError(f"model.revision: {config.revision!r} is of a hub model; {config.name} is a local folder")
     try:
         backbone_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
@@ -144,13 +147,17 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         )
     if problems:
         raise UserError("\n".join(problems))
+    options = dict(settings.options)
+    if settings.peft_type == "IA3" and options.get("target_modules"):
+        # left open, PEFT would fill it in on loading with modules that may not be targets
+        options.setdefault("feedforward_modules", [])
     try:
-        return kind(task_type=peft.TaskType.SEQ_CLS, base_model_name_or_path=path, **settings.options)
+        return kind(task_type=peft.TaskType.SEQ_CLS, base_model_name_or_path=path, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"peft: {_one_line(error)}") from None
 
 
-def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int) -> None:
+def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: bool) -> None:
     """Builds the model without weights and refuses what cannot train, before anything large is read.
 
     Raises:
@@ -159,6 +166,9 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int) -> None
     positions = backbone.max_positions
     if positions is not None and max_length > positions:
         raise UserError(f"data.max_length: {max_length} is above the {positions} positions of {backbone.path}")
+    num_special = backbone.tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length <= num_special:
+        raise UserError(f"data.max_length: {max_length} leaves no room for text beside {num_special} special tokens")
     wanted = adapter_config(settings, backbone.path)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(backbone.config)
@@ -262,10 +272,20 @@ def _located(name: str) -> str:
             pickled = next((file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in path.glob(pattern)), None)
             hint = f"; {pickled} is pickled, which can run code when read: refused" if pickled else ""
             raise UserError(f"model.name: {name} has no *.safetensors weights{hint}")
+        _refuse_broken_weights(path)
         return str(path.resolve())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model.name: no folder {name!r}")
     return name
+
+
+def _refuse_broken_weights(path: Path) -> None:
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.name: {file} cannot be read, cut off perhaps: {_one_line(error)}") from None
 
 
 def _refuse_remote_code(path: Path) -> None:
@@ -369,12 +389,18 @@ def _wrap(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]) -> P
 
 
 def _check_targets(model: nn.Module, settings: PeftConfig) -> None:
-    """Every name in target_modules must match a module: PEFT itself passes over those that do not."""
+    """Every module that the adapter's options name must be there: PEFT itself passes over those that are not."""
     targets = settings.options.get("target_modules")
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+
+    def absent(wanted: list[str]) -> list[str]:
+        return [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
+
+    if whole := absent(settings.options.get("modules_to_save") or []):
+        raise UserError(f"peft.modules_to_save: this backbone has no module {whole[0]!r}")
     if isinstance(targets, list):
-        lost = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        lost = absent(targets) if targets else ["[]"]
     elif isinstance(targets, str) and targets != "all-linear":
         try:
             lost = [] if any(re.fullmatch(targets, name) for name in names) else [targets]

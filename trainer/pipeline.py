@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
@@ -28,7 +29,7 @@ from trainer import dropout
 from trainer.adapter import check_adapter, load_adapter_tensors, model_card, save_adapter
 from trainer.batching import Plan, collate
 from trainer.checkpoint import load_newest, remove_unfinished, write_atomic
-from trainer.config import Config, UserError, as_dict, save_config
+from trainer.config import Config, UserError, as_dict
 from trainer.data import Corpus, Examples, load_corpus, tokenise
 from trainer.evaluation import Interrupted, choose_precision, start_accelerator, write_evaluation
 from trainer.loop import (
@@ -53,6 +54,7 @@ from trainer.model import (
     silence_libraries,
 )
 from trainer.optim import build_optimizer
+from trainer.options import save_config
 from trainer.tracking import RunLog
 
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
@@ -74,7 +76,8 @@ def train_and_report(config: Config, folder: Path) -> int:
     corpus = load_corpus(config.data, config.run.seed)
     _check_names(config, corpus)
     backbone = find_backbone(config.model, corpus.label_names)
-    check_fit(backbone, config.peft, config.data.max_length)
+    pairs = corpus.splits["train"].text_pairs is not None
+    check_fit(backbone, config.peft, config.data.max_length, pairs)
     precision = choose_precision(config.run.precision)
     is_main = os.environ.get("RANK", "0") == "0"
     with _locked(folder) if is_main else contextlib.nullcontext():
@@ -93,7 +96,7 @@ def train_and_report(config: Config, folder: Path) -> int:
 
 
 def _check_names(config: Config, corpus: Corpus) -> None:
-    """Class and metric names in the configuration must exist.
+    """Classes, metrics and trackers named in the configuration must exist.
 
     Raises:
         UserError: a name that does not.
@@ -108,17 +111,23 @@ def _check_names(config: Config, corpus: Corpus) -> None:
             raise UserError(f"optim.class_weights: {sorted(unknown)[0]!r} is no class; classes: {corpus.label_names}")
         if any(not 0 <= weight < float("inf") for weight in weights.values()):
             raise UserError("optim.class_weights: weights must be at least 0")
+        if sum(weights.get(name, 1.0) > 0 for name in corpus.label_names) < 2:
+            raise UserError("optim.class_weights: at least two classes need a weight above 0")
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    missing = [name for name in config.tracking.backends if name not in installed]
+    if missing:
+        raise UserError(f"tracking.backends: {missing[0]!r} is not installed; installed: {', '.join(installed)}")
 
 
 def _locked(folder: Path) -> Any:
     """The run folder, held by the main process for as long as it lives; the system frees it when the process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} is not writable")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise UserError(f"{folder} is in use by another running command; choose another --run.name") from None
+    except OSError as error:
+        raise UserError(f"run.output_dir: {folder} cannot be written: {error.strerror or error}") from None
 
 
 def _example_weights(config: Config, labels: np.ndarray, label_names: list[str]) -> np.ndarray:

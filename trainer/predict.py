@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from trainer.config import Config, Source, UserError, load_finished_run, main_guard
+from trainer.config import Config, Source, UserError, main_guard
+from trainer.options import load_finished_run
 
 OUTPUT_TYPES = (".csv", ".jsonl")
 

@@ -15,7 +15,8 @@ import os
 import socket
 import urllib.parse
 
-from trainer.config import Config, UserError, identity, load_config, main_guard, parse_config, run_name
+from trainer.config import Config, UserError, as_dict, identity, main_guard, run_name
+from trainer.options import load_config, parse_config
 
 
 def main() -> int:
@@ -56,7 +57,11 @@ def _is_finished(folder: Path, config: Config) -> bool:
         return False
     if config.run.resume == "never":
         raise UserError(f"{folder} is in use and run.resume is never; choose another --run.name, or remove the folder")
-    before, now = identity(load_config(folder / "config.yaml")), identity(config)
+    there, finished = load_config(folder / "config.yaml"), (folder / "summary.json").is_file()
+    before, now = identity(there), identity(config)
+    if finished:  # a continuation compares the content of data and backbone; here their names must do
+        for values, whole in ((before, as_dict(there)), (now, as_dict(config))):
+            values |= {"data": whole["data"], "model": whole["model"]}
     differing = [
         f"{group}.{name} (there {before[group].get(name)!r}, now {now[group].get(name)!r})"
         for group in now
@@ -66,7 +71,7 @@ def _is_finished(folder: Path, config: Config) -> bool:
     if differing:
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         raise UserError(f"{folder} holds a run of another configuration: {shown}\nFor a new run: --run.name NAME")
-    return (folder / "summary.json").is_file()
+    return finished
 
 
 def _go_offline_without_hub() -> None:

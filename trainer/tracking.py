@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +110,13 @@ class RunLog:
         """Starts at `step`: what an interrupted run wrote beyond it is dropped, so no step stands twice."""
         if not self.is_main:
             return
-        keep_steps(self.folder / "metrics.jsonl", step, evaluated_step)
-        self._guarded("trackers", lambda: self._start_trackers(backends, step, config))
+        kept = keep_steps(self.folder / "metrics.jsonl", step, evaluated_step)
+        # an evaluation of this very step may be in the trackers and is to come again: the step is voided and rewritten
+        first = step if evaluated_step < step else step + 1
+        self._guarded("trackers", lambda: self._start_trackers(backends, first, config))
+        for values in kept:
+            if values["step"] >= first:
+                self._track(values)
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -126,13 +132,30 @@ class RunLog:
         """Adds values, tagged as `group/name`, at a step."""
         if not self.is_main:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "epoch": round(epoch, 6), **values}) + "\n")
-        self._guarded("trackers", lambda: self.accelerator.log(dict(values), step=step))
+        self._track(self._recorded(values, step, epoch))
 
     def confusion_matrix(self, tag: str, counts: npt.NDArray[Any], label_names: Sequence[str], step: int) -> None:
         """Adds the confusion matrix as a figure to TensorBoard."""
         self._with_tensorboard(lambda board: board.add_figure(tag, confusion_matrix_figure(counts, label_names), step))
+
+    def finals(
+        self, config: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float], step: int, epoch: float
+    ) -> None:
+        """Adds the final metrics (`final/...`), in TensorBoard's table of runs beside the flattened configuration.
+
+        Trackers get them one step behind the last: where the run is killed before its end, the next start voids them.
+        """
+        if not self.is_main:
+            return
+        self._recorded(metrics, step, epoch)
+        flat = {f"{group}.{key}": value for group, values in config.items() for key, value in values.items()}
+        plain = {key: v if isinstance(v, bool | int | float | str) else json.dumps(v) for key, v in flat.items()}
+        self._with_tensorboard(
+            lambda board: board.add_hparams(plain, dict(metrics), run_name=".", global_step=step + 1)
+        )
+        for tracker in self.accelerator.trackers:
+            if tracker.name != "tensorboard":
+                self._guarded(tracker.name, partial(tracker.log, dict(metrics), step=step + 1))
 
     def hyperparameters(self, config: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float]) -> None:
         """Adds the final metrics to TensorBoard's table of runs, beside the flattened configuration."""
@@ -167,12 +190,24 @@ class RunLog:
         if self.is_main:
             self._guarded("trackers", self.accelerator.end_training)
 
-    def _start_trackers(self, backends: Sequence[str], step: int, config: Mapping[str, Any]) -> None:
-        # TensorBoard's own way to say that what was written from here on is void
-        settings = {"tensorboard": {"purge_step": step + 1}} if "tensorboard" in backends else {}
+    def _recorded(self, values: Mapping[str, float], step: int, epoch: float) -> dict[str, float]:
+        """Adds a line to metrics.jsonl; returns it."""
+        line = {"step": step, "epoch": round(epoch, 6), **values}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    def _track(self, line: Mapping[str, Any]) -> None:
+        """Gives a line of metrics.jsonl to the trackers."""
+        values = {tag: value for tag, value in line.items() if "/" in tag}
+        self._guarded("trackers", lambda: self.accelerator.log(values, step=line["step"]))
+
+    def _start_trackers(self, backends: Sequence[str], first: int, config: Mapping[str, Any]) -> None:
+        # TensorBoard's own way to say that what was written from this step on is void
+        settings = {"tensorboard": {"purge_step": first}} if "tensorboard" in backends else {}
         self.accelerator.init_trackers(self.folder.name, init_kwargs=settings)
         text = "".join(f"    {line}\n" for line in json.dumps(config, indent=2, ensure_ascii=False).splitlines())
-        self._with_tensorboard(lambda board: board.add_text("config", text, step))
+        self._with_tensorboard(lambda board: board.add_text("config", text, first))
 
     def _with_tensorboard(self, write: Callable[[Any], Any]) -> None:
         def add() -> None:
@@ -193,19 +228,20 @@ class RunLog:
                 self.say(f"warning: {name} failed and may miss values: {error}")
 
 
-def keep_steps(path: Path, last_step: int, last_evaluated_step: int) -> None:
-    """Drops the lines of a metrics.jsonl that lie beyond these steps, and a torn last line."""
+def keep_steps(path: Path, last_step: int, last_evaluated_step: int) -> list[dict[str, Any]]:
+    """Drops what is to be written again: lines beyond these steps, final metrics, a torn line. Returns the others."""
     if not path.exists():
-        return
+        return []
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
-            last = last_evaluated_step if any(key.startswith("validation/") for key in values) else last_step
-            if line.endswith("\n") and values["step"] <= last:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
+            last = last_evaluated_step if any(tag.startswith("validation/") for tag in values) else last_step
+            if values["step"] <= last and not any(tag.startswith("final/") for tag in values):
+                kept.append(values)
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     temporary = path.with_suffix(".unfinished")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
     temporary.replace(path)
+    return kept

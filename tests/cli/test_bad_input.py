@@ -9,7 +9,8 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import run_script, topic_rows, write_csv
-from trainer.config import main_guard, parse_config
+from trainer.config import main_guard
+from trainer.options import parse_config
 from trainer.run import execute
 
 

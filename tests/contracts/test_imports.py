@@ -12,16 +12,17 @@ LEAVES = {"config", "metrics", "tracking", "checkpoint"}
 BELOW_THE_LOOP = LEAVES | {"data", "batching", "optim", "dropout", "model", "adapter", "evaluation"}
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
-    **{module: {"config"} for module in ("data", "batching", "optim", "dropout")},
+    **{module: {"config"} for module in ("options", "reading", "batching", "optim", "dropout")},
+    "data": {"config", "reading"},
     "packed": {"config", "dropout"},
     "model": {"config", "dropout", "packed"},
     "adapter": LEAVES | {"model"},
     "evaluation": LEAVES | {"batching", "model"},
     "loop": BELOW_THE_LOOP,
-    "pipeline": BELOW_THE_LOOP | {"loop"},
-    "run": {"config", "pipeline"},
-    "predict": BELOW_THE_LOOP,
-    "export": BELOW_THE_LOOP,
+    "pipeline": BELOW_THE_LOOP | {"loop", "options"},
+    "run": {"config", "options", "pipeline"},
+    "predict": BELOW_THE_LOOP | {"options"},
+    "export": BELOW_THE_LOOP | {"options"},
     "report": LEAVES,
 }
 
@@ -73,7 +74,7 @@ def test_imports_point_down(module):
     assert not relative(source)
 
 
-@pytest.mark.parametrize("module", ["config", "tracking", "report"])
+@pytest.mark.parametrize("module", ["config", "options", "tracking", "report"])
 def test_no_torch_where_an_answer_must_be_quick(module):
     heavy = ("torch", "transformers", "peft", "accelerate", "datasets")
     code = f"import sys, trainer.{module}; print(*[name for name in {heavy} if name in sys.modules])"

@@ -4,8 +4,9 @@ import dataclasses
 
 from jsonargparse import set_parsing_settings
 
-from trainer import config
-from trainer.config import GROUPS, option_names
+from trainer import config, options
+from trainer.config import GROUPS
+from trainer.options import option_names
 
 OPTIONS = """
 run.name run.output_dir run.seed run.resume run.precision run.quiet
@@ -28,7 +29,7 @@ def test_options_are_exactly_these():
 
 def test_each_option_has_help():
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    text = " ".join(config._parser().format_help().split())
+    text = " ".join(options._parser().format_help().split())
     for group, kind in GROUPS.items():
         for item in dataclasses.fields(kind):
             key = f"--{group}.{item.name}"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from trainer.config import RECIPES, parse_config
+from trainer.options import RECIPES, parse_config
 
 from conftest import ROOT  # isort: skip
 

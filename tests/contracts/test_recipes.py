@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import RECIPES, UserError, load_config, option_names, parse_config, save_config
+from trainer.config import UserError
+from trainer.options import RECIPES, load_config, option_names, parse_config, save_config
 
 FILES = sorted(RECIPES.glob("*.yaml"))
 # What decides a result stands in the recipe, not in a default that may move.

@@ -7,21 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import (
-    Config,
-    DataConfig,
-    Source,
-    UserError,
-    as_dict,
-    identity,
-    load_config,
-    load_finished_run,
-    main_guard,
-    option_names,
-    parse_config,
-    run_name,
-    save_config,
-)
+from trainer.config import Config, DataConfig, Source, UserError, as_dict, identity, main_guard, run_name
+from trainer.options import load_config, load_finished_run, option_names, parse_config, save_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--data.train", "train.csv"]
