@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from trainer.checkpoint import replace_folder
 from trainer.config import Config, UserError
@@ -60,7 +60,10 @@ def load_plain(backbone: Backbone, folder: Path, compute_type: torch.dtype = tor
         UserError: the adapter does not fit the backbone: names the first missing or unexpected tensor.
     """
     model, _ = load_weights(backbone)
-    model = PeftModel.from_pretrained(model, str(folder))
+    try:
+        model = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder}: the adapter does not fit: {' '.join(str(error).split())[:240]}") from None
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         saved = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -7,6 +7,7 @@ so they are equal on any number of processes.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
         "f1_weighted": float(f1_score(labels, predicted, average="weighted", zero_division=0)),
         "precision_macro": float(macro[0]),
         "recall_macro": float(macro[1]),
-        "mcc": float(matthews_corrcoef(labels, predicted)),
+        "mcc": _matthews(labels, predicted),
         "loss": float((log_sum - wide[np.arange(len(labels)), labels]).mean()),
         "num_examples": len(labels),
         "per_class": {
@@ -62,6 +63,12 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
             for name, p, r, f, n in zip(label_names, *each, strict=True)
         },
     }
+
+
+def _matthews(labels: np.ndarray, predicted: np.ndarray) -> float:
+    with warnings.catch_warnings():  # a single class, all right: scikit-learn answers 0 and a warning
+        warnings.simplefilter("ignore")
+        return float(matthews_corrcoef(labels, predicted))
 
 
 def metric_value(metrics: dict[str, Any], name: str) -> float:

@@ -83,6 +83,8 @@ def silence_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
+    # torch 2.13 has another word for it, which accelerate 1.15 cannot say and torch 2.11 does not know
+    warnings.filterwarnings("ignore", message=r".*broadcast_buffers")
 
 
 def find_backbone(config: ModelConfig, label_names: list[str]) -> Backbone:
@@ -101,6 +103,8 @@ def find_backbone(config: ModelConfig, label_names: list[str]) -> Backbone:
         raise UserError(_why_not_found(config.name, error)) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model.name: {config.name} has no fast tokenizer (tokenizer.json)")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+        raise UserError(f"model.name: {config.name} has no tokenizer (tokenizer.json)")
     if type(backbone_config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(f"model.name: transformers has no text classifier of type {backbone_config.model_type!r}")
     if len(tokenizer) > backbone_config.vocab_size:

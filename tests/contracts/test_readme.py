@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from trainer.options import RECIPES, parse_config
-
-from conftest import ROOT  # isort: skip
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

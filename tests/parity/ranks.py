@@ -1,0 +1,279 @@
+"""Functions run on several gloo ranks of this machine, each rank a process of its own.
+
+The processes come from a fork server that has imported the heavy libraries once, so a rank starts in about a second.
+What a rank runs is the trainer itself, built by `trainer/pipeline.py` from a command line.
+"""
+
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+PRELOAD = [
+    "torch", "accelerate", "datasets", "peft", "sklearn.metrics", "matplotlib.figure",
+    "transformers.models.roberta.modeling_roberta",
+]  # fmt: skip
+TIMEOUT = 200
+
+
+def on_ranks(world_size, function, *arguments):
+    """What `function(*arguments)` returns on each rank.
+
+    Raises:
+        AssertionError: a rank failed or did not answer; has its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ends, processes = [], []
+    try:
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(theirs, rank, world_size, port, function, arguments))
+            process.start()
+            theirs.close()
+            ends.append(mine)
+            processes.append(process)
+        return _answers(ends)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _answers(ends):
+    """What each rank sends, as it comes: where one fails, the others would wait for it in vain."""
+    values, latest = {}, time.monotonic() + TIMEOUT
+    while len(values) < len(ends):
+        waiting = [end for rank, end in enumerate(ends) if rank not in values]
+        ready = multiprocessing.connection.wait(waiting, latest - time.monotonic())
+        assert ready, f"no answer within {TIMEOUT} s from {len(waiting)} of {len(ends)} ranks"
+        for end in ready:
+            try:
+                failure, value = end.recv()
+            except EOFError:
+                failure, value = "died without a word", None
+            assert failure is None, f"rank {ends.index(end)}: {failure}"
+            values[ends.index(end)] = value
+    return [values[rank] for rank in range(len(ends))]
+
+
+def _rank(end, rank, world_size, port, function, arguments):
+    os.environ.update(CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    if world_size > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        end.send((None, function(*arguments)))
+        if world_size > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+    except BaseException:
+        end.send((traceback.format_exc(), None))
+
+
+def build(arguments, double=False):
+    """What `run.py` with these arguments would train with; in fp64 with `double`."""
+    from trainer import model, pipeline
+    from trainer.data import load_corpus, tokenise
+    from trainer.loop import StopRequest
+    from trainer.options import parse_config
+
+    model.silence_libraries()
+    config = parse_config(list(map(str, arguments)))
+    corpus = load_corpus(config.data, config.run.seed)
+    backbone = model.find_backbone(config.model, corpus.label_names)
+    examples = {
+        name: tokenise(split, backbone.tokenizer, config.data.max_length, True) for name, split in corpus.splits.items()
+    }
+    folder = Path(config.run.output_dir) / config.run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = pipeline.build_model
+    if double:
+        pipeline.build_model = lambda *given: plain(*given).double()
+    try:
+        return pipeline._build(config, folder, corpus, backbone, examples, "no", StopRequest())
+    finally:
+        pipeline.build_model = plain
+
+
+# --- one step's gradient ----------------------------------------------------------------------------------------------
+
+
+def weigh_parts_alike(run, step, micro_batches):
+    """The wrong weighting: mean over micro-batches of the mean over each one's examples."""
+    ranks = [
+        run.plan.micro_batches(step, r, run.accelerator.num_processes) for r in range(run.accelerator.num_processes)
+    ]
+    count = sum(bool(part.weights.any()) for parts in ranks for part in parts)
+    total = run.plan.total_weight(step)
+    return [
+        dataclasses.replace(part, weights=part.weights * total / count / (part.weights.sum() or 1.0))
+        for part in micro_batches
+    ]
+
+
+def gradients(arguments, cases, wrong=None):
+    """Gradient, loss and sizes of the micro-batches of one step, for each case.
+
+    Args:
+        arguments: command line of the run; SGD with a learning rate of 1 and no clipping, so a step subtracts the
+            gradient itself.
+        cases: (global batch, step, max_tokens) of each.
+        wrong: a mistake to make: "mean of means", or dropout keyed by "rank" or by "position".
+    """
+    import torch
+
+    from trainer.loop import train_step
+
+    run = build(arguments, double=True)
+    before = [parameter.detach().clone() for parameter in run.trained.values()]
+    if wrong == "rank":
+        run.dropout.seed += run.accelerator.process_index
+    if wrong == "position":
+        keyed = run.dropout.micro_batch
+        run.dropout.micro_batch = lambda step, ids, lengths: keyed(step, np.arange(len(ids)), lengths)
+    results = {}
+    for case in cases:
+        batch_size, step, max_tokens = case
+        plan = dataclasses.replace(run.plan, batch_size=batch_size, max_tokens=max_tokens)
+        now = dataclasses.replace(run, plan=plan)
+        parts = plan.micro_batches(step, run.accelerator.process_index, run.accelerator.num_processes)
+        sizes = [len(part.ids) if part.weights.any() else 0 for part in parts]
+        if wrong == "mean of means":
+            parts = weigh_parts_alike(now, step, parts)
+        result = train_step(now, step, parts)
+        subtracted = [old - new.detach() for old, new in zip(before, run.trained.values(), strict=True)]
+        with torch.no_grad():
+            for old, new in zip(before, run.trained.values(), strict=True):
+                new.copy_(old)
+        gradient = torch.cat([tensor.flatten() for tensor in subtracted]).numpy()
+        results[case] = {"gradient": gradient, "loss": result.loss, "norm": result.grad_norm, "sizes": sizes}
+    return results
+
+
+def plain_gradient(arguments, batch_size, step):
+    """The same without the trainer: the whole padded batch, torch's own loss, plain autograd.
+
+    Returns:
+        loss and gradient by torch's CrossEntropyLoss without class weights, then both with the weights of the examples.
+    """
+    import torch
+
+    run = build(arguments, double=True)
+    ids = dataclasses.replace(run.plan, batch_size=batch_size).global_batch(step)
+    rows = [run.train.tokens[run.train.offsets[i] : run.train.offsets[i + 1]].tolist() for i in ids]
+    longest = max(map(len, rows))
+    input_ids = torch.tensor([row + [run.pad_token_id] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    labels = torch.tensor(run.train.labels[ids])
+    smoothing = run.config.optim.label_smoothing
+    answers = []
+    for weights in (None, torch.tensor(run.plan.weights[ids])):
+        logits = run.plain_model(input_ids=input_ids, attention_mask=mask).logits
+        if weights is None:
+            loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels)
+        else:
+            each = torch.nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")(logits, labels)
+            loss = (each * weights).sum() / weights.sum()
+        found = torch.autograd.grad(loss, list(run.trained.values()))
+        answers.append((loss.item(), torch.cat([tensor.flatten() for tensor in found]).numpy()))
+    return answers
+
+
+# --- a whole run, and scoring -----------------------------------------------------------------------------------------
+
+
+def whole_run(arguments):
+    """Trains from start to end with the real loop; the adapter, and the lines of metrics.jsonl."""
+    import json
+
+    from trainer.adapter import adapter_tensors
+    from trainer.loop import TrainState, train
+
+    run = build(arguments)
+    before = adapter_tensors(run.plain_model)
+    state, best = train(run, TrainState(), None)
+    assert state.step == run.total_steps
+    assert max((before[name] - best[name]).abs().max() for name in best) > 1e-4, "nothing was trained"
+    lines = (run.folder / "metrics.jsonl").read_text() if run.accelerator.is_main_process else ""
+    return {name: tensor.numpy() for name, tensor in best.items()}, [json.loads(line) for line in lines.splitlines()]
+
+
+def raw_run(arguments):
+    """The same run as anyone would write it: DistributedDataParallel, AdamW, transformers' schedule, torch's loss.
+
+    Right only where a global batch is dealt out evenly and all examples weigh the same. Returns the adapter.
+    """
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
+    from trainer.adapter import adapter_tensors
+
+    run = build(arguments)
+    optim, rank, world_size = run.config.optim, run.accelerator.process_index, run.accelerator.num_processes
+    model = torch.nn.parallel.DistributedDataParallel(run.plain_model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate)
+    warmup = -int(-optim.warmup_fraction * run.total_steps // 1)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, run.total_steps)
+    loss_of = torch.nn.CrossEntropyLoss(label_smoothing=optim.label_smoothing)
+    for step in range(run.total_steps):
+        ids = run.plan.global_batch(step)
+        assert len(ids) % world_size == 0
+        ids = ids[rank::world_size]
+        rows = [torch.tensor(run.train.tokens[run.train.offsets[i] : run.train.offsets[i + 1]]).long() for i in ids]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=run.pad_token_id)
+        logits = model(input_ids=input_ids, attention_mask=(input_ids != run.pad_token_id).long()).logits
+        loss_of(logits, torch.tensor(run.train.labels[ids])).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return {name: tensor.numpy() for name, tensor in adapter_tensors(run.plain_model).items()}
+
+
+def scores(arguments, sizes):
+    """Logits of the first n examples of train, for each n of `sizes`."""
+    from types import SimpleNamespace
+
+    from trainer.evaluation import score_split
+
+    run = build(arguments)
+    found = {}
+    for size in sizes:
+        end = int(run.train.offsets[size])
+        part = SimpleNamespace(
+            tokens=run.train.tokens[:end],
+            offsets=run.train.offsets[: size + 1],
+            token_types=None,
+            labels=run.train.labels[:size],
+            lengths=run.train.lengths[:size],
+        )
+        found[size] = score_split(
+            run.model,
+            part,
+            run.accelerator,
+            max_tokens=run.eval_max_tokens,
+            pad_token_id=run.pad_token_id,
+            num_labels=len(run.label_names),
+        )
+        assert run.model.training
+    return found, run.train.labels

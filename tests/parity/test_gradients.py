@@ -1,0 +1,109 @@
+"""The gradient of a step is the same however its global batch is shared out; wrong ways to do it are told apart."""
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ranks import gradients, on_ranks, plain_gradient
+
+WORLDS = (1, 2, 3, 4)
+DROPOUT = (0.0, 0.1)
+BATCHES = ((8, 0), (7, 2), (3, 1), (8, 7))  # global batch and step; the last is the tail of an epoch: 5 of 61 examples
+WHOLE = 10**6
+BUDGETS = (WHOLE, 170, 70, 48, 1)
+CASES = tuple((*batch, budget) for batch in BATCHES for budget in BUDGETS)
+STEP_IS_GRADIENT = (
+    "--optim.name", "sgd", "--optim.learning_rate", "1", "--optim.weight_decay", "0", "--optim.max_grad_norm", "null"
+)  # fmt: skip
+TOLERANCE = 1e-12
+
+
+@pytest.fixture(scope="module")
+def found(parity_arguments):
+    """Results by rank of all cases, for a world size and a dropout; computed once."""
+
+    @functools.cache
+    def compute(world_size, dropout, wrong=None):
+        arguments = parity_arguments(f"gradients-{world_size}-{dropout}-{wrong}", dropout, *STEP_IS_GRADIENT)
+        return on_ranks(world_size, gradients, arguments, CASES if wrong is None else CASES[:5], wrong)
+
+    return compute
+
+
+def distance(one, other):
+    return float(np.abs(one["gradient"] - other["gradient"]).max())
+
+
+@pytest.mark.parametrize("dropout", DROPOUT)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_every_factorisation_gives_one_gradient(found, world_size, dropout):
+    ranks = found(world_size, dropout)
+    for case in CASES:
+        whole = found(1, dropout)[0][(*case[:2], WHOLE)]
+        assert len(whole["sizes"]) == 1
+        assert np.abs(whole["gradient"]).max() > 1e-2
+        assert np.count_nonzero(whole["gradient"]) > 0.9 * whole["gradient"].size
+        for rank in ranks:
+            assert distance(rank[case], whole) < TOLERANCE, case
+            assert rank[case]["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
+            assert rank[case]["norm"] == pytest.approx(whole["norm"], rel=TOLERANCE)
+            assert np.linalg.norm(whole["gradient"]) == pytest.approx(rank[case]["norm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_the_cuts_are_as_various_as_they_should_be(found, world_size):
+    ranks = found(world_size, 0.0)
+    cuts = [[rank[case]["sizes"] for rank in ranks] for case in CASES]
+    assert all(len({len(sizes) for sizes in cut}) == 1 for cut in cuts)
+    assert {1, 2} <= {len(cut[0]) for cut in cuts}
+    assert any(len(set(sizes)) > 1 for cut in cuts for sizes in cut), "no ragged cut"
+    if world_size == 1:
+        assert {1, 2, 4, 8} <= {len(cut[0]) for cut in cuts}
+    if world_size > 3:
+        assert any([0] in cut for cut in cuts), "no global batch smaller than the world"
+
+
+def test_dropout_was_on(found):
+    case = CASES[0]
+    assert distance(found(1, 0.0)[0][case], found(1, 0.1)[0][case]) > 1e-3
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_mean_of_means_would_be_rejected(found, world_size):
+    whole = found(1, 0.0)[0][CASES[0]]
+    differing = [
+        case
+        for case, result in found(world_size, 0.0, "mean of means")[0].items()
+        if distance(result, whole) > 1e9 * TOLERANCE
+    ]
+    assert len(differing) >= (4 if world_size == 1 else 5) - 1
+    if world_size == 1:
+        assert CASES[0] not in differing, "one micro-batch on one rank is the one case where the two agree"
+
+
+@pytest.mark.parametrize(("world_size", "wrong"), [(2, "rank"), (1, "position"), (2, "position")])
+def test_dropout_keyed_otherwise_would_be_rejected(found, world_size, wrong):
+    whole = found(1, 0.1, wrong)[0][CASES[0]]
+    for case, result in found(world_size, 0.1, wrong)[0].items():
+        if (world_size, case) != (1, CASES[0]):
+            assert distance(result, whole) > 1e9 * TOLERANCE, case
+
+
+def test_the_step_is_that_of_torchs_own_loss_and_autograd(found, parity_arguments):
+    arguments = parity_arguments("plain", 0.0, *STEP_IS_GRADIENT)
+    unweighted = [*arguments, "--optim.class_weights", "null", "--run.name", "unweighted"]
+    for batch_size, step in BATCHES[:2]:
+        [[(loss, gradient), (weighted_loss, weighted_gradient)]] = on_ranks(
+            1, plain_gradient, arguments, batch_size, step
+        )
+        ours = found(1, 0.0)[0][(batch_size, step, 70)]
+        assert ours["loss"] == pytest.approx(weighted_loss, rel=TOLERANCE)
+        assert np.abs(ours["gradient"] - weighted_gradient).max() < TOLERANCE
+        [plain] = on_ranks(1, gradients, unweighted, [(batch_size, step, 70)])
+        assert plain[(batch_size, step, 70)]["loss"] == pytest.approx(loss, rel=TOLERANCE)
+        assert np.abs(plain[(batch_size, step, 70)]["gradient"] - gradient).max() < TOLERANCE
+        assert abs(loss - weighted_loss) > 1e-4

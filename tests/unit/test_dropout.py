@@ -1,0 +1,382 @@
+"""Dropout keyed by (seed, step, example id, site): the same units whatever the batch, and random all the same."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LongformerConfig,
+    ModernBertConfig,
+    RobertaConfig,
+    SqueezeBertConfig,
+)
+
+from trainer import dropout
+from trainer.batching import epoch_permutation
+from trainer.dropout import DropoutKeys, KeyedDropout, Site, example_stream, install
+
+PAD, END, SEED = 1, 2, 7
+SIZE = {"vocab_size": 60, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": END, "num_labels": 3}
+SHAPE = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+RATES = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 64}
+MODERN = {"attention_dropout": 0.1, "mlp_dropout": 0.1, "embedding_dropout": 0.1, "classifier_dropout": 0.1}
+REACHED = {
+    "roberta": lambda: RobertaConfig(**SIZE, **SHAPE, **RATES),
+    "bert": lambda: BertConfig(**SIZE, **SHAPE, **RATES),
+    "electra": lambda: ElectraConfig(**SIZE, **SHAPE, **RATES, embedding_size=16),
+    "distilbert": lambda: DistilBertConfig(**SIZE, **DISTIL, dropout=0.1, attention_dropout=0.1),
+    "modernbert": lambda: ModernBertConfig(
+        **SIZE, **SHAPE, **MODERN, local_attention=8, cls_token_id=0, sep_token_id=2
+    ),
+}
+BART = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64,
+}  # fmt: skip
+UNREACHED = {
+    "deberta-v2": lambda: DebertaV2Config(**SIZE, **SHAPE, **RATES, relative_attention=True, pos_att_type=["p2c"]),
+    "gpt2": lambda: GPT2Config(**SIZE, n_embd=16, n_layer=1, n_head=2, n_positions=64),
+    "bart": lambda: BartConfig(**SIZE, **BART, dropout=0.1, attention_dropout=0.1),
+    # pads its input inside, so shapes do not follow the length of an example
+    "longformer": lambda: LongformerConfig(**SIZE, **SHAPE, **RATES, attention_window=64),
+    # keeps the tokens on the last axis
+    "squeezebert": lambda: SqueezeBertConfig(**SIZE, **SHAPE, **RATES, embedding_size=16),
+}
+TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
+LENGTHS = [9, 4, 13, 1, 11]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only get into one another's way on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 60, (length,), generator=generator) for length in LENGTHS]
+
+
+def build(family):
+    """A tiny model in fp64 with LoRA dropout 0.1, all of whose parameters have a gradient; and its keys."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(REACHED[family]())
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=2,
+        lora_dropout=0.1,
+        init_lora_weights=False,
+        target_modules=TARGETS.get(family, ["query", "value"]),
+    )
+    model = get_peft_model(model, lora).double().train()
+    return model, install(model, SEED)
+
+
+def logits_of(model, keys, texts, ids, step=3, padding=0, keyed_by=None):
+    """Logits of the texts `ids` in one batch; `keyed_by` stands for their ids where given."""
+    lengths = np.array([LENGTHS[i] for i in ids])
+    input_ids = torch.full((len(ids), lengths.max() + padding), PAD)
+    for row, i in enumerate(ids):
+        input_ids[row, : LENGTHS[i]] = texts[i]
+    mask = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
+    with keys.micro_batch(step, np.array(ids if keyed_by is None else keyed_by), lengths):
+        return model(input_ids=input_ids, attention_mask=mask.long()).logits
+
+
+def logits_and_gradients(model, keys, texts, batches, **how):
+    """By text and by parameter, over all batches together; the loss weighs each text and class differently."""
+    model.zero_grad()
+    rows = {}
+    for ids in batches:
+        logits = logits_of(model, keys, texts, ids, **how)
+        weights = torch.tensor([[1.0 + i, -2.0, 0.5 * i] for i in ids], dtype=torch.float64)
+        (logits.log_softmax(dim=-1) * weights).sum().backward()
+        rows.update(zip(ids, logits.detach(), strict=True))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return torch.stack([rows[i] for i in range(len(LENGTHS))]), gradients
+
+
+def difference(one, other):
+    assert one[1].keys() == other[1].keys()
+    scale = max(gradient.abs().max().item() for gradient in one[1].values())
+    worst = max((one[1][name] - other[1][name]).abs().max().item() for name in one[1])
+    return max((one[0] - other[0]).abs().max().item(), worst / max(scale, 1.0))
+
+
+CUTS = {
+    "one by one": {"batches": [[0], [1], [2], [3], [4]]},
+    "one by one, padded": {"batches": [[4], [3], [2], [1], [0]], "padding": 6},
+    "another order": {"batches": [[4, 1, 3, 0, 2]]},
+    "padded": {"batches": [[0, 1, 2, 3, 4]], "padding": 17},
+    "two batches": {"batches": [[3, 2], [1, 0, 4]]},
+}
+
+
+# --- the same units whatever the batch ---
+
+
+@pytest.mark.parametrize("family", REACHED)
+def test_masks_depend_on_no_batch(family, texts):
+    model, keys = build(family)
+    assert not keys.unreached
+    assert None not in keys.sites
+    kinds = {site.kind for site in keys.sites}
+    assert kinds == {"tokens", "attention", "pooled"}
+    whole = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
+    assert all(f"lora_{part}" in " ".join(whole[1]) for part in "AB")
+    for cut, how in CUTS.items():
+        assert difference(whole, logits_and_gradients(model, keys, texts, **how)) < 1e-12, cut
+    model.eval()
+    assert difference(whole, logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])) > 1e-4, "nothing was dropped"
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_masks_keyed_by_the_place_in_the_batch_would_fail(cut, texts, monkeypatch):
+    model, keys = build("roberta")
+    keyed = keys.micro_batch
+    monkeypatch.setattr(keys, "micro_batch", lambda step, ids, lengths: keyed(step, np.arange(len(ids)), lengths))
+    whole = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
+    changed = difference(whole, logits_and_gradients(model, keys, texts, **CUTS[cut]))
+    if cut == "padded":  # the one cut that leaves each text in its place
+        assert changed < 1e-12
+    else:
+        assert changed > 1e-4
+
+
+@pytest.mark.parametrize("where", ["hidden", "attention", "pooled", "lora"])
+def test_each_kind_of_site_alone(where, texts):
+    """With the others off, so that an error in one is not hidden, and that each drops at all."""
+    torch.manual_seed(0)
+    rate = {kind: 0.3 if kind == where else 0.0 for kind in ("hidden", "attention", "pooled", "lora")}
+    config = RobertaConfig(
+        **SIZE, **SHAPE, hidden_dropout_prob=rate["hidden"], attention_probs_dropout_prob=rate["attention"],
+        classifier_dropout=rate["pooled"],
+    )  # fmt: skip
+    lora = LoraConfig(TaskType.SEQ_CLS, lora_dropout=rate["lora"], init_lora_weights=False, target_modules=["key"], r=2)
+    model = get_peft_model(AutoModelForSequenceClassification.from_config(config), lora).double().train()
+    keys = install(model, SEED)
+    expected = {"hidden": "tokens", "attention": "attention", "pooled": "pooled", "lora": "tokens"}
+    assert {site.kind for site in keys.sites} == {expected[where]}
+    whole = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
+    for cut, how in CUTS.items():
+        assert difference(whole, logits_and_gradients(model, keys, texts, **how)) < 1e-12, cut
+    model.eval()
+    assert difference(whole, logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])) > 1e-6
+
+
+def test_masks_differ_by_step_seed_and_example(texts):
+    model, keys = build("roberta")
+    base = logits_of(model, keys, texts, [0, 1])
+    assert torch.equal(base, logits_of(model, keys, texts, [0, 1]))
+    assert not torch.allclose(base, logits_of(model, keys, texts, [0, 1], step=4))
+    assert not torch.allclose(base, logits_of(model, keys, texts, [0, 1], keyed_by=[5, 6]))
+    keys.seed += 1
+    assert not torch.allclose(base, logits_of(model, keys, texts, [0, 1]))
+
+
+def test_masks_leave_the_global_random_state_alone(texts):
+    model, keys = build("roberta")
+    before = torch.get_rng_state()
+    logits_of(model, keys, texts, [0, 1])
+    assert torch.equal(torch.get_rng_state(), before)
+    install(model, SEED)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_installing_changes_no_weight_and_no_mode():
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(REACHED["bert"]()).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    install(model, SEED)
+    assert not model.training
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(type(module) is nn.Dropout for module in model.modules())
+
+
+# --- evaluation, and outside of a keyed micro-batch ---
+
+
+@pytest.mark.parametrize("family", REACHED)
+def test_evaluation_drops_nothing_and_gives_the_models_own_logits(family, texts):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(REACHED[family]()).double().eval()
+    batch = {"input_ids": torch.stack([texts[0]] * 2), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    own = model(**batch).logits
+    keys = install(model, SEED)
+    assert torch.allclose(model(**batch).logits, own, rtol=0, atol=1e-12)
+    with keys.micro_batch(0, np.arange(2), np.array([9, 9])):
+        assert torch.allclose(model(**batch).logits, own, rtol=0, atol=1e-12)
+
+
+def test_outside_of_a_micro_batch_it_is_torchs_dropout():
+    x = torch.randn(200, 50)
+    ours, theirs = KeyedDropout(0.3), nn.Dropout(0.3)
+    torch.manual_seed(5)
+    expected = theirs(x)
+    torch.manual_seed(5)
+    assert torch.equal(ours(x), expected)
+    assert torch.equal(ours.eval()(x), x)
+    assert torch.equal(KeyedDropout(0.0)(x), x)
+
+
+def test_a_model_in_training_mode_outside_of_a_micro_batch_still_runs(texts):
+    model, keys = build("roberta")
+    batch = {"input_ids": texts[0][None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+    with pytest.raises(KeyError, match="inside"), keys.micro_batch(0, np.array([0]), np.array([9])):
+        raise KeyError("inside")
+    assert dropout._current is None, "an error inside must not leave the masks behind"
+
+
+# --- what is out of reach says so ---
+
+
+@pytest.mark.parametrize("family", UNREACHED)
+def test_a_family_out_of_reach_says_so_and_still_trains(family, texts):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(UNREACHED[family]()).train()
+    keys = install(model, SEED)
+    assert keys.unreached
+    ended = [torch.cat([text, torch.tensor([END])]) for text in texts]
+    length = len(ended[2])
+    input_ids = torch.stack([torch.cat([ended[i], torch.full((length - len(ended[i]),), PAD)]) for i in (0, 2)])
+    with keys.micro_batch(0, np.array([0, 2]), np.array([len(ended[0]), length])):
+        logits = model(input_ids=input_ids, attention_mask=(input_ids != PAD).long()).logits
+    logits.sum().backward()
+    assert torch.isfinite(logits).all()
+
+
+def test_any_other_random_operation_is_found():
+    class Noisy(type(AutoModelForSequenceClassification.from_config(REACHED["bert"]()))):
+        def forward(self, input_ids, attention_mask):
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            output.logits = output.logits + torch.randn_like(output.logits)
+            return output
+
+    assert install(Noisy(REACHED["bert"]()), SEED).unreached == ["randn_like"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "site"),
+    [
+        ((2, 16), Site("pooled", 16)),
+        ((2, 11, 16), Site("tokens", 16)),
+        ((2, 4, 11, 11), Site("attention", 4)),
+        ((3, 11, 16), None),  # examples are not on the first axis
+        ((2, 11), None),
+        ((2, 16, 11), None),
+        ((2, 512, 16), None),  # padded inside the model
+        ((2, 4, 11, 16), None),
+        ((2, 1, 4, 11, 11), None),
+    ],
+)
+def test_a_site_is_known_by_its_shape(shape, site):
+    assert (dropout.PROBE_BATCH, dropout.PROBE_LENGTH) == (2, 11)
+    assert dropout._site_of(torch.Size(shape)) == site
+
+
+# --- random all the same ---
+
+
+def keep_masks(p, num_examples, step=0, seed=SEED, num_sites=1, width=500):
+    """Which units stay, bool [sites, examples, width], of `pooled` sites."""
+    keys = DropoutKeys(seed)
+    keys.sites = [Site("pooled", width)] * num_sites
+    ones = torch.ones(num_examples, width)
+    with keys.micro_batch(step, np.arange(num_examples), np.full(num_examples, 4)):
+        return torch.stack([keys.drop(ones, p) != 0 for _ in range(num_sites)]).numpy()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.999])
+def test_keep_rate(p):
+    kept = keep_masks(p, num_examples=2000)
+    # five standard deviations; units of one example share a threshold, which adds the second term
+    spread = 5 * np.sqrt(p * (1 - p) / kept.size + (0.25 / 256**2) / 2000)
+    assert abs(kept.mean() - (1 - p)) < spread
+    assert spread < 0.01 * (1 - p) or p == 0.999
+    by_unit = kept.mean(axis=(0, 1))
+    assert np.abs(by_unit - (1 - p)).max() < 5.5 * np.sqrt(p * (1 - p) / 2000) + 1e-12, "some unit is favoured"
+
+
+def test_the_threshold_is_drawn_so_that_the_rate_is_exact_on_average():
+    """p = 0.1 is no whole number of 256ths: with a fixed threshold the rate would be 25/256 or 26/256."""
+    kept = keep_masks(0.1, num_examples=20_000, width=200)
+    spread = 5 * np.sqrt(0.09 / kept.size + (0.24 / 256**2) / 20_000)
+    assert spread < min(0.1 - 25 / 256, 26 / 256 - 0.1)
+    assert abs(1 - kept.mean() - 0.1) < spread
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
+def test_the_expectation_is_kept(p):
+    keys = DropoutKeys(SEED)
+    keys.sites = [Site("tokens", 32)]
+    x = torch.linspace(0.5, 1.5, 20 * 32, dtype=torch.float64).reshape(20, 32)
+    with keys.micro_batch(0, np.arange(3000), np.full(3000, 20)):
+        dropped = keys.drop(x.expand(3000, 20, 32), p)
+    values = dropped[dropped != 0] / x.expand(3000, 20, 32)[dropped != 0]
+    assert torch.allclose(values, torch.full_like(values, 1 / (1 - p)))
+    spread = np.sqrt(p / (1 - p) / 3000)
+    assert ((dropped.mean(dim=0) / x - 1).abs() < 5.5 * spread).all()
+
+
+def correlation(one, other):
+    return abs(np.corrcoef(one.ravel(), other.ravel())[0, 1])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_sites_examples_steps_and_seeds_are_independent(p):
+    by_site = keep_masks(p, num_examples=400, num_sites=3)
+    masks = {f"site {i}": by_site[i] for i in range(3)}
+    masks |= {f"step {step}": keep_masks(p, 400, step=step)[0] for step in (1, 2, 400)}
+    masks |= {f"seed {seed}": keep_masks(p, 400, seed=seed)[0] for seed in (0, SEED + 1)}
+    masks["next example"] = np.roll(by_site[0], 1, axis=0)
+    masks["next unit"] = np.roll(by_site[0], 1, axis=1)
+    bound = 5 / np.sqrt(by_site[0].size) + 0.25 / 256**2 / (p * (1 - p))
+    for (name, one), (other_name, other) in itertools.combinations(masks.items(), 2):
+        assert correlation(one, other) < bound, (name, other_name)
+
+
+def test_masks_of_two_steps_of_one_example_agree_as_often_as_by_chance():
+    agreeing = (keep_masks(0.3, 1000)[0] == keep_masks(0.3, 1000, step=1)[0]).mean()
+    assert abs(agreeing - (0.49 + 0.09)) < 5 * np.sqrt(0.25 / 500_000) + 1e-3
+
+
+def test_streams_of_examples_and_steps_do_not_overlap():
+    streams = [example_stream(SEED, step, example, 1000) for step in range(4) for example in range(4)]
+    words = np.concatenate(streams)
+    assert len(np.unique(words)) == len(words)
+
+
+def test_masks_are_not_made_of_the_numbers_that_order_the_epoch():
+    """Both come from Philox with the key (seed, step or epoch)."""
+    raw = np.random.Philox(key=[SEED, 3]).random_raw(1000)
+    expected = np.random.Generator(np.random.Philox(key=[SEED, 3])).permutation(50)
+    assert (epoch_permutation(SEED, 3, 50) == expected).all()
+    assert not np.isin(example_stream(SEED, 3, 0, 1000), raw).any()
+
+
+def test_masks_stay_what_they_were():
+    """A run continues with the masks it began with, so another version must draw the same."""
+    raw = np.random.Philox(key=[42, 1], counter=[0, 2, 1, 0]).random_raw(2)
+    assert example_stream(42, 1, 2, 2).tolist() == raw.tolist()
+    kept = keep_masks(0.5, num_examples=1, width=16)[0, 0]
+    assert "".join("01"[int(unit)] for unit in kept) == "1111110101010111"

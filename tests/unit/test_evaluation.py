@@ -1,0 +1,202 @@
+"""Scoring a split: every example once, in order, without a trace in the model; and the files it leaves."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from trainer import evaluation
+from trainer.config import UserError
+from trainer.evaluation import (
+    Interrupted,
+    choose_precision,
+    csv_text,
+    predictions,
+    score_split,
+    start_accelerator,
+    write_evaluation,
+)
+
+PAD = 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As in a process that no launcher started."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ISOTRAIN_NUM_PROCESSES", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield monkeypatch
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def accelerator(launched):
+    return start_accelerator("no")
+
+
+class Summing(torch.nn.Module):
+    """Logits that name the example: [sum of its tokens, its length, its first token], and noise while training."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.shapes = []
+
+    def forward(self, input_ids, attention_mask):
+        self.shapes.append(tuple(input_ids.shape))
+        tokens = input_ids * attention_mask
+        logits = torch.stack([tokens.sum(1), attention_mask.sum(1), tokens[:, 0]], dim=1).float() * self.weight
+        return SimpleNamespace(logits=logits + (torch.rand(()) if self.training else 0))
+
+
+def examples_of(count, seed=0):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 30, count)
+    return SimpleNamespace(
+        tokens=generator.integers(1, 100, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        token_types=None,
+        labels=generator.integers(0, 3, count),
+        lengths=lengths,
+    )
+
+
+def score(model, examples, accelerator, **settings):
+    settings = {"max_tokens": 64, "pad_token_id": PAD, "num_labels": 3, **settings}
+    return score_split(model, examples, accelerator, **settings)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 53])
+@pytest.mark.parametrize("max_tokens", [1, 64, 10**6])
+def test_every_example_is_scored_once_in_the_order_of_the_split(accelerator, count, max_tokens):
+    examples, model = examples_of(count), Summing()
+    found = score(model, examples, accelerator, max_tokens=max_tokens)
+    texts = np.split(examples.tokens, examples.offsets[1:-1])
+    assert found.tolist() == [[text.sum(), len(text), text[0]] for text in texts]
+    assert found.dtype == np.float32
+    assert sum(rows for rows, _ in model.shapes) == count
+    assert all(rows == 1 or rows * length <= max_tokens for rows, length in model.shapes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_keeps_its_mode_and_gets_no_gradient(accelerator, training):
+    model = Summing().train(training)
+    score(model, examples_of(5), accelerator)
+    assert model.training is training
+    assert model.weight.grad is None
+
+
+def test_an_example_scored_twice_or_never_is_noticed(accelerator, monkeypatch):
+    split = evaluation.split_by_tokens
+    monkeypatch.setattr(evaluation, "split_by_tokens", lambda *given: [*split(*given), [0]])
+    with pytest.raises(AssertionError, match="twice or not at all"):
+        score(Summing(), examples_of(5), accelerator)
+    monkeypatch.setattr(evaluation, "split_by_tokens", lambda *given: split(*given)[1:])
+    with pytest.raises(AssertionError, match="twice or not at all"):
+        score(Summing(), examples_of(5), accelerator)
+
+
+def test_a_stop_leaves_no_scores_and_the_mode_as_it_was(accelerator):
+    model, answers = Summing().train(), iter([False, False, True])
+    with pytest.raises(Interrupted):
+        score(model, examples_of(20), accelerator, max_tokens=30, should_stop=lambda: next(answers))
+    assert model.training
+    assert len(model.shapes) == 2
+
+
+# --- precision and processes ---
+
+
+@pytest.mark.parametrize(
+    ("wanted", "launched_with", "fast_bf16", "chosen"),
+    [
+        ("auto", None, True, "bf16"),
+        ("auto", None, False, "no"),
+        ("auto", "bf16", False, "bf16"),
+        ("auto", "no", True, "bf16"),
+        ("no", "bf16", True, "no"),
+        ("bf16", "no", False, "bf16"),
+    ],
+)
+def test_precision_on_a_cpu(launched, wanted, launched_with, fast_bf16, chosen):
+    if launched_with:
+        launched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
+    launched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast_bf16)
+    launched.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_precision(wanted) == chosen
+
+
+@pytest.mark.parametrize(("wanted", "launched_with"), [("fp16", "no"), ("auto", "fp16")])
+def test_fp16_on_a_cpu_is_refused(launched, wanted, launched_with):
+    launched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
+    with pytest.raises(UserError, match="fp16 on a CPU is dozens of times slower"):
+        choose_precision(wanted)
+
+
+@pytest.mark.parametrize(("has_bf16", "chosen"), [(True, "bf16"), (False, "fp16")])
+def test_precision_on_a_gpu(launched, has_bf16, chosen):
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    launched.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert choose_precision("auto") == chosen
+    launched.setenv("ACCELERATE_USE_CPU", "true")
+    launched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert choose_precision("auto") == "bf16"
+    with pytest.raises(UserError, match="fp16 on a CPU"):
+        choose_precision("fp16")
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(launched):
+    launched.setenv("ISOTRAIN_NUM_PROCESSES", "2")
+    with pytest.raises(UserError, match="2 processes were asked for, 1 came up"):
+        start_accelerator("no")
+
+
+def test_an_unknown_tracker_is_refused(launched, tmp_path):
+    with pytest.raises(UserError, match="accelerate: "):
+        start_accelerator("no", tmp_path, ["no-such-tracker"])
+
+
+# --- files ---
+
+
+NAMES = ["a, b", 'say "c"']
+LOGITS = np.log(np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]], dtype=np.float32))
+
+
+@pytest.mark.parametrize("pairs", [None, ["x", "", "z,z"]])
+def test_the_files_of_an_evaluation(tmp_path, pairs):
+    texts = ["one", "two\nlines", '=1+"1"']
+    metrics = write_evaluation(tmp_path / "test", LOGITS, np.array([0, 1, 1]), NAMES, np.array([4, 5, 9]), texts, pairs)
+    with (tmp_path / "test" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["4", "5", "9"]
+    assert [row["label"] for row in rows] == [NAMES[0], NAMES[1], NAMES[1]]
+    assert [row["prediction"] for row in rows] == [NAMES[0], NAMES[0], NAMES[1]]
+    assert [row["text"] for row in rows] == texts
+    assert [row.get("text_pair") for row in rows] == (pairs or [None] * 3)
+    assert [float(row["confidence"]) for row in rows] == [0.75, 0.5, 0.875]
+    assert [float(row[f"probability:{NAMES[1]}"]) for row in rows] == [0.25, 0.5, 0.875]
+    assert json.loads((tmp_path / "test" / "metrics.json").read_text()) == metrics
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    with (tmp_path / "test" / "confusion_matrix.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["true \\ predicted", *NAMES], [NAMES[0], "1", "0"], [NAMES[1], "1", "1"]]
+    report = (tmp_path / "test" / "classification_report.txt").read_text()
+    assert all(name in report for name in NAMES)
+
+
+def test_predictions_by_name_and_probability():
+    assert [name for name, _ in predictions(LOGITS, NAMES)] == [NAMES[0], NAMES[0], NAMES[1]]
+    assert next(predictions(LOGITS, NAMES))[1] == pytest.approx([0.75, 0.25])
+
+
+def test_rows_survive_csv():
+    table = [["a", 'q"', "l\nl"], ["", "é", "c,c"]]
+    assert list(csv.reader(csv_text(table).splitlines(keepends=True))) == table

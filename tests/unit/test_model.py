@@ -1,0 +1,441 @@
+"""Backbone, head and adapter: what trains, in which type, and that all of it comes back from disk."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraModel,
+    RobertaConfig,
+)
+
+from trainer.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors, load_plain
+from trainer.config import ModelConfig, PeftConfig, UserError
+from trainer.model import (
+    PEFT_TYPES,
+    Backbone,
+    _wrap,
+    adapter_config,
+    build_model,
+    check_fit,
+    find_backbone,
+    parameter_table,
+)
+
+NAMES = ["World", "Sports", "Business", "Sci/Tech"]
+ATTENTION = ["query", "value"]
+LORA = PeftConfig(options={"r": 4, "target_modules": ATTENTION, "lora_dropout": 0.1})
+METHODS = {
+    "LORA": {"r": 4, "target_modules": ATTENTION},
+    "LORA dora": {"r": 4, "target_modules": ATTENTION, "use_dora": True},
+    "LORA rslora": {"r": 4, "target_modules": ATTENTION, "use_rslora": True, "lora_alpha": 16},
+    "LORA bias": {"r": 4, "target_modules": ATTENTION, "bias": "lora_only"},
+    "LORA all bias": {"r": 4, "target_modules": ATTENTION, "bias": "all"},
+    "BOFT": {"boft_block_size": 4, "target_modules": ATTENTION},
+    "C3A": {"block_size": 16, "target_modules": ATTENTION},
+    "FOURIERFT": {"n_frequency": 20, "target_modules": ATTENTION},
+    "HRA": {"r": 4, "target_modules": ATTENTION},
+    "IA3": {"target_modules": ["key", "value", "intermediate.dense"], "feedforward_modules": ["intermediate.dense"]},
+    "LN_TUNING": {"target_modules": ["LayerNorm"]},
+    "LOHA": {"r": 4, "target_modules": ATTENTION},
+    "LOKR": {"r": 4, "target_modules": ATTENTION},
+    "MISS": {"r": 4, "target_modules": ATTENTION},
+    "OFT": {"oft_block_size": 4, "target_modules": ATTENTION},
+    "VERA": {"r": 8, "target_modules": ATTENTION},
+}
+SHAPE = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only get into one another's way on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone):
+    return find_backbone(ModelConfig(name=str(tiny_backbone)), NAMES)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "input_ids": torch.randint(5, 40, (6, 12), generator=generator),
+        "attention_mask": torch.ones(6, 12, dtype=torch.long),
+    }
+
+
+def train(model, batch, steps=2):
+    """Two steps large enough that every parameter moves away from where it began."""
+    labels = torch.arange(6) % 4
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def save(model, folder):
+    """As run.py writes adapter/."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = safetensors.torch.save(adapter_tensors(model), {"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(tensors)
+    (folder / "adapter_config.json").write_text(adapter_config_json(model))
+    return folder
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(**batch).logits
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def saved_backbone(kind, config, folder, tokenizer):
+    """Folder of a backbone without a head; its tokenizer beside it."""
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return find_backbone(ModelConfig(name=str(folder)), NAMES)
+
+
+# --- counts ---
+
+
+@pytest.fixture
+def published(tiny_tokenizer):
+    """roberta-base without its weights."""
+    config = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, num_labels=4)
+    return Backbone("roberta-base", None, config, tiny_tokenizer, "")
+
+
+def test_the_published_run_trains_888580_parameters(published):
+    settings = PeftConfig(options={"r": 8, "lora_alpha": 16, "target_modules": ATTENTION})
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(published.config)
+        model = _wrap(model, adapter_config(settings, "roberta-base"), set())
+    assert model.get_nb_trainable_parameters() == (888_580, 125_537_288)
+    adapter = sum(parameter.numel() for name, parameter in trained(model).items() if ".lora_" in name)
+    assert (adapter, 888_580 - adapter) == (294_912, 593_668)
+    rows = parameter_table(model)
+    assert sum(row["trainable"] for row in rows) == 888_580
+    assert sum(row["total"] for row in rows) == 125_537_288
+    head = sum(row["trainable"] for row in rows if row["module"].startswith("classifier"))
+    assert head == 593_668
+
+
+def test_the_budget_counts_the_head_and_names_the_rank_that_fits(published):
+    def settings(budget, rank=8):
+        return PeftConfig(max_trainable_parameters=budget, options={"r": rank, "target_modules": ATTENTION})
+
+    check_fit(published, settings(888_580), 512, pairs=False)
+    with pytest.raises(UserError, match=r"888,580 parameters would train, the budget is 888,579(?s:.*)--peft\.r 7"):
+        check_fit(published, settings(888_579), 512, pairs=False)
+    check_fit(published, settings(888_579, rank=7), 512, pairs=False)
+    with pytest.raises(UserError, match="no rank fits: the head alone has 593,668"):
+        check_fit(published, settings(500_000), 512, pairs=False)
+
+
+def test_positions_behind_the_padding_id_are_counted(published):
+    with pytest.raises(UserError, match=r"data\.max_length: 513 is above the 512 positions"):
+        check_fit(published, PeftConfig(options={"target_modules": ATTENTION}), 513, pairs=False)
+
+
+@pytest.mark.parametrize(("pairs", "num_special"), [(False, 2), (True, 4)])
+def test_a_length_that_leaves_no_room_for_text_is_refused(backbone, pairs, num_special):
+    check_fit(backbone, LORA, num_special + 1, pairs=pairs)
+    with pytest.raises(UserError, match=f"{num_special} leaves no room for text beside {num_special} special tokens"):
+        check_fit(backbone, LORA, num_special, pairs=pairs)
+
+
+# --- types ---
+
+
+@pytest.mark.parametrize("compute_type", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_types_of_trained_and_frozen_weights(tiny_backbone, tmp_path, compute_type, stored):
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    stored_tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(stored_tensors, folder / "model.safetensors", {"format": "pt"})
+    model = build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42, compute_type)
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        kind = "trained" if parameter.requires_grad else "matrix" if ".base_layer." in name or "dense" in name else ""
+        kind = kind or ("key" if ".key." in name else "norm" if "LayerNorm" in name else "other")
+        kinds.setdefault(kind, set()).add(parameter.dtype)
+    assert kinds["trained"] == {torch.float32}
+    assert kinds["matrix"] == kinds["key"] == {compute_type}
+    assert kinds["norm"] == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if "embeddings" in name} == {torch.float32}
+
+
+def test_the_seed_alone_draws_head_and_adapter(backbone):
+    torch.manual_seed(1)
+    one = adapter_tensors(build_model(backbone, LORA, 42, torch.float32))
+    torch.manual_seed(2)
+    same = adapter_tensors(build_model(backbone, LORA, 42, torch.float32))
+    other = adapter_tensors(build_model(backbone, LORA, 43, torch.float32))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(
+        one["base_model.model.classifier.dense.weight"], other["base_model.model.classifier.dense.weight"]
+    )
+    assert any(not torch.equal(one[name], other[name]) for name in one if "lora_A" in name)
+
+
+# --- every method comes back ---
+
+
+def test_every_supported_method_is_tested():
+    assert {name.split(" ")[0] for name in METHODS} == set(PEFT_TYPES)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request, backbone, batch, tmp_path_factory):
+    """A method's settings, a model trained with it, and the folder of its adapter."""
+    settings = PeftConfig(peft_type=request.param.split(" ")[0], options=METHODS[request.param])
+    untrained = adapter_tensors(build_model(backbone, settings, 42, torch.float32))
+    model = train(build_model(backbone, settings, 42, torch.float32), batch)
+    folder = save(model, tmp_path_factory.mktemp("method") / "adapter")
+    return settings, model, folder, untrained
+
+
+def test_a_saved_adapter_gives_the_same_logits(method, backbone, batch):
+    _, model, folder, _ = method
+    torch.manual_seed(999)  # nothing of it may be drawn anew
+    fresh = load_plain(backbone, folder)
+    assert (logits(fresh, batch) - logits(model, batch)).abs().max() <= 1e-6
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=len(NAMES)).eval()
+    assert (logits(plain, batch) - logits(model, batch)).abs().max() <= 1e-6
+
+
+def test_training_changed_the_logits_by_more_than_the_head(method, backbone, batch):
+    """Else the test before would pass with an adapter that is never loaded."""
+    settings, model, _, untrained = method
+    trained_tensors = adapter_tensors(model)
+    headless = {n: untrained[n] if "classifier" not in n else tensor for n, tensor in trained_tensors.items()}
+    fresh = build_model(backbone, settings, 42, torch.float32).eval()
+    load_adapter_tensors(fresh, headless, "test")
+    assert (logits(fresh, batch) - logits(model, batch)).abs().max() > 1e-4
+
+
+def test_a_checkpoint_holds_all_that_trains(method, backbone, batch):
+    settings, model, _, _ = method
+    fresh = build_model(backbone, settings, 42, torch.float32)
+    with torch.no_grad():
+        for parameter in trained(fresh).values():
+            parameter.normal_()
+    load_adapter_tensors(fresh, adapter_tensors(model), "checkpoint")
+    lost = [name for name, parameter in trained(fresh).items() if not torch.equal(parameter, trained(model)[name])]
+    assert lost == []
+    assert torch.equal(logits(fresh.eval(), batch), logits(model, batch))
+
+
+def test_every_trained_tensor_is_in_fp32_and_has_a_gradient(method, batch):
+    _, model, _, _ = method
+    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
+    assert [name for name, parameter in trained(model).items() if parameter.grad is None] == []
+
+
+def test_an_adapter_is_a_copy(method):
+    _, model, _, _ = method
+    before = adapter_tensors(model)
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    parameter = next(iter(trained(model).values()))
+    with torch.no_grad():
+        parameter.add_(1.0)
+    assert all(torch.equal(before[name], kept[name]) for name in kept)
+    with torch.no_grad():
+        parameter.sub_(1.0)
+
+
+def damaged(tensors):
+    name = next(name for name in tensors if tensors[name].ndim == 2)
+    yield "lacks tensor", {key: tensor for key, tensor in tensors.items() if key != name}
+    yield "has an unexpected tensor", {**tensors, "base_model.model.extra.weight": torch.zeros(2)}
+    yield "has shape|size mismatch", {**tensors, name: torch.zeros(tensors[name].shape[0] + 1, 3)}
+
+
+@pytest.mark.parametrize("fault", [0, 1, 2])
+def test_strict_loading(backbone, batch, tmp_path, fault):
+    model = train(build_model(backbone, LORA, 42, torch.float32), batch)
+    message, tensors = list(damaged(adapter_tensors(model)))[fault]
+    fresh = build_model(backbone, LORA, 42, torch.float32)
+    before = adapter_tensors(fresh)
+    with pytest.raises(UserError, match=message):
+        load_adapter_tensors(fresh, tensors, "the checkpoint")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(fresh).items())
+    folder = save(model, tmp_path / "adapter")
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        load_plain(backbone, folder)
+
+
+# --- layers that no weights file filled ---
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "deberta-v2"])
+def test_freshly_drawn_layers_train_and_are_saved(family, tmp_path, tiny_tokenizer, batch):
+    size = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 1}
+    kind, config, new, targets = {
+        "bert": (BertForMaskedLM, BertConfig(**{**SHAPE, **size}), "bert.pooler.dense", ATTENTION),
+        "distilbert": (
+            DistilBertModel,
+            DistilBertConfig(**size, dim=32, n_layers=1, n_heads=4, hidden_dim=64, max_position_embeddings=64),
+            "pre_classifier",
+            ["q_lin", "v_lin"],
+        ),
+        "electra": (ElectraModel, ElectraConfig(**{**SHAPE, **size}, embedding_size=16), "classifier.dense", ATTENTION),
+        "deberta-v2": (
+            DebertaV2Model, DebertaV2Config(**{**SHAPE, **size}), "pooler.dense", ["query_proj", "value_proj"]
+        ),
+    }[family]  # fmt: skip
+    backbone = saved_backbone(kind, config, tmp_path / "backbone", tiny_tokenizer)
+    settings = PeftConfig(options={"r": 2, "target_modules": targets})
+    model = build_model(backbone, settings, 42, torch.float32)
+    assert any(f"{new}." in f"{name.replace('modules_to_save.default.', '')}" for name in trained(model)), list(
+        trained(model)
+    )
+    before = {name: parameter.clone() for name, parameter in trained(model).items()}
+    train(model, batch)
+    assert [name for name, parameter in trained(model).items() if torch.equal(parameter, before[name])] == []
+    torch.manual_seed(999)
+    fresh = load_plain(backbone, save(model, tmp_path / "adapter"))
+    assert (logits(fresh, batch) - logits(model, batch)).abs().max() <= 1e-6
+
+
+def test_a_head_of_another_number_of_classes_is_drawn_anew(backbone, tmp_path, tiny_tokenizer):
+    torch.manual_seed(0)
+    config = RobertaConfig(**{**SHAPE, "vocab_size": len(tiny_tokenizer), "num_labels": 7})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer.save_pretrained(tmp_path / "backbone")
+    model = build_model(find_backbone(ModelConfig(name=str(tmp_path / "backbone")), NAMES), LORA, 42, torch.float32)
+    assert trained(model)["base_model.model.classifier.modules_to_save.default.out_proj.weight"].shape == (4, 32)
+
+
+# --- finding ---
+
+
+def test_a_package_is_found_and_none_of_its_code_runs(tiny_backbone, tmp_path, monkeypatch):
+    package = tmp_path / "isotrain_fake_package"
+    shutil.copytree(tiny_backbone, package / "model")
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = find_backbone(ModelConfig(name="package:isotrain_fake_package/model"), NAMES)
+    assert found.path == str(package / "model")
+    assert found.config.num_labels == 4
+    with pytest.raises(UserError, match=r"has no other/config\.json"):
+        find_backbone(ModelConfig(name="package:isotrain_fake_package/other"), NAMES)
+    with pytest.raises(UserError, match="no installed Python package 'isotrain_absent'"):
+        find_backbone(ModelConfig(name="package:isotrain_absent/model"), NAMES)
+
+
+def test_the_fingerprint_follows_the_weights(backbone, tiny_backbone, tmp_path):
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    assert find_backbone(ModelConfig(name=str(folder)), NAMES).fingerprint == backbone.fingerprint
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert find_backbone(ModelConfig(name=str(folder)), NAMES).fingerprint != backbone.fingerprint
+
+
+def test_one_dropout_for_the_whole_backbone(tiny_backbone):
+    config = find_backbone(ModelConfig(name=str(tiny_backbone), dropout=0.25), NAMES).config
+    rates = (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout)
+    assert rates == (0.25, 0.25, 0.25)
+
+
+def spoil(folder, what):
+    if what == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif what == "pickled":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif what == "cut":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif what == "code":
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / "evil.py").write_text("raise RuntimeError('ran')")
+    elif what == "broken config":
+        (folder / "config.json").write_text("{")
+    elif what == "no tokenizer":
+        for path in folder.glob("*token*"):
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no weights", r"no \*\.safetensors weights$"),
+        ("pickled", r"pytorch_model\.bin is pickled, which can run code"),
+        ("cut", "cannot be read"),
+        ("code", "asks to run code of its own"),
+        ("broken config", "is not JSON"),
+        ("no tokenizer", r"has no tokenizer \(tokenizer\.json\)$"),
+    ],
+)
+def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, message):
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    spoil(folder, what)
+    with pytest.raises(UserError, match=message):
+        build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "options", "message"),
+    [
+        ("LORRA", {}, "'LORRA' is not supported; supported: LORA"),
+        ("PREFIX_TUNING", {}, "not supported"),
+        ("LORA", {"lora_alhpa": 3}, r"unknown option 'peft\.lora_alhpa' for LORA; nearest: peft\.lora_alpha"),
+        ("LORA", {"r": "many"}, r"peft\.r: 'many' does not fit"),
+        ("LORA", {"init_lora_weights": "pissa_niter_4"}, "changes the frozen backbone"),
+        ("LORA", {"task_type": "SEQ_CLS"}, "unknown option"),
+        ("LORA", {"target_modules": ["query", "quarry"]}, "'quarry' matches nothing; this backbone has .*query"),
+        ("LORA", {"target_modules": ".*nothing"}, "matches nothing"),
+        ("LORA", {"target_modules": "("}, "no regular expression"),
+        ("LORA", {"r": 0, "target_modules": ATTENTION}, "peft: "),
+    ],
+)
+def test_wrong_adapter_settings_are_refused_in_words(backbone, peft_type, options, message):
+    with pytest.raises(UserError, match=message):
+        check_fit(backbone, PeftConfig(peft_type=peft_type, options=options), 32, pairs=False)
+
+
+def test_all_wrong_options_are_named_at_once(backbone):
+    with pytest.raises(UserError) as caught:
+        check_fit(backbone, PeftConfig(options={"rr": 1, "lora_alpha": "x"}), 32, pairs=False)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_settings_are_not_changed_by_building(backbone):
+    before = dataclasses.asdict(LORA)
+    build_model(backbone, LORA, 42, torch.float32)
+    assert dataclasses.asdict(LORA) == before
