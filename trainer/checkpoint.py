@@ -177,7 +177,7 @@ def load_optimizer_tensors(
     """Puts back what `optimizer_tensors` took out; hyperparameters stay the optimizer's own.
 
     Raises:
-        DamagedCheckpoint: state of a parameter that is not trained.
+        DamagedCheckpoint: state of a parameter that is not trained, or none of one that is.
     """
     index = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -186,6 +186,8 @@ def load_optimizer_tensors(
         if name not in index:
             raise DamagedCheckpoint(f"optimizer state of unknown parameter {name}")
         state.setdefault(index[name], {})[entry] = tensor
+    if state and len(state) < len(names):  # sgd has none at all
+        raise DamagedCheckpoint(f"{len(names) - len(state)} trained parameters have no optimizer state")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -109,7 +109,7 @@ class PeftConfig:
     """The adapter: PEFT's own names (r, lora_alpha, target_modules, ...) beside these two."""
 
     peft_type: str = "LORA"
-    """PEFT method: LORA, IA3, LOHA, LOKR, OFT, BOFT, VERA, ... (PEFT's own list)"""
+    """PEFT method: LORA, IA3, LOHA, LOKR, OFT, VERA, ... (an unknown one lists them)"""
     max_trainable_parameters: int | None = None
     """budget over all that trains, the head included; exceeding it is an error. null = no budget"""
     options: dict[str, Any] = field(default_factory=dict)
@@ -253,6 +253,8 @@ def main_guard(main: Any) -> int:
     """
     try:
         return int(main() or 0)
+    except KeyboardInterrupt:  # before a run has its own way to stop, or a second Ctrl-C
+        return 130
     except BrokenPipeError:  # the reader of our output has seen enough, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

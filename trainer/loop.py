@@ -25,7 +25,7 @@ from peft import PeftModel
 
 from trainer.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors
 from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate
-from trainer.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from trainer.checkpoint import Checkpoint, DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from trainer.config import Config, UserError, as_dict
 from trainer.dropout import DropoutKeys
 from trainer.evaluation import Interrupted, score_split
@@ -285,7 +285,10 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
                 "with --run.name NAME"
             )
     load_adapter_tensors(run.plain_model, checkpoint.adapter, str(run.folder))
-    load_optimizer_tensors(run.optimizer.optimizer, list(run.trained), checkpoint.optimizer)
+    try:
+        load_optimizer_tensors(run.optimizer.optimizer, list(run.trained), checkpoint.optimizer)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{run.folder}: the checkpoint of step {checkpoint.step} does not fit: {error}") from None
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     restored = _state_from_json(state["train"])

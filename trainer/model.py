@@ -35,7 +35,7 @@ from trainer.config import ModelConfig, PeftConfig, UserError
 
 # Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
 PEFT_TYPES = (
-    "LORA", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA"
+    "LORA", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA"
 )  # fmt: skip
 OURS_TO_SET = {
     "peft_type",

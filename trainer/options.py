@@ -70,14 +70,13 @@ def parse_config(argv: Sequence[str]) -> Config:
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Writes a recipe that gives this very configuration again."""
-    text = yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+def config_text(config: Config) -> str:
+    """A recipe that gives this very configuration again: what config.yaml holds."""
+    return str(yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def load_config(path: Path) -> Config:
-    """The configuration that `save_config` wrote.
+    """The configuration in a file that holds a `config_text`.
 
     Raises:
         UserError: the file is missing or not a configuration.
@@ -137,7 +136,10 @@ def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, An
     config = Config(**{group: namespace[group] for group in GROUPS}, recipe=recipe)
     options = {key.removeprefix("peft."): value for key, value in settings if _is_peft_option(key)}
     peft = dataclasses.replace(config.peft, options=options, peft_type=config.peft.peft_type.upper())
-    return dataclasses.replace(config, peft=peft, data=_with_text_labels(config.data))
+    # a run is used later from other folders
+    local = Path(config.model.name)
+    model = dataclasses.replace(config.model, name=str(local.absolute()) if local.is_dir() else config.model.name)
+    return dataclasses.replace(config, peft=peft, model=model, data=_with_text_labels(config.data))
 
 
 def _command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ from trainer.model import (
     silence_libraries,
 )
 from trainer.optim import build_optimizer
-from trainer.options import save_config
+from trainer.options import config_text
 from trainer.tracking import RunLog
 
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
@@ -152,7 +152,6 @@ def _train(config: Config, folder: Path, corpus: Corpus, backbone: Backbone, pre
     state, best = TrainState(), None
     if is_main:
         remove_unfinished(folder / "checkpoints")
-        save_config(config, folder / "config.yaml")
     # read by one process for all: the others may be on machines that do not see the folder
     found = list(load_newest(folder / "checkpoints")) if is_main else [None, []]
     checkpoint, damage = broadcast_object_list(found)
@@ -161,6 +160,8 @@ def _train(config: Config, folder: Path, corpus: Corpus, backbone: Backbone, pre
     if checkpoint is not None:
         state, best = restore(run, checkpoint), checkpoint.best_adapter
         run.log.say(f"continuing after step {state.step} of {run.total_steps}")
+    if is_main:  # only now is it sure that the run is this one
+        write_atomic(folder / "config.yaml", config_text(config))
     for line in _data_lines(corpus, examples, config.data.max_length):
         run.log.say(line)
     state = _started(run, state, precision)
@@ -326,11 +327,12 @@ def _finish(
     scores = {
         f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")
     }
-    run.log.scalars(scores, state.step, state.step / run.plan.steps_per_epoch)
-    run.log.hyperparameters(as_dict(run.config), scores)
+    run.log.finals(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)
     write_atomic(folder / PENDING_SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     script = Path(__file__).with_name("report.py")
-    report = subprocess.run([sys.executable, str(script), "--run", str(folder)], capture_output=True, text=True)
+    # in a session of its own: a Ctrl-C at the terminal is for this process, which is about to end anyway
+    command = [sys.executable, str(script), "--run", str(folder)]
+    report = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     (folder / PENDING_SUMMARY).rename(folder / "summary.json")
     for split in metrics:
         say = f"{split:>10}: accuracy {metrics[split]['accuracy']:.4f}  F1 {metrics[split]['f1_macro']:.4f}"

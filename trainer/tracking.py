@@ -157,12 +157,6 @@ class RunLog:
             if tracker.name != "tensorboard":
                 self._guarded(tracker.name, partial(tracker.log, dict(metrics), step=step + 1))
 
-    def hyperparameters(self, config: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float]) -> None:
-        """Adds the final metrics to TensorBoard's table of runs, beside the flattened configuration."""
-        flat = {f"{group}.{key}": value for group, values in config.items() for key, value in values.items()}
-        plain = {key: v if isinstance(v, bool | int | float | str) else json.dumps(v) for key, v in flat.items()}
-        self._with_tensorboard(lambda board: board.add_hparams(plain, dict(metrics), run_name="."))
-
     def progress(self, steps: int, **shown: str) -> None:
         """Moves the bar; `shown` stands behind it."""
         if self._bar is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import Config, DataConfig, Source, UserError, as_dict, identity, main_guard, run_name
-from trainer.options import load_config, load_finished_run, option_names, parse_config, save_config
+from trainer.options import config_text, load_config, load_finished_run, option_names, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--data.train", "train.csv"]
@@ -311,7 +311,7 @@ def test_run_name_is_one_folder(name):
 def test_run_name_may_be_any_other(name, tmp_path):
     config = parse(f"--run.name={name}")
     assert run_name(config) == name
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml") == config
 
 
@@ -338,7 +338,7 @@ def test_round_trip_of_awkward_texts(tmp_path):
             label_names=names,
         ),
     )
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml") == config
 
 
@@ -384,7 +384,7 @@ def test_load_finished_run(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         load_finished_run(tmp_path)
     config = parse()
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
     with pytest.raises(UserError, match="is not finished"):
         load_finished_run(tmp_path)
     (tmp_path / "summary.json").write_text("{}")

@@ -43,7 +43,6 @@ METHODS = {
     "LORA rslora": {"r": 4, "target_modules": ATTENTION, "use_rslora": True, "lora_alpha": 16},
     "LORA bias": {"r": 4, "target_modules": ATTENTION, "bias": "lora_only"},
     "LORA all bias": {"r": 4, "target_modules": ATTENTION, "bias": "all"},
-    "BOFT": {"boft_block_size": 4, "target_modules": ATTENTION},
     "C3A": {"block_size": 16, "target_modules": ATTENTION},
     "FOURIERFT": {"n_frequency": 20, "target_modules": ATTENTION},
     "HRA": {"r": 4, "target_modules": ATTENTION},

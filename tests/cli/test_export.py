@@ -1,0 +1,137 @@
+"""export.py: a plain transformers model with the adapter's logits, or nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from tests.conftest import topic_rows
+from tests.faults.harness import changed, command
+
+pytest_plugins = ["tests.faults.fixtures"]
+TEXTS = [text for text, _ in topic_rows(9, seed=5)]
+
+
+@pytest.fixture(scope="module")
+def run(uninterrupted):
+    return uninterrupted[0]
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "model"
+    ended = command("export", ["--run", run, "--output", folder])
+    assert ended.code == 0, ended.stderr
+    return folder, ended
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model.eval()(**tokenizer(TEXTS, return_tensors="pt", padding=True, truncation=True)).logits
+
+
+def test_the_logits_are_the_adapters(run, exported):
+    folder, ended = exported
+    assert f"exported to {folder}" in ended.stderr
+    assert "logits within" in ended.stderr
+    merged, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    apart = AutoPeftModelForSequenceClassification.from_pretrained(run / "adapter", num_labels=4)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert torch.allclose(logits(merged, tokenizer), logits(apart, tokenizer), atol=1e-5)
+
+
+def test_labels_tokenizer_and_pipeline(exported):
+    folder, _ = exported
+    names = ["Business", "Sci/Tech", "Sports", "World"]
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["id2label"] == {str(i): name for i, name in enumerate(names)}
+    assert settings["label2id"] == {name: i for i, name in enumerate(names)}
+    assert settings["architectures"] == ["RobertaForSequenceClassification"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(folder))
+    assert not [name for name in os.listdir(folder) if "adapter" in name]
+    answers = pipeline("text-classification", model=str(folder), device="cpu")(TEXTS)
+    assert len(answers) == len(TEXTS)
+    assert {answer["label"] for answer in answers} <= set(names)
+
+
+def test_an_existing_folder_is_refused_and_an_empty_one_used(run, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("mine")
+    for output in (taken, taken / "file"):
+        ended = command("export", ["--run", run, "--output", output])
+        assert ended.code == 2
+        assert "give a new folder" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    (taken / "file").unlink()
+    assert command("export", ["--run", run, "--output", "."], folder=taken).code == 0
+    assert (taken / "model.safetensors").is_file()
+
+
+def test_a_failed_check_leaves_nothing(run, tmp_path):
+    ended = command("export", ["--run", run, "--output", tmp_path / "model"], [("crooked_merge",)])
+    assert ended.code == 2
+    assert "the merged model's logits differ by" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        ended = command("export", ["--run", run, "--output", tmp_path / "model"])
+        assert ended.code == 2, ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert "No space left" in ended.stderr
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_what_is_refused(run, killed, tmp_path):
+    for folder, reason in ((tmp_path, "not a run folder"), (killed[0], "not finished")):
+        ended = command("export", ["--run", folder, "--output", tmp_path / "model"])
+        assert ended.code == 2
+        assert reason in ended.stderr
+    ended = command("export", ["--run", run])
+    assert ended.code == 2
+    assert "output" in ended.stderr
+
+
+def test_a_damaged_adapter_is_refused(run, tmp_path):
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    weights = damaged / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ended = command("export", ["--run", damaged, "--output", tmp_path / "model"])
+    assert ended.code == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "model").exists()
+
+
+KINDS = {
+    "IA3": {"peft__feedforward_modules": "[]"},
+    "LN_TUNING": {"peft__target_modules": "[LayerNorm]"},
+    "LOKR": {"peft__r": 4},
+    "VERA": {"peft__r": 8},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_adapters(kind, options, tmp_path):
+    settings = {"peft__peft_type": kind, "peft__r": None, "peft__lora_dropout": None, "optim__max_steps": 2}
+    arguments = changed(options, run__output_dir=tmp_path, **{**settings, **KINDS[kind]})
+    assert command("run", arguments, [("no_figures",)]).code == 0
+    ended = command("export", ["--run", tmp_path / "run", "--output", tmp_path / "model"])
+    assert ended.code == 0, ended.stderr
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    apart = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter", num_labels=4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert torch.allclose(logits(merged, tokenizer), logits(apart, tokenizer), atol=1e-5)

@@ -1,0 +1,186 @@
+"""predict.py: every row once and in order, in every layout, with the numbers of plain PEFT."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+from tests.conftest import ROOT, topic_rows, write_csv
+from tests.faults.harness import command, read_csv
+
+pytest_plugins = ["tests.faults.fixtures"]
+CLASSES = ["Business", "Sci/Tech", "Sports", "World"]
+ROWS = [*topic_rows(30, seed=7), ("no known word here", "World"), ('a, "quoted"\nline', "Sports")]
+
+
+@pytest.fixture(scope="module")
+def run(uninterrupted):
+    return uninterrupted[0]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("input") / "input.csv", ROWS)
+
+
+@pytest.fixture(scope="module")
+def wanted(run):
+    """Probabilities of ROWS by plain PEFT, one text at a time, [N, 4]."""
+    model = AutoPeftModelForSequenceClassification.from_pretrained(run / "adapter", num_labels=4).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    with torch.no_grad():
+        logits = [
+            model(**tokenizer(text.strip(), truncation=True, max_length=48, return_tensors="pt")).logits[0]
+            for text, _ in ROWS
+        ]
+    return torch.softmax(torch.stack(logits).double(), dim=1).numpy()
+
+
+def predict(run, source, output, *options, points=()):
+    return command("predict", ["--run", run, "--input", source, "--output", output, *options], points)
+
+
+def refused(run, source, output, *options):
+    ended = predict(run, source, output, *options)
+    assert ended.code == 2
+    assert "Traceback" not in ended.stderr
+    assert not output.exists()
+    return ended.stderr
+
+
+def test_csv(run, labelled, wanted, tmp_path):
+    ended = predict(run, labelled, tmp_path / "out.csv")
+    assert ended.code == 0, ended.stderr
+    header, *rows = read_csv(tmp_path / "out.csv")
+    assert header == ["id", "prediction", "confidence", *(f"probability:{name}" for name in CLASSES)]
+    assert [row[0] for row in rows] == [str(i) for i in range(len(ROWS))]
+    found = np.array([row[3:] for row in rows], dtype=float)
+    assert np.abs(found - wanted).max() <= 2e-6
+    assert [row[1] for row in rows] == [CLASSES[i] for i in wanted.argmax(axis=1)]
+    assert [float(row[2]) for row in rows] == found.max(axis=1).tolist()
+    assert found.std(axis=0).min() > 0, "all rows alike would show no disorder"
+
+
+def test_with_labels_also_the_metrics(run, labelled, wanted, tmp_path):
+    ended = predict(run, labelled, tmp_path / "out.csv", "--quiet", "true")
+    assert ended.stderr == ""
+    metrics = json.loads(ended.stdout)
+    right = [CLASSES[i] == label for i, (_, label) in zip(wanted.argmax(axis=1), ROWS, strict=True)]
+    assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert metrics["num_examples"] == len(ROWS)
+    loss = -np.log([wanted[i, CLASSES.index(label)] for i, (_, label) in enumerate(ROWS)]).mean()
+    assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
+    ended = predict(run, labelled, tmp_path / "out.csv", "--ignore_labels", "true")
+    assert (ended.code, ended.stdout) == (0, "")
+
+
+def test_jsonl_in_and_out_without_labels(run, wanted, tmp_path):
+    source = tmp_path / "input.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "more": 1}) + "\n" for text, _ in ROWS))
+    ended = predict(run, source, tmp_path / "out.jsonl")
+    assert (ended.code, ended.stdout) == (0, ""), ended.stderr
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [list(line) for line in found[:1]] == [
+        ["id", "prediction", "confidence", *(f"probability:{name}" for name in CLASSES)]
+    ]
+    probabilities = np.array([[line[f"probability:{name}"] for name in CLASSES] for line in found])
+    assert np.abs(probabilities - wanted).max() <= 1e-6
+    assert probabilities.sum(axis=1) == pytest.approx(np.ones(len(ROWS)))
+
+
+def test_parquet_in(run, wanted, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"text": [text for text, _ in ROWS]}), tmp_path / "input.parquet")
+    assert predict(run, tmp_path / "input.parquet", tmp_path / "out.csv").code == 0
+    found = np.array([row[3:] for row in read_csv(tmp_path / "out.csv")[1:]], dtype=float)
+    assert np.abs(found - wanted).max() <= 2e-6
+
+
+def test_contest_layout_with_ids(run, wanted, tmp_path):
+    rows = [(f"x{i * 7}", text) for i, (text, _) in enumerate(ROWS)]
+    source = write_csv(tmp_path / "input.csv", rows, header=["number", "text"])
+    ended = predict(run, source, tmp_path / "out.csv", "--layout", "contest", "--id_column", "number")
+    assert ended.code == 0, ended.stderr
+    header, *found = read_csv(tmp_path / "out.csv")
+    assert header == ["ID", "Label"]
+    assert found == [[number, str(i)] for (number, _), i in zip(rows, wanted.argmax(axis=1), strict=True)]
+
+
+def test_another_layout_of_columns_and_labels_counted_from_1(run, wanted, tmp_path):
+    table = [(CLASSES.index(label) + 1, text) for text, label in ROWS]
+    source = write_csv(tmp_path / "input.csv", table, header=None)
+    columns = ["--column_names", "[class, title]", "--text_columns", "[title]", "--label_column", "class"]
+    said = refused(run, source, tmp_path / "none.csv", *columns)
+    assert "counts its labels" in said
+    assert "--label_names" in said
+    mapping = ["--label_names", "{1: Business, 2: Sci/Tech, 3: Sports, 4: World}"]
+    ended = predict(run, source, tmp_path / "out.csv", *columns, *mapping)
+    assert ended.code == 0, ended.stderr
+    right = [CLASSES[i] == label for i, (_, label) in zip(wanted.argmax(axis=1), ROWS, strict=True)]
+    assert json.loads(ended.stdout)["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_an_existing_output_is_replaced_whole(run, labelled, tmp_path):
+    (tmp_path / "out.csv").write_text("old")
+    ended = predict(run, labelled, tmp_path / "out.csv", points=[("full_disk", 1)])
+    assert ended.code == 2
+    assert "No space left" in ended.stderr
+    assert (tmp_path / "out.csv").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.csv"]
+    assert predict(run, labelled, tmp_path / "out.csv").code == 0
+    assert len(read_csv(tmp_path / "out.csv")) == len(ROWS) + 1
+
+
+def test_what_is_refused(run, killed, labelled, tmp_path):
+    output = tmp_path / "out.csv"
+    pickled = tmp_path / "input.pkl"
+    pickled.write_bytes(pickle.dumps({"text": ["a"]}))
+    assert "pickle" in refused(run, pickled, output)
+    assert "must end in .csv or .jsonl" in refused(run, labelled, tmp_path / "out.xlsx")
+    assert "no folder" in refused(run, labelled, tmp_path / "none" / "out.csv")
+    assert "not a run folder" in refused(tmp_path, labelled, output)
+    assert "not finished" in refused(killed[0], labelled, output)
+    assert "nothing" in refused(run, tmp_path / "nothing.csv", output)
+    other = write_csv(tmp_path / "other.csv", [["x"]], header=["body"])
+    assert "no column 'text'" in refused(run, other, output)
+    empty = write_csv(tmp_path / "empty.csv", [["match"], [" "], [""]], header=["text"])
+    assert "row 2" in refused(run, empty, output)
+    assert "'number'" in refused(run, labelled, output, "--id_column", "number")
+    assert "layout" in refused(run, labelled, output, "--layout", "wide")
+    assert "--inputs" in refused(run, labelled, output, "--inputs", "x")
+
+
+def test_help():
+    ended = command("predict", ["--help"])
+    assert ended.code == 0
+    for option in ("--run", "--layout", "--id_column", "--max_tokens"):
+        assert option in ended.stdout
+
+
+def test_two_processes_write_the_same_file(run, labelled, tmp_path):
+    """By the real command. Without the "--", torchrun takes --run for an option of its own."""
+    assert predict(run, labelled, tmp_path / "one.csv", "--max_tokens", "200").code == 0
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--",
+        ROOT / "trainer" / "predict.py",
+    ]
+    line += ["--run", run, "--input", labelled, "--output", tmp_path / "two.csv", "--max_tokens", "200"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, timeout=240)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    assert json.loads(process.stdout)["num_examples"] == len(ROWS)

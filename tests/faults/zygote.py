@@ -1,0 +1,167 @@
+"""Forks off processes in which the heavy imports are done: a new process and fresh state, without 8 s of importing.
+
+Runs as a process of its own. Reads a request a line (JSON, see harness.py), answers {"pid"} at once and
+{"pid", "code"} when that process has ended; ends its children and itself when its input ends.
+"""
+
+# ruff: noqa: E402 (the package is found only after sys.path has its root)
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import accelerate  # noqa: F401
+import datasets  # noqa: F401
+import peft
+import torch
+import torch.utils.tensorboard
+import transformers
+from peft import AutoPeftModelForSequenceClassification  # noqa: F401
+from transformers import AutoModelForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
+
+import trainer.evaluation
+import trainer.export
+import trainer.loop
+import trainer.pipeline
+import trainer.predict
+import trainer.report
+import trainer.run
+from tests.faults import points
+from trainer.config import main_guard
+from trainer.model import adapter_config
+from trainer.options import parse_config
+
+ENTRIES = {name: getattr(trainer, name).main for name in ("run", "predict", "export", "report")}
+
+
+def call(entry, arguments):
+    """What the end of trainer/<entry>.py does; returns the exit code."""
+    sys.argv = [f"trainer/{entry}.py", *arguments]
+    try:
+        return main_guard(ENTRIES[entry])
+    except SystemExit as leaving:
+        return leaving.code or 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def fork(request):
+    """Starts a process for a request; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setpgid(0, 0)
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
+        for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, number)
+        # TensorBoard reads event files by name: second, host, process. Two of our starts may fall into one second
+        socket.gethostname = lambda: f"start{request['number']:06d}"
+        trainer.pipeline.subprocess = ReportInAFork if request["report"] else NoReport
+        for name, *arguments in request["points"]:
+            getattr(points, name)(*arguments)
+        code = call(request["entry"], request["arguments"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(70)
+
+
+class ReportInAFork:
+    """Stands for the module `subprocess` in pipeline.py: the report too is a new process without the imports."""
+
+    @staticmethod
+    def run(command, capture_output, text, **settings):
+        read, write = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.dup2(write, 1)
+            os.dup2(write, 2)
+            os.close(read)
+            code = call(Path(command[1]).stem, command[2:])
+            sys.stderr.flush()
+            os._exit(code)
+        os.close(write)
+        with os.fdopen(read) as file:
+            said = file.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return subprocess.CompletedProcess(command, code, "", said)
+
+
+class NoReport:
+    """Stands for the module `subprocess` in pipeline.py where a test has no use for the report."""
+
+    @staticmethod
+    def run(command, **settings):
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+def warm_up():
+    """Calls what is slow the first time only; on the meta device, so no number is computed."""
+    config = parse_config(["--data.train", "none.csv", "--peft.r", "4", "--peft.target_modules", "[query,value]"])
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(transformers.RobertaConfig(**sizes))
+        peft.get_peft_model(model, adapter_config(config.peft, "none"))
+
+
+def main():
+    torch.set_num_threads(1)
+    warm_up()
+    gc.freeze()  # the collector of a child need not walk through all these libraries
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    os.set_inheritable(answers.fileno(), False)
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    children = {}
+    pending = b""
+
+    def answer(**values):
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    answer(ready=True)
+    while True:
+        for key, _ in selector.select():
+            if key.fd != 0:
+                pid = children.pop(key.fd)
+                _, status, usage = os.wait4(pid, 0)
+                code = os.waitstatus_to_exitcode(status)
+                selector.unregister(key.fd)
+                os.close(key.fd)
+                answer(pid=pid, code=code, cpu_seconds=usage.ru_utime + usage.ru_stime)
+                continue
+            received = os.read(0, 1 << 16)
+            if not received:
+                for pid in children.values():
+                    os.kill(pid, signal.SIGKILL)
+                return
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                pid = fork(json.loads(line))
+                descriptor = os.pidfd_open(pid)
+                children[descriptor] = pid
+                selector.register(descriptor, selectors.EVENT_READ)
+                answer(pid=pid)
+
+
+if __name__ == "__main__":
+    main()

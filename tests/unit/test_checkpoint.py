@@ -1,0 +1,333 @@
+"""Checkpoints are whole or not there: atomic, hashed, rotating, strict."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from trainer import checkpoint
+from trainer.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    load_checkpoint,
+    load_newest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    remove_unfinished,
+    replace_folder,
+    save_checkpoint,
+    write_atomic,
+)
+
+FILES = ("adapter_model.safetensors", "best_adapter.safetensors", "optimizer.safetensors")
+FILES += ("adapter_config.json", "trainer_state.json")
+
+
+def example(step, best=True):
+    generator = torch.Generator().manual_seed(step)
+    tensors = {"layer.lora_A.weight": torch.randn(3, 4, generator=generator), "head.bias": torch.randn(4)}
+    return Checkpoint(
+        step=step,
+        adapter=tensors,
+        best_adapter={name: tensor + 1 for name, tensor in tensors.items()} if best else None,
+        optimizer={"head.bias/exp_avg": torch.randn(4), "head.bias/step": torch.tensor(float(step))},
+        state={"train": {"step": step, "loss": 0.1 + 0.2}, "scaler": None},
+        adapter_config='{"r": 4}\n',
+    )
+
+
+def equal(one, other):
+    def same(first, second):
+        if first is None or second is None:
+            return first is second
+        return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+    return (
+        same(one.adapter, other.adapter)
+        and same(one.best_adapter, other.best_adapter)
+        and same(one.optimizer, other.optimizer)
+        and (one.step, one.state, one.adapter_config) == (other.step, other.state, other.adapter_config)
+    )
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_what_is_saved_is_loaded(tmp_path, best):
+    saved = example(7, best)
+    path = save_checkpoint(tmp_path / "checkpoints", saved, keep_last=2)
+    assert path.name == "step-00000007"
+    assert equal(load_checkpoint(path), saved)
+    newest, damage = load_newest(tmp_path / "checkpoints")
+    assert equal(newest, saved)
+    assert damage == []
+
+
+def test_no_checkpoint(tmp_path):
+    assert load_newest(tmp_path / "none") == (None, [])
+
+
+def test_types_and_special_values_survive(tmp_path):
+    tensors = {
+        "half": torch.tensor([1.5], dtype=torch.bfloat16),
+        "numbers": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "empty": torch.zeros(0, 3),
+        "one": torch.tensor(3),
+    }
+    saved = Checkpoint(1, tensors, None, {}, {}, "{}")
+    loaded = load_checkpoint(save_checkpoint(tmp_path, saved, 2)).adapter
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].shape == tensor.shape
+        assert loaded[name].view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist() if tensor.ndim else True
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (3, 6, 9, 12):
+        save_checkpoint(tmp_path, example(step), keep_last=3)
+    assert names(tmp_path) == ["step-00000006", "step-00000009", "step-00000012"]
+    save_checkpoint(tmp_path, example(15), keep_last=2)
+    assert names(tmp_path) == ["step-00000012", "step-00000015"]
+
+
+def test_later_damaged_checkpoints_do_not_push_out_the_one_just_saved(tmp_path):
+    for step in (6, 9):
+        save_checkpoint(tmp_path, example(step), keep_last=2)
+        (tmp_path / f"step-{step:08d}" / "manifest.json").unlink()
+    save_checkpoint(tmp_path, example(2), keep_last=2)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_the_same_step_again_replaces_it(tmp_path):
+    save_checkpoint(tmp_path, example(3), keep_last=2)
+    again = example(3, best=False)
+    assert equal(load_checkpoint(save_checkpoint(tmp_path, again, keep_last=2)), again)
+    assert names(tmp_path) == ["step-00000003"]
+    assert "best_adapter.safetensors" not in names(tmp_path / "step-00000003")
+
+
+@pytest.mark.parametrize("kind", ["cut", "longer", "flipped", "removed", "emptied", "a folder"])
+@pytest.mark.parametrize("name", ["manifest.json", *FILES])
+def test_every_damage_of_every_file_is_found_and_named(tmp_path, name, kind):
+    save_checkpoint(tmp_path, example(3), keep_last=2)
+    path = save_checkpoint(tmp_path, example(6), keep_last=2) / name
+    data = path.read_bytes()
+    if kind == "flipped":
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    elif kind in ("removed", "a folder"):
+        path.unlink()
+        if kind == "a folder":
+            path.mkdir()
+    else:
+        path.write_bytes({"cut": data[:-2], "longer": data + b"x", "emptied": b""}[kind])
+    newest, damage = load_newest(tmp_path)
+    assert newest.step == 3
+    (line,) = damage
+    assert "step-00000006" in line
+    assert name in line
+    assert "\n" not in line
+
+
+def test_no_altered_byte_of_the_manifest_changes_what_is_loaded(tmp_path):
+    saved = example(5)
+    manifest = save_checkpoint(tmp_path, saved, keep_last=2) / "manifest.json"
+    data = manifest.read_bytes()
+    for position in range(len(data)):
+        for mask in (0x01, 0x20, 0xFF):
+            manifest.write_bytes(data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :])
+            try:
+                assert equal(load_checkpoint(manifest.parent), saved)
+            except DamagedCheckpoint as error:
+                assert str(error)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"format": 1, "files": [], "step": 5}', '"'])
+def test_a_manifest_of_another_kind_is_damage(tmp_path, text):
+    path = save_checkpoint(tmp_path, example(5), keep_last=2)
+    (path / "manifest.json").write_text(text)
+    assert load_newest(tmp_path)[0] is None
+
+
+def test_a_checkpoint_under_another_step_or_of_a_newer_format_is_damage(tmp_path):
+    path = save_checkpoint(tmp_path, example(5), keep_last=2)
+    moved = shutil.copytree(path, tmp_path / "step-00000006")
+    with pytest.raises(DamagedCheckpoint, match="another step"):
+        load_checkpoint(moved)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(DamagedCheckpoint, match="newer version"):
+        load_checkpoint(path)
+
+
+def test_all_damaged_says_that_it_starts_from_the_beginning(tmp_path):
+    for step in (3, 6):
+        (save_checkpoint(tmp_path, example(step), keep_last=2) / "optimizer.safetensors").unlink()
+    newest, damage = load_newest(tmp_path)
+    assert newest is None
+    assert len(damage) == 3
+    assert "beginning" in damage[-1]
+
+
+def test_other_names_are_no_checkpoints(tmp_path):
+    path = save_checkpoint(tmp_path, example(5), keep_last=2)
+    for name in ("step-5", "step-000000050", "step-0000000x", ".unfinished-step-00000009", "step-00000009.bak"):
+        shutil.copytree(path, tmp_path / name)
+    newest, damage = load_newest(tmp_path)
+    assert newest.step == 5
+    assert damage == []
+    remove_unfinished(tmp_path)
+    assert ".unfinished-step-00000009" not in names(tmp_path)
+    assert "step-00000009.bak" in names(tmp_path)
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, call):
+    kept = example(3)
+    save_checkpoint(tmp_path, kept, keep_last=2)
+    calls = 0
+
+    def full(path, data):
+        nonlocal calls
+        calls += 1
+        path.write_bytes(data if calls < call else data[:10])
+        if calls == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    for step in (3, 6):
+        calls = 0
+        with pytest.raises(OSError, match=r"cannot save .*step-.*: No space left on device; what was saved before"):
+            save_checkpoint(tmp_path, example(step, best=True), keep_last=2)
+        assert names(tmp_path) == ["step-00000003"]
+        assert equal(load_newest(tmp_path)[0], kept)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_rename_that_fails_harms_nothing(tmp_path, monkeypatch, call):
+    kept = example(3)
+    save_checkpoint(tmp_path, kept, keep_last=2)
+    rename, calls = type(tmp_path).rename, 0
+
+    def refused(path, target):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", refused)
+    with pytest.raises(OSError, match="cannot save"):
+        save_checkpoint(tmp_path, example(3), keep_last=2)
+    assert names(tmp_path) == ["step-00000003"]
+    assert equal(load_newest(tmp_path)[0], kept)
+
+
+def test_killed_anywhere_a_folder_is_old_or_new_or_found_again(tmp_path):
+    """A child is killed at its n-th touch of the disk, for every n until none is left to kill."""
+    states = set()
+    for count in range(1, 60):
+        folder = tmp_path / str(count)
+        replace_folder(folder / "target", {"a": b"old", "b": b"old"})
+        pid = os.fork()
+        if not pid:
+            _die_at(folder, count)
+        if os.waitpid(pid, 0)[1] == 0:
+            break
+        target = folder / "target"
+        if target.exists():
+            state = {(target / name).read_bytes() for name in ("a", "b")}
+            assert len(state) == 1, "a mixture of old and new"
+            states |= state
+        else:  # between the two renames both are there, whole, under their other names
+            whole = [folder / f".unfinished-{name}" for name in ("target", "old-target")]
+            assert [{path.read_bytes() for path in place.iterdir()} for place in whole] == [{b"new"}, {b"old"}]
+        replace_folder(target, {"a": b"newer"})
+        assert names(folder) == ["target"]
+        assert (target / "a").read_bytes() == b"newer"
+    else:
+        pytest.fail("the child was never left alone")
+    assert states == {b"old", b"new"}
+    assert count > 8
+
+
+def _die_at(folder, count):
+    calls = 0
+
+    def audit(event, arguments):
+        nonlocal calls
+        if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove") and arguments:
+            calls += 1
+            if calls == count:
+                os.kill(os.getpid(), 9)
+
+    try:
+        sys.addaudithook(audit)
+        replace_folder(folder / "target", {"a": b"new", "b": b"new"})
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_write_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file.csv"
+    write_atomic(path, "caf\u00e9 \ud800\n")  # a lone surrogate may stand in a text
+    assert path.read_bytes() == "caf\u00e9 \\ud800\n".encode()
+    write_atomic(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+
+    def full(place, data):
+        place.write_bytes(data[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    with pytest.raises(OSError, match=r"cannot write .*file\.csv: No space left on device"):
+        write_atomic(path, "other")
+    assert path.read_bytes() == b"\x00\xff"
+    assert names(path.parent) == ["file.csv"]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_an_optimizer_goes_on_where_it_was(kind):
+    def stepped(model, optimizer, steps, seed):
+        torch.manual_seed(seed)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(5, 3)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    first = nn.Linear(3, 2)
+    order = [first.bias, first.weight]
+    optimizer = kind(order, lr=0.1)
+    stepped(first, optimizer, 3, seed=1)
+    tensors = optimizer_tensors(optimizer, ["bias", "weight"])
+    taken = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    second = nn.Linear(3, 2)
+    second.load_state_dict(first.state_dict())
+    other = kind([second.bias, second.weight], lr=0.1)
+    stepped(first, optimizer, 2, seed=2)
+    assert all(torch.equal(tensors[name], taken[name]) for name in taken), "what was taken out is no copy"
+    load_optimizer_tensors(other, ["bias", "weight"], tensors)
+    stepped(second, other, 2, seed=2)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)
+
+
+def test_optimizer_state_of_an_unknown_parameter_is_refused():
+    model = nn.Linear(3, 2)
+    with pytest.raises(DamagedCheckpoint, match=r"unknown parameter other\.weight"):
+        load_optimizer_tensors(torch.optim.Adam(model.parameters()), ["w", "b"], {"other.weight/step": torch.ones(())})
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
+    path = save_checkpoint(tmp_path, example(5), keep_last=2)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}

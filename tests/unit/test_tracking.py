@@ -1,0 +1,206 @@
+"""metrics.jsonl and TensorBoard: each step once, and no tracker stops a run. (Figures: test_report.py.)"""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from trainer.tracking import RunLog, keep_steps
+
+CONFIG = {"run": {"seed": 1, "name": None}, "optim": {"betas": [0.9, 0.999], "class_weights": {"a <b>": 2.0}}}
+
+
+@pytest.fixture(autouse=True)
+def _files_of_one_process_in_order(monkeypatch):
+    """TensorBoard reads event files by name; those of one second and one process differ in a number without zeros."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
+
+
+def opened(folder, step=0, evaluated=0, backends=("tensorboard",), quiet=True):
+    place = ProjectConfiguration(project_dir=str(folder.parent), logging_dir=str(folder.parent))
+    folder.mkdir(exist_ok=True)
+    log = RunLog(folder, Accelerator(cpu=True, log_with=list(backends) or None, project_config=place), quiet)
+    log.open(list(backends), step, evaluated, 12, CONFIG)
+    return log
+
+
+def board(folder):
+    events = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0})
+    with contextlib.redirect_stderr(io.StringIO()):
+        events.Reload()
+    return events
+
+
+def scalars(folder):
+    events = board(folder)
+    return {tag: [(e.step, round(e.value, 4)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(log, first, last, value):
+    for step in range(first, last + 1):
+        log.scalars({"train/loss": value}, step, step / 6)
+
+
+def test_the_same_numbers_in_both(tmp_path):
+    folder = tmp_path / "run"
+    log = opened(folder)
+    log.scalars({"train/loss": 1.5, "train/learning_rate": 0.1}, 2, 1 / 3)
+    log.scalars({"validation/loss": 2.5, "validation/f1/a b/c": 0.5}, 2, 1 / 3)
+    log.close()
+    assert lines(folder) == [
+        {"step": 2, "epoch": 0.333333, "train/loss": 1.5, "train/learning_rate": 0.1},
+        {"step": 2, "epoch": 0.333333, "validation/loss": 2.5, "validation/f1/a b/c": 0.5},
+    ]
+    assert scalars(folder) == {
+        "train/loss": [(2, 1.5)],
+        "train/learning_rate": [(2, 0.1)],
+        "validation/loss": [(2, 2.5)],
+        "validation/f1/a b/c": [(2, 0.5)],
+    }
+
+
+def test_after_a_resume_no_step_stands_twice(tmp_path):
+    folder = tmp_path / "run"
+    log = opened(folder)
+    train(log, 1, 5, 1.0)  # killed here; the checkpoint was of step 3
+    log.accelerator.end_training()
+    log = opened(folder, step=3)
+    train(log, 4, 7, 2.0)
+    log.close()
+    wanted = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
+    assert scalars(folder)["train/loss"] == wanted
+    assert [(line["step"], line["train/loss"]) for line in lines(folder)] == wanted
+
+
+def test_an_evaluation_that_is_to_come_again_stands_once(tmp_path):
+    folder = tmp_path / "run"
+    log = opened(folder)
+    train(log, 1, 4, 1.0)
+    log.scalars({"validation/loss": 1.0}, 4, 0.5)  # the checkpoint of step 4 knows nothing of it
+    log.accelerator.end_training()
+    log = opened(folder, step=4, evaluated=0)
+    log.scalars({"validation/loss": 2.0}, 4, 0.5)
+    train(log, 5, 6, 2.0)
+    log.close()
+    assert scalars(folder)["validation/loss"] == [(4, 2.0)]
+    assert scalars(folder)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
+    assert [line["validation/loss"] for line in lines(folder) if "validation/loss" in line] == [2.0]
+
+
+def test_final_metrics_written_twice_stand_once(tmp_path):
+    folder = tmp_path / "run"
+    for value in (1.0, 2.0):  # killed after the first time, before the summary was written
+        log = opened(folder, step=6 if value > 1 else 0, evaluated=6 if value > 1 else 0)
+        if value == 1:
+            train(log, 1, 6, 1.0)
+        log.finals(CONFIG, {"final/test_loss": value}, 6, 1.0)
+        log.accelerator.end_training()
+    assert scalars(folder)["final/test_loss"] == [(7, 2.0)]
+    assert len(scalars(folder)["train/loss"]) == 6
+    finals = [line for line in lines(folder) if "final/test_loss" in line]
+    assert finals == [{"step": 6, "epoch": 1.0, "final/test_loss": 2.0}]
+
+
+def test_hyperparameters_text_and_figure(tmp_path):
+    folder = tmp_path / "run"
+    log = opened(folder)
+    log.confusion_matrix("validation/confusion_matrix", np.array([[3, 1], [0, 2]]), ["a <b>", "$x^"], 4)
+    log.finals(CONFIG, {"final/test_accuracy": 0.75}, 6, 1.0)
+    log.close()
+    tags = board(folder).Tags()
+    assert tags["images"] == ["validation/confusion_matrix"]
+    (text,) = [tag for tag in tags["tensors"] if tag.startswith("config")]
+    said = board(folder).Tensors(text)[0].tensor_proto.string_val[0].decode()
+    assert '"class_weights"' in said
+    assert all(line.startswith("    ") for line in said.splitlines() if line)  # code, so shown as it is
+    content = board(folder).PluginTagToContent("hparams")
+    assert b"optim.betas" in content["_hparams_/session_start_info"]
+    assert b"[0.9, 0.999]" in content["_hparams_/session_start_info"]
+    assert b"final/test_accuracy" in content["_hparams_/experiment"]
+    assert scalars(folder) == {"final/test_accuracy": [(7, 0.75)]}
+
+
+@pytest.mark.parametrize("broken", ["init_trackers", "log", "end_training"])
+def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypatch, capsys, broken):
+    def fails(*arguments, **settings):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(Accelerator, broken, fails)
+    folder = tmp_path / "run"
+    log = opened(folder, quiet=False)
+    train(log, 1, 3, 1.0)
+    log.confusion_matrix("validation/confusion_matrix", np.eye(2, dtype=int), ["a", "b"], 2)
+    log.finals(CONFIG, {"final/test_loss": 1.0}, 3, 0.5)
+    log.close()
+    assert len(lines(folder)) == 4
+    assert capsys.readouterr().err.count("warning: trackers failed and may miss values: no network") == 1
+
+
+def test_a_figure_that_fails_stops_nothing(tmp_path, capsys):
+    log = opened(tmp_path / "run", quiet=False)
+    log.confusion_matrix("validation/confusion_matrix", np.eye(3, dtype=int), ["a", "b"], 2)
+    log.scalars({"train/loss": 1.0}, 1, 0.1)
+    log.close()
+    assert "warning: tensorboard failed" in capsys.readouterr().err
+    assert scalars(tmp_path / "run") == {"train/loss": [(1, 1.0)]}
+
+
+def test_without_backends(tmp_path):
+    log = opened(tmp_path / "run", backends=())
+    train(log, 1, 2, 1.0)
+    log.finals(CONFIG, {"final/test_loss": 1.0}, 2, 0.5)
+    log.close()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert len(lines(tmp_path / "run")) == 3
+
+
+def test_quiet_says_nothing_and_other_ranks_write_nothing(tmp_path, capsys):
+    log = opened(tmp_path / "quiet")
+    log.say("hello")
+    log.progress(1, loss="1.0")
+    assert log.bar_label("validation") is None
+    log.close()
+    accelerator = Accelerator(cpu=True)
+    other = RunLog(tmp_path / "other", accelerator, False)
+    other.is_main, other.quiet = False, True
+    other.open(["tensorboard"], 0, 0, 12, CONFIG)
+    other.scalars({"train/loss": 1.0}, 1, 0.1)
+    other.finals(CONFIG, {"final/x": 1.0}, 1, 0.1)
+    other.close()
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "other").exists()
+
+
+def test_torn_and_foreign_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = [{"step": 1, "train/loss": 0.1 + 0.2}, {"step": 2, "train/loss": float("inf")}]
+    torn = ['{"step": 3, "train/lo', "", "null", "[]", '{"train/loss": 1}', '{"step": "4"}', "\x00\x00"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in whole) + "\n".join([*torn[1:], torn[0]]))
+    assert keep_steps(path, 9, 9) == whole
+    assert [json.loads(line) for line in path.read_text().splitlines()] == whole
+    assert path.read_text().endswith("\n")
+    assert keep_steps(tmp_path / "none.jsonl", 9, 9) == []
+
+
+def test_bytes_that_are_no_text_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "train/loss": 1.0}\n\xff\xfe{"step": 2}\n')
+    assert keep_steps(path, 9, 9) == [{"step": 1, "train/loss": 1.0}]
+
+
+def test_a_class_name_with_a_line_separator_stays_whole(tmp_path):
+    folder = tmp_path / "run"
+    log = opened(folder, backends=())
+    log.scalars({"validation/f1/a\u2028b\x85": 1.0}, 1, 0.1)
+    log.close()
+    assert len(keep_steps(folder / "metrics.jsonl", 9, 9)) == 1
