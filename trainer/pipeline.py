@@ -341,6 +341,7 @@ def _finish(
     run.log.say(f"{'adapter':>10}: {folder / 'adapter'}  {best_of}")
     if report.returncode == 0:
         run.log.say(f"{'report':>10}: {folder / 'report.html'}")
+        run.log.say(f"{'next':>10}: python trainer/predict.py --run {folder} --input FILE.csv --output PREDICTIONS.csv")
     else:
         run.log.say(f"warning: no report: {report.stderr.strip()[-300:]}")
 
