@@ -43,7 +43,7 @@ class Source:
     path: str
     """hub id, file or glob"""
     column_names: list[str] | None = None
-    """names of the columns of a file without a header"""
+    """names of the columns of a file without a header; [] = its first row is the header"""
     text_columns: list[str] | None = None
     """columns that hold the text, joined by a space"""
     text_pair_columns: list[str] | None = None

@@ -42,7 +42,7 @@ class Options:
     id_column: str | None = None
     """column of the input that holds the ids; null = the row, counted from 0"""
     column_names: list[str] | None = None
-    """names of the columns of an input without a header; null = the first row is the header"""
+    """names of the columns of an input without a header; [] = its first row is the header; null = as the run's data"""
     text_columns: list[str] | None = None
     """columns that hold the text; null = the run's"""
     text_pair_columns: list[str] | None = None

@@ -184,3 +184,18 @@ def test_two_processes_write_the_same_file(run, labelled, tmp_path):
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
     assert json.loads(process.stdout)["num_examples"] == len(ROWS)
+
+
+def test_an_input_with_a_header_for_a_run_without(tiny_arguments, tiny_data, tmp_path):
+    """[] says that the first row is the header; null would mean the run's own column names."""
+    bare = write_csv(tiny_data / "bare.csv", topic_rows(40, seed=5), header=None)
+    arguments = [*tiny_arguments, "--data.train", bare, "--data.column_names", "[body, topic]"]
+    arguments += ["--data.text_columns", "[body]", "--data.label_column", "topic", "--optim.max_steps", "1"]
+    start = arguments.index("--data.test")
+    assert command("run", arguments[:start] + arguments[start + 2 :]).code == 0
+    columns = ["--text_columns", "[text]", "--label_column", "label"]
+    run, output = tmp_path / "runs" / "tiny", tmp_path / "out.csv"
+    asked = ["--run", run, "--input", tiny_data / "test.csv", "--output", output, *columns]
+    assert command("predict", asked).code == 2
+    assert command("predict", [*asked, "--column_names", "[]"]).code == 0
+    assert len(read_csv(output)) == 1 + 23
