@@ -112,7 +112,10 @@ def _parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--recipe", type=str | None, help="name of a shipped recipe, or path of a yaml file")
     for group, kind in GROUPS.items():
-        parser.add_argument(f"--{group}", type=kind)
+        if group == "peft":  # its options are written as peft.NAME, and are PEFT's
+            parser.add_class_arguments(kind, group, skip={"options"})
+        else:
+            parser.add_argument(f"--{group}", type=kind)
     return parser
 
 
