@@ -163,8 +163,6 @@ class StepResult:
     """weighted mean over the global batch"""
     grad_norm: float
     """L2 norm of the gradient before clipping"""
-    skipped: bool
-    """the fp16 scaler met an overflow and left the weights alone"""
     stop: int
     """number of a signal some rank has received, or 0"""
 
@@ -238,8 +236,7 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
     if num_broken:
         ids = np.concatenate([part.ids for part in micro_batches])
         _refuse_broken_loss(run, step, ids[broken.cpu().numpy()].tolist())
-    grad_norm, skipped = _update(run, step)
-    return StepResult(mean_loss, grad_norm, skipped, _signal(signals))
+    return StepResult(mean_loss, _update(run, step), _signal(signals))
 
 
 def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
@@ -338,8 +335,8 @@ def _seed_other_random_operations(run: Training, step: int) -> None:
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def _update(run: Training, step: int) -> tuple[float, bool]:
-    """Clips and applies the synchronised gradient. Returns its norm, and whether the scaler skipped the step."""
+def _update(run: Training, step: int) -> float:
+    """Clips and applies the synchronised gradient; returns its norm. On an overflow the fp16 scaler skips the step."""
     without = [name for name, p in run.trained.items() if p.grad is None]
     if without:
         raise UserError(f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(run.trained)} tensors)")
@@ -350,7 +347,7 @@ def _update(run: Training, step: int) -> tuple[float, bool]:
         raise UserError(f"step {step}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return norm, bool(run.accelerator.optimizer_step_was_skipped)
+    return norm
 
 
 def _refuse_broken_loss(run: Training, step: int, broken: list[int]) -> None:
