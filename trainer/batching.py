@@ -85,6 +85,12 @@ class Plan:
         mine = [MicroBatch(ids, self.weights[ids]) for ids in shares[rank]]
         return mine + [filler] * (max(map(len, shares)) - len(mine))
 
+    def largest(self, step: int, world_size: int) -> tuple[int, int]:
+        """Examples and padded tokens of the largest micro-batch of a step, over all ranks."""
+        parts = [ids for share in self._shares(self.global_batch(step), world_size) for ids in share]
+        tokens, examples = max((len(ids) * int(self.lengths[ids].max()), len(ids)) for ids in parts)
+        return examples, tokens
+
     def num_padded_tokens(self, step: int, world_size: int) -> int:
         """Positions that all ranks compute in a step, padding included."""
         shares = self._shares(self.global_batch(step), world_size)

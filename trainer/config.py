@@ -259,7 +259,7 @@ def main_guard(main: Any) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if {os.environ.get("LOCAL_RANK", "0"), os.environ.get("SLURM_LOCALID", "0")} == {"0"}:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from tqdm import tqdm
 
 from trainer.batching import Tokenised, collate, split_by_tokens
@@ -27,62 +25,14 @@ from trainer.config import UserError
 from trainer.metrics import classification_metrics, confusion, probabilities, report_text
 
 
-class Interrupted(Exception):
-    """A stop was asked for; the scores so far are thrown away."""
-
-
-def choose_precision(wanted: str) -> str:
-    """Turns `run.precision` into no, bf16 or fp16, on the device that accelerate will choose.
-
-    accelerate's own "no" is its default and cannot be told from a choice, so `auto` overrides it.
+def refuse_lack_of_memory(out_of_memory: bool) -> None:
+    """What `score_split` does by default when memory runs out.
 
     Raises:
-        UserError: fp16 on a CPU.
+        UserError: it did.
     """
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if wanted == "auto" and launched in {"bf16", "fp16"}:
-        wanted = launched
-    if wanted == "auto" and on_cpu:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = "bf16" if fast else "no"
-    elif wanted == "auto":
-        wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if wanted == "fp16" and on_cpu:
-        raise UserError("run.precision: fp16 on a CPU is dozens of times slower than fp32; use bf16, no or auto")
-    return wanted
-
-
-def start_accelerator(precision: str, folder: Path | None = None, backends: Sequence[str] = ()) -> Accelerator:
-    """Joins the processes that the launcher started.
-
-    Args:
-        precision: no, bf16 or fp16.
-        folder: run folder, for the trackers.
-        backends: names of Accelerate's trackers.
-
-    Raises:
-        UserError: an unknown tracker, or another number of processes than was asked for.
-    """
-    place = ProjectConfiguration(project_dir=str(folder.parent), logging_dir=str(folder.parent)) if folder else None
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            # without a GPU, accelerate would otherwise leave several processes unaware of one another
-            cpu=not torch.cuda.is_available(),
-            log_with=list(backends) or None,
-            # the few buffers of a backbone never change, so nothing but gradients needs to cross the network
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            project_config=place,
-        )
-    except ValueError as error:
-        raise UserError(f"accelerate: {' '.join(str(error).split())[:240]}") from None
-    asked = int(os.environ.get("ISOTRAIN_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
-    if asked != accelerator.num_processes:
-        raise UserError(
-            f"{asked} processes were asked for, {accelerator.num_processes} came up; see ./launch.sh --dry-run"
-        )
-    return accelerator
+    if out_of_memory:
+        raise UserError("out of memory; try a lower number of tokens a batch")
 
 
 @torch.no_grad()
@@ -94,7 +44,7 @@ def score_split(
     max_tokens: int,
     pad_token_id: int,
     num_labels: int,
-    should_stop: Callable[[], bool] = lambda: False,
+    check: Callable[[bool], None] = refuse_lack_of_memory,
     progress: str | None = None,
 ) -> np.ndarray:
     """Logits of every example, float32 [N, C], in the order of the split, on every rank.
@@ -106,14 +56,9 @@ def score_split(
         max_tokens: padded tokens of one micro-batch.
         pad_token_id: fills up shorter examples.
         num_labels: C.
-        should_stop: asked once a round; must answer alike on all ranks.
+        check: called after every round with whether memory ran out on this rank; raises on all ranks or on none.
         progress: label of the progress bar; None = no bar.
-
-    Raises:
-        Interrupted: `should_stop` said so.
     """
-    # DDP's forward hides a broadcast of buffers, for which ranks may have unequal numbers of batches here
-    model = accelerator.unwrap_model(model)
     was_training = model.training
     model.eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -123,13 +68,18 @@ def score_split(
     rounds = range(0, len(parts), world_size)
     try:
         for first in tqdm(rounds, desc=progress, disable=progress is None, leave=False, dynamic_ncols=True):
-            if should_stop():
-                raise Interrupted
-            if first + rank < len(parts):
-                ids = np.array(parts[first + rank])
+            # a rank without a part in the last round computes another's for nothing: a sharded model needs every rank
+            number = first + rank
+            ids = np.array(parts[number if number < len(parts) else -1])
+            out_of_memory = False
+            try:
                 batch = collate(examples, ids, np.ones(len(ids)), pad_token_id, accelerator.device)
                 with accelerator.autocast():
                     output = model(**batch.inputs).logits
+            except torch.OutOfMemoryError:
+                out_of_memory = True
+            check(out_of_memory)
+            if number < len(parts):
                 positions = torch.from_numpy(ids).to(accelerator.device)
                 logits[positions] = output.float()
                 times_seen[positions] += 1

@@ -8,7 +8,6 @@ logits; `outputs.loss` is never used.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import resource
 import signal
@@ -28,9 +27,10 @@ from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate
 from trainer.checkpoint import Checkpoint, DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from trainer.config import Config, UserError, as_dict
 from trainer.dropout import DropoutKeys
-from trainer.evaluation import Interrupted, score_split
+from trainer.evaluation import score_split
 from trainer.metrics import METRICS, classification_metrics, confusion, is_better, metric_value
 from trainer.optim import learning_rate, set_learning_rate
+from trainer.processes import Watch
 from trainer.tracking import RunLog
 
 
@@ -63,6 +63,18 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = self.signal or number
         self._received = time.monotonic()
+
+
+class Interrupted(Exception):
+    """A signal came while a split was scored; the scores so far are thrown away."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+class OutOfMemory(Exception):
+    """Memory ran out on some rank while a split was scored."""
 
 
 class Stopped(Exception):
@@ -110,6 +122,8 @@ class TrainState:
     """evaluations since best_step"""
     stopped: bool = False
     """patience ran out"""
+    max_tokens: int | None = None
+    """padded tokens of a micro-batch since memory ran out; None = as configured"""
     run: Tally = Tally()
     """since the run began"""
     epoch: Tally = Tally()
@@ -128,8 +142,8 @@ class Training:
     config: Config
     folder: Path
     accelerator: Accelerator
-    model: Any
-    """the prepared PEFT model"""
+    model: PeftModel
+    """on its device, its forward under autocast; of several ranks each has all of it, or a share of what is frozen"""
     optimizer: Any
     """the prepared optimizer"""
     trained: dict[str, torch.nn.Parameter]
@@ -148,11 +162,9 @@ class Training:
     """of data and backbone; a checkpoint of others is refused"""
     log: RunLog
     stop: StopRequest
-
-    @property
-    def plain_model(self) -> PeftModel:
-        """The model without the wrapping of data parallelism."""
-        return self.accelerator.unwrap_model(self.model)
+    watch: Watch
+    sharded: bool
+    """the frozen weights are shared out over the ranks, so that a forward needs all of them"""
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,8 @@ class StepResult:
     """L2 norm of the gradient before clipping"""
     stop: int
     """number of a signal some rank has received, or 0"""
+    out_of_memory: bool = False
+    """memory ran out on some rank: nothing was applied"""
 
 
 def train(
@@ -185,8 +199,8 @@ def train(
         if not stop and _evaluation_due(run, state):
             try:
                 state, best = _evaluate(run, state, best)
-            except Interrupted:
-                stop = agreed_stop(run)
+            except Interrupted as interrupted:
+                stop = interrupted.signal
         last = state.step == run.total_steps or state.stopped
         save = last or stop or _due(run.config.checkpoint.every_steps, state.step, run.plan.steps_per_epoch)
         if save and saved != (state.step, state.evaluated_step):
@@ -196,21 +210,28 @@ def train(
             raise Stopped(stop, state.step)
         if last:
             break
+        run.watch.position = f"step {state.step + 1}"
         started = time.perf_counter()
-        micro_batches = run.plan.micro_batches(state.step, run.accelerator.process_index, run.accelerator.num_processes)
+        micro_batches = plan_in_force(run, state).micro_batches(
+            state.step, run.accelerator.process_index, run.accelerator.num_processes
+        )
         rate = learning_rate(run.config.optim, state.step, run.total_steps)
         set_learning_rate(run.optimizer, rate)
         result = train_step(run, state.step, micro_batches)
         stop = result.stop
+        if result.out_of_memory:  # the same step again, in smaller parts
+            state = _in_smaller_parts(run, state)
+            continue
         state = _advanced(run, state, result, time.perf_counter() - started)
         state = _logged(run, state, result, rate)
-    return state, best if best is not None else adapter_tensors(run.plain_model)
+    return state, best if best is not None else adapter_tensors(run.model)
 
 
 def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> StepResult:
     """One optimizer step on this rank's share of the global batch.
 
-    Every rank has the same number of micro-batches, and gradients are synchronised in the last one's backward only.
+    Each rank adds up the gradients of its own micro-batches. Then all ranks vote, on a few numbers, whether the step
+    counts; only then does one adapter-sized tensor cross the network. So no rank that fails leaves another waiting.
 
     Raises:
         UserError: a loss or gradient that is not finite (names step and rows); the weights are unchanged.
@@ -218,21 +239,30 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
     accelerator, total_weight = run.accelerator, run.plan.total_weight(step)
     _seed_other_random_operations(run, step)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    finite: list[torch.Tensor] = []
-    for index, micro_batch in enumerate(micro_batches):
-        batch = collate(run.train, micro_batch.ids, micro_batch.weights, run.pad_token_id, accelerator.device)
-        with _gradient_sync(run, last=index == len(micro_batches) - 1):
+    finite: list[torch.Tensor] = [torch.ones(0, dtype=torch.bool, device=accelerator.device)]
+    out_of_memory = False
+    for micro_batch in micro_batches:
+        try:
+            batch = collate(run.train, micro_batch.ids, micro_batch.weights, run.pad_token_id, accelerator.device)
             with run.dropout.micro_batch(step, batch.ids, batch.lengths):
                 logits = run.model(**batch.inputs).logits
             losses = example_losses(logits, batch, run.config.optim.label_smoothing)
-            loss = losses.sum() / total_weight
-            # DDP averages over ranks: times their number, this is the sum, and so the mean over the global batch
-            accelerator.backward(loss * accelerator.num_processes)
-        loss_sum += loss.detach()
+            accelerator.backward(losses.sum() / total_weight)
+        except torch.OutOfMemoryError:
+            if run.sharded:  # the others are in a collective of this forward or backward
+                raise UserError(f"step {step + 1}: out of memory; try a lower batch.max_tokens") from None
+            out_of_memory = True
+            break
+        loss_sum += losses.detach().sum() / total_weight
         finite.append(torch.isfinite(losses.detach()))
     # the one place of a step where the host waits for the device
     broken = ~torch.cat(finite)
-    mean_loss, num_broken, *signals = _summed(run, [loss_sum, broken.sum(), *run.stop.counts()])
+    mean_loss, num_broken, num_short, *signals = _summed(
+        run, [loss_sum, broken.sum(), out_of_memory, *run.stop.counts()]
+    )
+    if num_short:
+        run.optimizer.zero_grad(set_to_none=True)
+        return StepResult(mean_loss, 0.0, _signal(signals), out_of_memory=True)
     if num_broken:
         ids = np.concatenate([part.ids for part in micro_batches])
         _refuse_broken_loss(run, step, ids[broken.cpu().numpy()].tolist())
@@ -250,22 +280,48 @@ def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -
     return losses * batch.weights.to(losses.dtype)
 
 
-def score(run: Training, examples: Tokenised, name: str) -> np.ndarray:
-    """Logits of a split with the model as it stands, float32 [N, C], on every rank.
+def plan_in_force(run: Training, state: TrainState) -> Plan:
+    """The plan, with the token budget that memory allows."""
+    return dataclasses.replace(run.plan, max_tokens=state.max_tokens or run.plan.max_tokens)
+
+
+def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> tuple[np.ndarray, TrainState]:
+    """Logits of a split with the model as it stands, float32 [N, C], on every rank; and the state, with its budget.
 
     Raises:
         Interrupted: some rank received a signal.
     """
-    return score_split(
-        run.model,
-        examples,
-        run.accelerator,
-        max_tokens=run.eval_max_tokens,
-        pad_token_id=run.pad_token_id,
-        num_labels=len(run.label_names),
-        should_stop=lambda: bool(agreed_stop(run)),
-        progress=run.log.bar_label(name),
-    )
+    run.watch.position = f"the scoring of {name} after step {state.step}"
+
+    def check(out_of_memory: bool) -> None:
+        if out_of_memory and run.sharded:  # the others are in a collective of this forward
+            raise UserError(f"out of memory while scoring {name}; try a lower batch.eval_max_tokens")
+        num_short, *signals = _summed(run, [out_of_memory, *run.stop.counts()])
+        if num_short:
+            raise OutOfMemory
+        if _signal(signals):
+            raise Interrupted(_signal(signals))
+
+    while True:
+        # where training must make do with less, scoring must in the same proportion
+        max_tokens = run.eval_max_tokens * plan_in_force(run, state).max_tokens // run.plan.max_tokens
+        try:
+            logits = score_split(
+                run.model,
+                examples,
+                run.accelerator,
+                max_tokens=max_tokens,
+                pad_token_id=run.pad_token_id,
+                num_labels=len(run.label_names),
+                check=check,
+                progress=run.log.bar_label(name),
+            )
+        except OutOfMemory:
+            if max_tokens < examples.lengths.min():
+                raise UserError(f"out of memory while scoring {name}, one example at a time") from None
+            state = _with_less_memory(run, state, plan_in_force(run, state).max_tokens // 2)
+        else:
+            return logits, state
 
 
 def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
@@ -281,7 +337,7 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
                 f"{run.folder} was begun with another {what} (its content has changed); restore it, or start a new run "
                 "with --run.name NAME"
             )
-    load_adapter_tensors(run.plain_model, checkpoint.adapter, str(run.folder))
+    load_adapter_tensors(run.model, checkpoint.adapter, str(run.folder))
     try:
         load_optimizer_tensors(run.optimizer.optimizer, list(run.trained), checkpoint.optimizer)
     except DamagedCheckpoint as error:
@@ -289,6 +345,8 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     restored = _state_from_json(state["train"])
+    if state["budgets"] != [run.plan.max_tokens, run.eval_max_tokens]:  # asked for anew: tried anew
+        restored = dataclasses.replace(restored, max_tokens=None)
     return dataclasses.replace(restored, resumed_from=(*restored.resumed_from, restored.step))
 
 
@@ -318,14 +376,27 @@ def _evaluation_due(run: Training, state: TrainState) -> bool:
     return (due or state.step == run.total_steps) and state.evaluated_step < state.step
 
 
-def agreed_stop(run: Training) -> int:
-    """The signal some rank has received, or 0; the same on every rank."""
-    return _signal(_summed(run, run.stop.counts()))
+def _in_smaller_parts(run: Training, state: TrainState) -> TrainState:
+    """Halves what the largest micro-batch of this step holds.
+
+    Raises:
+        UserError: it holds one example.
+    """
+    plan = plan_in_force(run, state)
+    num_examples, num_tokens = plan.largest(state.step, run.accelerator.num_processes)
+    if num_examples == 1:
+        raise UserError(
+            f"step {state.step + 1}: out of memory with a single example of {num_tokens} tokens; a lower "
+            "data.max_length or run.precision bf16 needs less"
+        )
+    return _with_less_memory(run, state, num_tokens // 2)
 
 
-def _gradient_sync(run: Training, last: bool) -> Any:
-    """All but the last backward of a step keep their gradients to themselves."""
-    return contextlib.nullcontext() if last else run.accelerator.no_sync(run.model)
+def _with_less_memory(run: Training, state: TrainState, max_tokens: int) -> TrainState:
+    run.log.say(f"step {state.step}: out of memory; going on with at most {max_tokens:,} padded tokens at a time")
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return dataclasses.replace(state, max_tokens=max(1, max_tokens))
 
 
 def _seed_other_random_operations(run: Training, step: int) -> None:
@@ -340,6 +411,7 @@ def _update(run: Training, step: int) -> float:
     without = [name for name, p in run.trained.items() if p.grad is None]
     if without:
         raise UserError(f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(run.trained)} tensors)")
+    _sum_gradients(run)
     limit = run.config.optim.max_grad_norm or float("inf")
     norm = float(run.accelerator.clip_grad_norm_(run.trained.values(), limit))
     if not np.isfinite(norm) and run.accelerator.scaler is None:
@@ -348,6 +420,16 @@ def _update(run: Training, step: int) -> float:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _sum_gradients(run: Training) -> None:
+    """Adds up the ranks' gradients. The losses are divided by the whole batch's weight, so the sum is its gradient."""
+    if run.accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in run.trained.values() if parameter.grad is not None]
+    total = run.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+    for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _refuse_broken_loss(run: Training, step: int, broken: list[int]) -> None:
@@ -365,7 +447,7 @@ def _advanced(run: Training, state: TrainState, result: StepResult, seconds: flo
         steps=1,
         examples=len(run.plan.global_batch(state.step)),
         tokens=run.plan.num_tokens(state.step),
-        padded_tokens=run.plan.num_padded_tokens(state.step, run.accelerator.num_processes),
+        padded_tokens=plan_in_force(run, state).num_padded_tokens(state.step, run.accelerator.num_processes),
         seconds=seconds,
     )
     return dataclasses.replace(
@@ -391,6 +473,7 @@ def _logged(run: Training, state: TrainState, result: StepResult, rate: float) -
             "speed/tokens_per_second": window.tokens / window.seconds,
             "speed/padding_fraction": 1 - window.tokens / window.padded_tokens,
             "memory/peak_bytes": peak_memory_bytes(run.accelerator.device),
+            "memory/max_tokens": plan_in_force(run, state).max_tokens,
         }
         if run.accelerator.scaler is not None:
             values["train/loss_scale"] = run.accelerator.scaler.get_scale()
@@ -408,7 +491,7 @@ def _evaluate(
     """Scores the validation split, keeps the adapter if it is the best, counts patience."""
     if run.validation is None:
         return dataclasses.replace(state, evaluated_step=state.step), None
-    logits = score(run, run.validation, "validation")
+    logits, state = score(run, state, run.validation, "validation")
     metrics = classification_metrics(logits, run.validation.labels, run.label_names)
     value = metric_value(metrics, run.config.evaluation.metric)
     better = is_better(value, state.best_value, run.config.evaluation.metric)
@@ -425,28 +508,30 @@ def _evaluate(
     state = dataclasses.replace(state, evaluated_step=state.step)
     if better:
         state = dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0)
-        return state, adapter_tensors(run.plain_model)
+        return state, adapter_tensors(run.model)
     state = dataclasses.replace(state, num_worse=state.num_worse + 1)
     return dataclasses.replace(state, stopped=state.num_worse == run.config.evaluation.patience), best
 
 
 def _save(run: Training, state: TrainState, best: dict[str, torch.Tensor] | None) -> None:
     """Writes a checkpoint from the main process; an error there stops every rank."""
+    run.watch.position = f"the save of step {state.step}"
     failure = ""
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
         checkpoint = Checkpoint(
             step=state.step,
-            adapter=adapter_tensors(run.plain_model),
+            adapter=adapter_tensors(run.model),
             best_adapter=best,
             optimizer=optimizer_tensors(run.optimizer.optimizer, list(run.trained)),
             state={
                 "train": dataclasses.asdict(state),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "fingerprints": run.fingerprints,
+                "budgets": [run.plan.max_tokens, run.eval_max_tokens],
                 "config": as_dict(run.config),
             },
-            adapter_config=adapter_config_json(run.plain_model),
+            adapter_config=adapter_config_json(run.model),
         )
         try:
             save_checkpoint(run.folder / "checkpoints", checkpoint, run.config.checkpoint.keep_last)

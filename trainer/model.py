@@ -28,6 +28,8 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig as BackboneConfig
 
@@ -207,6 +209,22 @@ def cast_frozen(model: nn.Module, compute_type: torch.dtype) -> None:
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(compute_type)
+
+
+def shard_frozen(model: PeftModel, device: torch.device, world_size: int) -> None:
+    """Shares the frozen weights out over the ranks (FSDP2): each is whole only while its layer computes.
+
+    What trains stays whole on every rank, so that gradients, optimizer and checkpoints are those of an unsharded run.
+    In place; `model` is on the CPU, and on `device` afterwards.
+    """
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    mesh = init_device_mesh(device.type, (world_size,))
+    layers = set(getattr(model.get_base_model(), "_no_split_modules", None) or ())
+    for module in reversed(list(model.modules())):  # the innermost first; the model itself comes last
+        if module is model or type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, ignored_params=trained)
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
 
 
 def parameter_table(model: PeftModel) -> list[dict[str, Any]]:

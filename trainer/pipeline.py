@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -31,13 +32,13 @@ from trainer.batching import Plan, collate
 from trainer.checkpoint import load_newest, remove_unfinished, write_atomic
 from trainer.config import Config, UserError, as_dict
 from trainer.data import Corpus, Examples, load_corpus, tokenise
-from trainer.evaluation import Interrupted, choose_precision, start_accelerator, write_evaluation
+from trainer.evaluation import write_evaluation
 from trainer.loop import (
+    Interrupted,
     Stopped,
     StopRequest,
     Training,
     TrainState,
-    agreed_stop,
     peak_memory_bytes,
     restore,
     score,
@@ -51,10 +52,12 @@ from trainer.model import (
     check_fit,
     find_backbone,
     parameter_table,
+    shard_frozen,
     silence_libraries,
 )
 from trainer.optim import build_optimizer
 from trainer.options import config_text
+from trainer.processes import Watch, agree, choose_precision, together
 from trainer.tracking import RunLog
 
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
@@ -73,30 +76,45 @@ def train_and_report(config: Config, folder: Path) -> int:
     stop = StopRequest()
     stop.listen()
     silence_libraries()
-    corpus = load_corpus(config.data, config.run.seed)
-    _check_names(config, corpus)
-    backbone = find_backbone(config.model, corpus.label_names)
-    pairs = corpus.splits["train"].text_pairs is not None
-    check_fit(backbone, config.peft, config.data.max_length, pairs)
     precision = choose_precision(config.run.precision)
-    is_main = os.environ.get("RANK", "0") == "0"
-    with _locked(folder) if is_main else contextlib.nullcontext():
-        try:
-            _train(config, folder, corpus, backbone, precision, stop)
-        except Stopped as stopped:
-            if is_main:
-                name = {2: "SIGINT (Ctrl-C)", 15: "SIGTERM"}[stopped.signal]
-                print(
-                    f"stopped by {name} after step {stopped.step}; the state is saved in {folder / 'checkpoints'}. "
-                    "The same command, typed again, continues.",
-                    file=sys.stderr,
-                )
-            return 128 + stopped.signal
+    _check_trackers(config.tracking.backends)
+    same = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
+    with together(precision, same, folder, config.tracking.backends) as (accelerator, watch):
+        watch.position = "the preparation of the data"
+        corpus = load_corpus(config.data, config.run.seed)
+        _check_names(config, corpus)
+        backbone = find_backbone(config.model, corpus.label_names)
+        pairs = corpus.splits["train"].text_pairs is not None
+        check_fit(backbone, config.peft, config.data.max_length, pairs)
+        with _locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            try:
+                _train(config, folder, corpus, backbone, precision, stop, accelerator, watch)
+            except Stopped as stopped:
+                if accelerator.is_main_process:
+                    name = {2: "SIGINT (Ctrl-C)", 15: "SIGTERM"}[stopped.signal]
+                    print(
+                        f"stopped by {name} after step {stopped.step}; the state is saved in {folder / 'checkpoints'}. "
+                        "The same command, typed again, continues.",
+                        file=sys.stderr,
+                    )
+                return 128 + stopped.signal
     return 0
 
 
+def _check_trackers(backends: list[str]) -> None:
+    """Trackers named in the configuration must be installed.
+
+    Raises:
+        UserError: a name that is not.
+    """
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    missing = [name for name in backends if name not in installed]
+    if missing:
+        raise UserError(f"tracking.backends: {missing[0]!r} is not installed; installed: {', '.join(installed)}")
+
+
 def _check_names(config: Config, corpus: Corpus) -> None:
-    """Classes, metrics and trackers named in the configuration must exist.
+    """Classes and metrics named in the configuration must exist.
 
     Raises:
         UserError: a name that does not.
@@ -113,10 +131,6 @@ def _check_names(config: Config, corpus: Corpus) -> None:
             raise UserError("optim.class_weights: weights must be at least 0")
         if sum(weights.get(name, 1.0) > 0 for name in corpus.label_names) < 2:
             raise UserError("optim.class_weights: at least two classes need a weight above 0")
-    installed = [str(tracker.value) for tracker in get_available_trackers()]
-    missing = [name for name in config.tracking.backends if name not in installed]
-    if missing:
-        raise UserError(f"tracking.backends: {missing[0]!r} is not installed; installed: {', '.join(installed)}")
 
 
 def _locked(folder: Path) -> Any:
@@ -141,14 +155,24 @@ def _example_weights(config: Config, labels: np.ndarray, label_names: list[str])
     return np.array([float(weights.get(name, 1.0)) for name in label_names])[labels]
 
 
-def _train(config: Config, folder: Path, corpus: Corpus, backbone: Backbone, precision: str, stop: Any) -> None:
-    # before the process group: however long it takes, no rank waits in a collective
+def _train(
+    config: Config,
+    folder: Path,
+    corpus: Corpus,
+    backbone: Backbone,
+    precision: str,
+    stop: StopRequest,
+    accelerator: Accelerator,
+    watch: Watch,
+) -> None:
     examples = {
         name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
         for name, split in corpus.splits.items()
     }
-    run = _build(config, folder, corpus, backbone, examples, precision, stop)
-    is_main = run.accelerator.is_main_process
+    watch.position = "the making of the model"
+    run = _build(config, folder, corpus, backbone, examples, precision, stop, accelerator, watch)
+    agree(accelerator, run.fingerprints)
+    is_main = accelerator.is_main_process
     state, best = TrainState(), None
     if is_main:
         remove_unfinished(folder / "checkpoints")
@@ -170,11 +194,11 @@ def _train(config: Config, folder: Path, corpus: Corpus, backbone: Backbone, pre
         stop.deferred = True
         state, best = train(run, state, best)
         run.log.end_progress()
-        load_adapter_tensors(run.plain_model, best, "best adapter")
+        load_adapter_tensors(run.model, best, "best adapter")
         metrics = _test(run, corpus, examples, state)
-        if is_main:
-            _finish(run, corpus, backbone, examples, state, best, metrics, precision)
-        run.accelerator.wait_for_everyone()
+        watch.position = "the end"
+        _finish(run, corpus, backbone, examples, state, best, metrics, precision)
+        accelerator.wait_for_everyone()
     finally:
         run.log.close()
 
@@ -186,19 +210,27 @@ def _build(
     backbone: Backbone,
     examples: dict[str, Examples],
     precision: str,
-    stop: Any,
+    stop: StopRequest,
+    accelerator: Accelerator,
+    watch: Watch,
 ) -> Training:
     """Everything a run trains with, on its device."""
-    if torch.cuda.is_available():  # a rerun must give the same bits
+    if accelerator.device.type == "cuda":  # a rerun must give the same bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    accelerator = start_accelerator(precision, folder, config.tracking.backends)
     model = build_model(backbone, config.peft, config.run.seed, COMPUTE_TYPES[precision])
     with accelerator.autocast():
         keys = dropout.install(model, config.run.seed)
     model.train()
-    optimizer, trained = build_optimizer(model.to(accelerator.device).named_parameters(), config.optim)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
+    if sharded:
+        shard_frozen(model, accelerator.device, accelerator.num_processes)
+    else:
+        model.to(accelerator.device)
+    optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
+    # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    prepared_optimizer = accelerator.prepare_optimizer(optimizer)
     train, validation = examples["train"], examples.get("validation")
     on_cpu = accelerator.device.type == "cpu"
     plan = Plan(
@@ -230,6 +262,8 @@ def _build(
         },
         log=RunLog(folder, accelerator, config.run.quiet),
         stop=stop,
+        watch=watch,
+        sharded=sharded,
     )
 
 
@@ -253,7 +287,7 @@ def _data_lines(corpus: Corpus, examples: dict[str, Examples], max_length: int) 
 def _started(run: Training, state: TrainState, precision: str) -> TrainState:
     """Notes this start in the state and in environment.json, and tells the user what will run."""
     accelerator = run.accelerator
-    trainable, total = run.plain_model.get_nb_trainable_parameters()
+    trainable, total = run.model.get_nb_trainable_parameters()
     say = run.log.say
     say(
         f"training {run.folder}: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
@@ -288,9 +322,9 @@ def _test(run: Training, corpus: Corpus, examples: dict[str, Examples], state: T
         if name not in examples:
             continue
         try:
-            logits = score(run, examples[name], name)
-        except Interrupted:
-            raise Stopped(agreed_stop(run), state.step) from None
+            logits, state = score(run, state, examples[name], name)
+        except Interrupted as interrupted:
+            raise Stopped(interrupted.signal, state.step) from None
         split = corpus.splits[name]
         if run.accelerator.is_main_process:
             metrics[name] = write_evaluation(
@@ -315,14 +349,27 @@ def _finish(
     metrics: dict[str, dict[str, Any]],
     precision: str,
 ) -> None:
-    """Saves and checks the adapter, writes the report and, last, the summary. Main process only."""
+    """The main process saves and checks the adapter, writes the report and, last, the summary."""
+    probe = np.arange(min(8, len(examples["train"])))
+    inputs = collate(examples["train"], probe, np.ones(len(probe)), run.pad_token_id, run.accelerator.device).inputs
+    with torch.no_grad():  # on every rank: a sharded model needs them all
+        expected = run.model.eval()(**inputs).logits
+    if not run.accelerator.is_main_process:
+        return
     folder = run.folder
     summary = _summary(run, corpus, state, metrics, precision)
     card = model_card(folder.name, run.config, run.label_names, summary)
-    save_adapter(folder / "adapter", run.plain_model, best, backbone.tokenizer, run.label_names, card)
-    probe = np.arange(min(8, len(examples["train"])))
-    inputs = collate(examples["train"], probe, np.ones(len(probe)), run.pad_token_id, run.accelerator.device).inputs
-    check_adapter(folder / "adapter", backbone, run.plain_model, inputs, COMPUTE_TYPES[precision])
+    save_adapter(folder / "adapter", run.model, best, backbone.tokenizer, run.label_names, card)
+    if run.sharded:  # it may fit no device but the host, where other kernels round otherwise
+        inputs = {name: tensor.cpu() for name, tensor in inputs.items()}
+    check_adapter(
+        folder / "adapter",
+        backbone,
+        inputs,
+        expected,
+        COMPUTE_TYPES[precision],
+        tolerance=0.05 if run.sharded else 1e-3,
+    )
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     scores = {
         f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")
@@ -350,7 +397,7 @@ def _summary(
     run: Training, corpus: Corpus, state: TrainState, metrics: dict[str, dict[str, Any]], precision: str
 ) -> dict[str, Any]:
 
-    trainable, total = run.plain_model.get_nb_trainable_parameters()
+    trainable, total = run.model.get_nb_trainable_parameters()
     short = ("accuracy", "f1_macro", "loss", "num_examples")
     return {
         "status": "finished",
@@ -373,6 +420,6 @@ def _summary(
         "precision": precision,
         "resumed_from": list(state.resumed_from),
         "label_names": corpus.label_names,
-        "parameters": parameter_table(run.plain_model),
+        "parameters": parameter_table(run.model),
         "data": corpus.summary(),
     }

@@ -91,25 +91,28 @@ def predict(options: Options) -> int:
     from trainer.adapter import load_plain
     from trainer.checkpoint import write_atomic
     from trainer.data import load_for_prediction, tokenise
-    from trainer.evaluation import choose_precision, score_split, start_accelerator
+    from trainer.evaluation import score_split
     from trainer.metrics import classification_metrics
     from trainer.model import COMPUTE_TYPES, find_backbone, silence_libraries
+    from trainer.processes import choose_precision, together
 
     silence_libraries()
     split, ids, warnings = load_for_prediction(_source(options, config), config.data, label_names, options.id_column)
     backbone = find_backbone(config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
-    accelerator = start_accelerator(choose_precision(options.precision))
-    model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
-    logits = score_split(
-        model.to(accelerator.device),
-        examples,
-        accelerator,
-        max_tokens=options.max_tokens,
-        pad_token_id=backbone.tokenizer.pad_token_id,
-        num_labels=len(label_names),
-        progress=None if options.quiet or not accelerator.is_main_process else "predicting",
-    )
+    precision = choose_precision(options.precision)
+    same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
+    with together(precision, same) as (accelerator, _):
+        model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
+        logits = score_split(
+            model.to(accelerator.device),
+            examples,
+            accelerator,
+            max_tokens=options.max_tokens,
+            pad_token_id=backbone.tokenizer.pad_token_id,
+            num_labels=len(label_names),
+            progress=None if options.quiet or not accelerator.is_main_process else "predicting",
+        )
     if accelerator.is_main_process:
         write_atomic(output, _rendered(options, ids, logits, label_names))
         if not options.quiet:
@@ -119,7 +122,6 @@ def predict(options: Options) -> int:
         if split.labels is not None:
             scores = classification_metrics(logits, split.labels, label_names)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
-    accelerator.end_training()
     return 0
 
 

@@ -36,6 +36,7 @@ def execute(config: Config) -> int:
             print(f"{folder} is finished; nothing to do. For another run: --run.name NAME", file=sys.stderr)
         return 0
     _go_offline_without_hub()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost process torch prints its own stack, at length
     # torch and the hub's libraries take seconds to load: --help and most mistakes are answered by now. The hub's client
     # reads from the environment whether it is offline when it is imported.
     from trainer.pipeline import train_and_report

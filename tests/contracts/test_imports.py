@@ -9,10 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAVES = {"config", "metrics", "tracking", "checkpoint"}
-BELOW_THE_LOOP = LEAVES | {"data", "batching", "optim", "dropout", "model", "adapter", "evaluation"}
+BELOW_THE_LOOP = LEAVES | {
+    "data", "batching", "optim", "dropout", "model", "adapter", "evaluation", "processes",
+}  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
-    **{module: {"config"} for module in ("options", "reading", "batching", "optim", "dropout")},
+    **{module: {"config"} for module in ("options", "reading", "batching", "optim", "dropout", "processes")},
     "data": {"config", "reading"},
     "packed": {"config", "dropout"},
     "model": {"config", "dropout", "packed"},

@@ -91,6 +91,7 @@ def build(arguments, double=False):
     from trainer.data import load_corpus, tokenise
     from trainer.loop import StopRequest
     from trainer.options import parse_config
+    from trainer.processes import Watch, start_accelerator
 
     model.silence_libraries()
     config = parse_config(list(map(str, arguments)))
@@ -101,11 +102,12 @@ def build(arguments, double=False):
     }
     folder = Path(config.run.output_dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
+    accelerator = start_accelerator("no", folder)
     plain = pipeline.build_model
     if double:
         pipeline.build_model = lambda *given: plain(*given).double()
     try:
-        return pipeline._build(config, folder, corpus, backbone, examples, "no", StopRequest())
+        return pipeline._build(config, folder, corpus, backbone, examples, "no", StopRequest(), accelerator, Watch())
     finally:
         pipeline.build_model = plain
 
@@ -183,7 +185,7 @@ def plain_gradient(arguments, batch_size, step):
     smoothing = run.config.optim.label_smoothing
     answers = []
     for weights in (None, torch.tensor(run.plan.weights[ids])):
-        logits = run.plain_model(input_ids=input_ids, attention_mask=mask).logits
+        logits = run.model(input_ids=input_ids, attention_mask=mask).logits
         if weights is None:
             loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels)
         else:
@@ -205,7 +207,7 @@ def whole_run(arguments):
     from trainer.loop import TrainState, train
 
     run = build(arguments)
-    before = adapter_tensors(run.plain_model)
+    before = adapter_tensors(run.model)
     state, best = train(run, TrainState(), None)
     assert state.step == run.total_steps
     assert max((before[name] - best[name]).abs().max() for name in best) > 1e-4, "nothing was trained"
@@ -225,7 +227,7 @@ def raw_run(arguments):
 
     run = build(arguments)
     optim, rank, world_size = run.config.optim, run.accelerator.process_index, run.accelerator.num_processes
-    model = torch.nn.parallel.DistributedDataParallel(run.plain_model)
+    model = torch.nn.parallel.DistributedDataParallel(run.model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
@@ -247,7 +249,7 @@ def raw_run(arguments):
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    return {name: tensor.numpy() for name, tensor in adapter_tensors(run.plain_model).items()}
+    return {name: tensor.numpy() for name, tensor in adapter_tensors(run.model).items()}
 
 
 def scores(arguments, sizes):
