@@ -199,20 +199,51 @@ def plain_gradient(arguments, batch_size, step):
 # --- a whole run, and scoring -----------------------------------------------------------------------------------------
 
 
-def whole_run(arguments):
-    """Trains from start to end with the real loop; the adapter, and the lines of metrics.jsonl."""
+def whole_run(arguments, wrong=None):
+    """Trains from start to end with the real loop: adapter, lines of metrics.jsonl, number of first micro-batches.
+
+    `wrong` is a mistake to make: "mean of means", or dropout keyed by "rank".
+    """
     import json
 
+    from trainer import loop
     from trainer.adapter import adapter_tensors
-    from trainer.loop import TrainState, train
 
     run = build(arguments)
     before = adapter_tensors(run.model)
-    state, best = train(run, TrainState(), None)
+    right = loop.train_step
+    if wrong == "mean of means":
+        loop.train_step = lambda run, step, parts: right(run, step, weigh_parts_alike(run, step, parts))
+    if wrong == "rank":
+        run.dropout.seed += run.accelerator.process_index
+    try:
+        state, best = loop.train(run, loop.TrainState(), None)
+    finally:
+        loop.train_step = right
     assert state.step == run.total_steps
     assert max((before[name] - best[name]).abs().max() for name in best) > 1e-4, "nothing was trained"
     lines = (run.folder / "metrics.jsonl").read_text() if run.accelerator.is_main_process else ""
-    return {name: tensor.numpy() for name, tensor in best.items()}, [json.loads(line) for line in lines.splitlines()]
+    number = len(run.plan.micro_batches(0, 0, run.accelerator.num_processes))
+    adapter = {name: tensor.numpy() for name, tensor in best.items()}
+    return adapter, [json.loads(line) for line in lines.splitlines()], number
+
+
+def whole_runs(arguments, budgets, wrong=None):
+    """`whole_run` for each token budget of a micro-batch."""
+    name = arguments[-1]
+    return {
+        budget: whole_run([*arguments, "--batch.max_tokens", budget, "--run.name", f"{name}-{budget}-{wrong}"], wrong)
+        for budget in budgets
+    }
+
+
+def sharded_run(arguments):
+    """`whole_run` with the frozen weights shared out; and the share of them that this rank held."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    run = build(arguments)
+    frozen = [parameter for parameter in run.model.parameters() if not parameter.requires_grad]
+    held = sum(parameter.to_local().numel() for parameter in frozen) / sum(parameter.numel() for parameter in frozen)
+    return whole_run(arguments)[0], held
 
 
 def raw_run(arguments):

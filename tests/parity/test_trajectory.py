@@ -1,5 +1,6 @@
-"""A whole run through the real loop ends in the same adapter on one rank and on several."""
+"""A whole run through the real loop ends in the same adapter on any number of ranks and with any micro-batches."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -7,53 +8,90 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import on_ranks, raw_run, whole_run
+from ranks import on_ranks, raw_run, sharded_run, whole_run, whole_runs
 
+# 61 examples in batches of 20: the fourth step is the epoch's tail, one example, fewer than there are ranks
 SETTINGS = (
-    "--optim.max_steps", "6", "--optim.learning_rate", "1e-3", "--optim.warmup_fraction", "0.2", "--batch.size", "16",
-    "--evaluation.every_steps", "3", "--checkpoint.every_steps", "3",
+    "--optim.max_steps", "6", "--optim.learning_rate", "1e-3", "--optim.warmup_fraction", "0.2", "--batch.size", "20",
+    "--evaluation.every_steps", "3", "--checkpoint.every_steps", "3", "--run.name", "whole",
 )  # fmt: skip
+# token budgets that make 1, 2, 4 and many ragged micro-batches of a batch on one rank
+BUDGETS = (10_000, 350, 160, 45)
 EXACT = {"step", "epoch", "train/learning_rate"}
 CLOSE = {"train/loss", "train/grad_norm", "validation/loss"}
+TOLERANCE = 1e-5
 
 
-def run_on(world_size, arguments, name, max_tokens):
-    return on_ranks(
-        world_size, whole_run, [*arguments, *SETTINGS, "--run.name", name, "--batch.max_tokens", max_tokens]
-    )
+@pytest.fixture(scope="module")
+def found(parity_arguments):
+    """Per rank {budget: (adapter, curve, number of micro-batches)} of whole runs; computed once."""
+
+    @functools.cache
+    def compute(world_size, dropout, wrong=None):
+        budgets = [max(20, budget // world_size) for budget in BUDGETS]
+        arguments = [*parity_arguments("whole", dropout, *SETTINGS), "--run.name", f"{world_size}-{dropout}"]
+        return on_ranks(world_size, whole_runs, arguments, budgets if wrong is None else budgets[-1:], wrong)
+
+    return compute
+
+
+def distance(one, other):
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_one_rank_and_several_train_the_same_adapter(parity_arguments, dropout):
-    arguments = parity_arguments("trajectory", dropout)
-    [(expected, curve)] = run_on(1, arguments, f"one-{dropout}", 10_000)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_any_ranks_and_micro_batches_train_the_same_adapter(found, world_size, dropout):
+    expected, curve, _ = found(1, dropout)[0][10_000]
     assert [line["step"] for line in curve if "train/learning_rate" in line] == [1, 2, 3, 4, 5, 6]
     assert len([line for line in curve if "validation/accuracy" in line]) == 2
-    for world_size, max_tokens in ((2, 100), (3, 60), (4, 45)):
-        ranks = run_on(world_size, arguments, f"{world_size}-{dropout}", max_tokens)
-        for adapter, _ in ranks:
-            assert adapter.keys() == expected.keys()
-            assert max(np.abs(adapter[name] - expected[name]).max() for name in expected) < 1e-5
-        assert len(curve) == len(ranks[0][1])
-        for line, other in zip(curve, ranks[0][1], strict=True):
-            assert line.keys() == other.keys()
-            assert all(line[name] == other[name] for name in EXACT & line.keys())
-            for name in CLOSE & line.keys():
-                assert line[name] == pytest.approx(other[name], rel=1e-4)
+    for rank, results in enumerate(found(world_size, dropout)):
+        for adapter, lines, _ in results.values():
+            assert distance(adapter, expected) < TOLERANCE
+            assert len(lines) == (0 if rank else len(curve))
+            for line, other in zip(curve, lines, strict=False):
+                assert line.keys() == other.keys()
+                assert all(line[name] == other[name] for name in EXACT & line.keys())
+                for name in CLOSE & line.keys():
+                    assert line[name] == pytest.approx(other[name], rel=1e-4)
 
 
-def test_another_seed_trains_another_adapter(parity_arguments):
-    arguments = parity_arguments("trajectory", 0.1)
-    [(one, _)] = run_on(1, arguments, "seed-42", 10_000)
-    [(other, _)] = run_on(1, [*arguments, "--run.seed", "43"], "seed-43", 10_000)
-    assert max(np.abs(one[name] - other[name]).max() for name in one) > 1e-3
+def test_the_cuts_are_as_various_as_they_should_be(found):
+    counts = [number for _, _, number in found(1, 0.0)[0].values()]
+    assert counts[:3] == [1, 2, 4]
+    assert counts[3] > 8
+    assert all(number > 1 for _, _, number in list(found(4, 0.0)[0].values())[1:])
+
+
+def test_dropout_was_on(found):
+    assert distance(found(1, 0.0)[0][10_000][0], found(1, 0.1)[0][10_000][0]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("wrong", ["mean of means", "rank"])
+def test_wrong_weighting_and_masks_keyed_by_rank_would_be_rejected(found, wrong):
+    expected = found(1, 0.1)[0][10_000][0]
+    [(adapter, _, _)] = found(2, 0.1, wrong)[0].values()
+    assert distance(adapter, expected) > 10 * TOLERANCE
+
+
+def test_frozen_weights_shared_out_train_the_same_adapter(found, parity_arguments):
+    arguments = parity_arguments("sharded", 0.1, *SETTINGS, "--batch.max_tokens", "100", "--run.name", "sharded")
+    for adapter, held in on_ranks(2, sharded_run, arguments):
+        assert distance(adapter, found(1, 0.1)[0][10_000][0]) < TOLERANCE
+        assert 0.4 < held < 0.6
+
+
+def test_another_seed_trains_another_adapter(found, parity_arguments):
+    other = [*parity_arguments("whole", 0.1, *SETTINGS), "--run.seed", "43", "--run.name", "seed"]
+    [(adapter, *_)] = on_ranks(1, whole_run, other)
+    assert distance(adapter, found(1, 0.1)[0][10_000][0]) > 100 * TOLERANCE
 
 
 def test_a_plain_data_parallel_loop_trains_the_same_adapter(parity_arguments):
     """Against the outside: three steps of 16 examples, dealt evenly to two ranks."""
-    arguments = parity_arguments("raw", 0.0, *SETTINGS)
-    arguments += ["--optim.class_weights", "null", "--optim.max_steps", "3", "--batch.max_tokens", "100"]
+    arguments = parity_arguments("raw", 0.0, *SETTINGS, "--optim.class_weights", "null", "--batch.size", "16")
+    arguments += ["--optim.max_steps", "3", "--batch.max_tokens", "100"]
     (theirs, _) = on_ranks(2, raw_run, [*arguments, "--run.name", "raw-theirs"])
-    ((ours, _), _) = on_ranks(2, whole_run, [*arguments, "--run.name", "raw-ours"])
-    assert ours.keys() == theirs.keys()
-    assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
+    ((ours, *_), _) = on_ranks(2, whole_run, [*arguments, "--run.name", "raw-ours"])
+    assert distance(ours, theirs) < TOLERANCE
