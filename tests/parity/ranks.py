@@ -310,3 +310,45 @@ def scores(arguments, sizes):
         )
         assert run.model.training
     return found, run.train.labels
+
+
+def traffic(arguments):
+    """Sizes of the collectives in each step, and outside of steps; how many numbers train, and how many scores there are."""
+    import torch
+
+    from trainer import loop
+
+    run = build(arguments)
+    assert type(run.model).__name__ == "PeftModelForSequenceClassification", "a wrapper might send what nobody counts"
+    steps, others, now = [], [], []
+    collectives = [
+        name for name in dir(torch.distributed) if name.startswith(("all_", "broadcast", "reduce", "gather"))
+    ]
+
+    def counted(original):
+        def call(*given, **settings):
+            tensors = [given[0]] if isinstance(given[0], torch.Tensor) else [t for t in given[0] if torch.is_tensor(t)]
+            now.append(sum(tensor.numel() for tensor in tensors))
+            return original(*given, **settings)
+
+        return call
+
+    for name in collectives:
+        setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
+    right = loop.train_step
+
+    def one_step(*given):
+        nonlocal now
+        others.extend(now)
+        now = []
+        try:
+            return right(*given)
+        finally:
+            steps.append(now)
+            now = []
+
+    loop.train_step = one_step
+    loop.train(run, loop.TrainState(), None)
+    trained = sum(parameter.numel() for parameter in run.trained.values())
+    scored = len(run.validation.lengths) * (len(run.label_names) + 1)
+    return steps, others + now, trained, scored
