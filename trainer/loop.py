@@ -13,56 +13,19 @@ import resource
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import PeftModel
 
-from trainer.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors
+from trainer.adapter import adapter_tensors
 from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate
-from trainer.checkpoint import Checkpoint, DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
-from trainer.config import Config, UserError, as_dict
-from trainer.dropout import DropoutKeys
+from trainer.config import UserError
 from trainer.evaluation import score_split
 from trainer.metrics import METRICS, classification_metrics, confusion, is_better, metric_value
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.processes import Watch
-from trainer.tracking import RunLog
-
-
-class StopRequest:
-    """What SIGTERM and SIGINT leave behind: the number of the signal, looked at between steps.
-
-    Before the training (`deferred` is False) there is nothing to save: a signal ends the program at once. So does a
-    second Ctrl-C, more than a second after the first.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.deferred = False
-        self._received = 0.0
-
-    def listen(self) -> None:
-        """Takes over both signals."""
-        signal.signal(signal.SIGTERM, self._receive)
-        signal.signal(signal.SIGINT, self._receive)
-
-    def counts(self) -> list[int]:
-        """[1, 0] for SIGTERM, [0, 1] for SIGINT, else zeros: can be summed over ranks."""
-        return [int(self.signal == signal.SIGTERM), int(self.signal == signal.SIGINT)]
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if not self.deferred:
-            raise SystemExit(128 + number)
-        # launchers pass a signal on, so that one Ctrl-C may arrive twice within a moment
-        if self.signal and number == signal.SIGINT and time.monotonic() - self._received > 1:
-            raise KeyboardInterrupt
-        self.signal = self.signal or number
-        self._received = time.monotonic()
+from trainer.state import Tally, Training, TrainState, save_state
 
 
 class Interrupted(Exception):
@@ -84,87 +47,6 @@ class Stopped(Exception):
         super().__init__(number, step)
         self.signal = number
         self.step = step
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Sums over a stretch of steps and all processes; divided once, when they are shown."""
-
-    loss: float = 0.0
-    """of the steps' mean losses"""
-    steps: int = 0
-    examples: int = 0
-    tokens: int = 0
-    """without padding"""
-    padded_tokens: int = 0
-    """positions computed, padding included"""
-    seconds: float = 0.0
-    """in steps, without evaluation and saving"""
-
-    def plus(self, other: Tally) -> Tally:
-        """Both stretches together."""
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Tally(*(a + b for a, b in zip(mine, others, strict=True)))
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands. Adapter, optimizer and scaler besides, it is all a checkpoint needs."""
-
-    step: int = 0
-    """optimizer steps done"""
-    evaluated_step: int = 0
-    """step of the last finished evaluation"""
-    best_step: int = 0
-    best_value: float | None = None
-    """the metric at best_step"""
-    num_worse: int = 0
-    """evaluations since best_step"""
-    stopped: bool = False
-    """patience ran out"""
-    max_tokens: int | None = None
-    """padded tokens of a micro-batch since memory ran out; None = as configured"""
-    run: Tally = Tally()
-    """since the run began"""
-    epoch: Tally = Tally()
-    """since the epoch began"""
-    window: Tally = Tally()
-    """since the last log point"""
-    resumed_from: tuple[int, ...] = ()
-    world_sizes: tuple[int, ...] = ()
-    """processes of each start, in order"""
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a run trains with; nothing here changes while it runs but the tensors."""
-
-    config: Config
-    folder: Path
-    accelerator: Accelerator
-    model: PeftModel
-    """on its device, its forward under autocast; of several ranks each has all of it, or a share of what is frozen"""
-    optimizer: Any
-    """the prepared optimizer"""
-    trained: dict[str, torch.nn.Parameter]
-    """the parameters that train, by name, in the optimizer's order"""
-    dropout: DropoutKeys
-    plan: Plan
-    train: Tokenised
-    train_rows: np.ndarray
-    """row of each training example in its source, counted from 0, int64 [N]"""
-    validation: Tokenised | None
-    label_names: list[str]
-    pad_token_id: int
-    total_steps: int
-    eval_max_tokens: int
-    fingerprints: dict[str, str]
-    """of data and backbone; a checkpoint of others is refused"""
-    log: RunLog
-    stop: StopRequest
-    watch: Watch
-    sharded: bool
-    """the frozen weights are shared out over the ranks, so that a forward needs all of them"""
 
 
 @dataclass(frozen=True)
@@ -204,7 +86,7 @@ def train(
         last = state.step == run.total_steps or state.stopped
         save = last or stop or _due(run.config.checkpoint.every_steps, state.step, run.plan.steps_per_epoch)
         if save and saved != (state.step, state.evaluated_step):
-            _save(run, state, best)
+            save_state(run, state, best)
             saved = (state.step, state.evaluated_step)
         if stop:
             raise Stopped(stop, state.step)
@@ -322,38 +204,6 @@ def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> t
             state = _with_less_memory(run, state, plan_in_force(run, state).max_tokens // 2)
         else:
             return logits, state
-
-
-def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
-    """Puts model, optimizer and scaler where the checkpoint left them.
-
-    Raises:
-        UserError: the checkpoint is of other data or another backbone, or does not fit the model.
-    """
-    state = checkpoint.state
-    for what, value in run.fingerprints.items():
-        if state["fingerprints"].get(what) != value:
-            raise UserError(
-                f"{run.folder} was begun with another {what} (its content has changed); restore it, or start a new run "
-                "with --run.name NAME"
-            )
-    load_adapter_tensors(run.model, checkpoint.adapter, str(run.folder))
-    try:
-        load_optimizer_tensors(run.optimizer.optimizer, list(run.trained), checkpoint.optimizer)
-    except DamagedCheckpoint as error:
-        raise UserError(f"{run.folder}: the checkpoint of step {checkpoint.step} does not fit: {error}") from None
-    if run.accelerator.scaler is not None and state["scaler"] is not None:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    restored = _state_from_json(state["train"])
-    if state["budgets"] != [run.plan.max_tokens, run.eval_max_tokens]:  # asked for anew: tried anew
-        restored = dataclasses.replace(restored, max_tokens=None)
-    return dataclasses.replace(restored, resumed_from=(*restored.resumed_from, restored.step))
-
-
-def _state_from_json(values: dict[str, Any]) -> TrainState:
-    tallies = {name: Tally(**values[name]) for name in ("run", "epoch", "window")}
-    lists = {name: tuple(values[name]) for name in ("resumed_from", "world_sizes")}
-    return TrainState(**{**values, **tallies, **lists})
 
 
 def _due(every_steps: int | None, step: int, steps_per_epoch: int) -> bool:
@@ -511,35 +361,6 @@ def _evaluate(
         return state, adapter_tensors(run.model)
     state = dataclasses.replace(state, num_worse=state.num_worse + 1)
     return dataclasses.replace(state, stopped=state.num_worse == run.config.evaluation.patience), best
-
-
-def _save(run: Training, state: TrainState, best: dict[str, torch.Tensor] | None) -> None:
-    """Writes a checkpoint from the main process; an error there stops every rank."""
-    run.watch.position = f"the save of step {state.step}"
-    failure = ""
-    if run.accelerator.is_main_process:
-        scaler = run.accelerator.scaler
-        checkpoint = Checkpoint(
-            step=state.step,
-            adapter=adapter_tensors(run.model),
-            best_adapter=best,
-            optimizer=optimizer_tensors(run.optimizer.optimizer, list(run.trained)),
-            state={
-                "train": dataclasses.asdict(state),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "fingerprints": run.fingerprints,
-                "budgets": [run.plan.max_tokens, run.eval_max_tokens],
-                "config": as_dict(run.config),
-            },
-            adapter_config=adapter_config_json(run.model),
-        )
-        try:
-            save_checkpoint(run.folder / "checkpoints", checkpoint, run.config.checkpoint.keep_last)
-        except OSError as error:
-            failure = str(error)
-    failures = [text for text in gather_object([failure]) if text]
-    if failures:
-        raise UserError(failures[0])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -33,17 +33,7 @@ from trainer.checkpoint import load_newest, remove_unfinished, write_atomic
 from trainer.config import Config, UserError, as_dict
 from trainer.data import Corpus, Examples, load_corpus, tokenise
 from trainer.evaluation import write_evaluation
-from trainer.loop import (
-    Interrupted,
-    Stopped,
-    StopRequest,
-    Training,
-    TrainState,
-    peak_memory_bytes,
-    restore,
-    score,
-    train,
-)
+from trainer.loop import Interrupted, Stopped, peak_memory_bytes, score, train
 from trainer.metrics import METRICS
 from trainer.model import (
     COMPUTE_TYPES,
@@ -57,7 +47,8 @@ from trainer.model import (
 )
 from trainer.optim import build_optimizer
 from trainer.options import config_text
-from trainer.processes import Watch, agree, choose_precision, together
+from trainer.processes import StopRequest, Watch, agree, choose_precision, together
+from trainer.state import Training, TrainState, restore
 from trainer.tracking import RunLog
 
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")

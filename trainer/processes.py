@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -248,6 +249,37 @@ class Watch:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(reason["code"])
+
+
+class StopRequest:
+    """What SIGTERM and SIGINT leave behind: the number of the signal, looked at between steps.
+
+    Before the training (`deferred` is False) there is nothing to save: a signal ends the program at once. So does a
+    second Ctrl-C, more than a second after the first.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.deferred = False
+        self._received = 0.0
+
+    def listen(self) -> None:
+        """Takes over both signals."""
+        signal.signal(signal.SIGTERM, self._receive)
+        signal.signal(signal.SIGINT, self._receive)
+
+    def counts(self) -> list[int]:
+        """[1, 0] for SIGTERM, [0, 1] for SIGINT, else zeros: can be summed over ranks."""
+        return [int(self.signal == signal.SIGTERM), int(self.signal == signal.SIGINT)]
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if not self.deferred:
+            raise SystemExit(128 + number)
+        # launchers pass a signal on, so that one Ctrl-C may arrive twice within a moment
+        if self.signal and number == signal.SIGINT and time.monotonic() - self._received > 1:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+        self._received = time.monotonic()
 
 
 def _meet(facts: dict[str, str]) -> tuple[int, list[str], dict[int, socket.socket], Any]:

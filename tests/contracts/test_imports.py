@@ -20,12 +20,14 @@ ALLOWED = {
     "model": {"config", "dropout", "packed"},
     "adapter": LEAVES | {"model"},
     "evaluation": LEAVES | {"batching", "model"},
-    "loop": BELOW_THE_LOOP,
-    "pipeline": BELOW_THE_LOOP | {"loop", "options"},
+    "state": BELOW_THE_LOOP,
+    "loop": BELOW_THE_LOOP | {"state"},
+    "pipeline": BELOW_THE_LOOP | {"loop", "options", "state"},
     "run": {"config", "options", "pipeline"},
     "predict": BELOW_THE_LOOP | {"options"},
     "export": BELOW_THE_LOOP | {"options"},
     "report": LEAVES,
+    "launcher": set(),
 }
 
 

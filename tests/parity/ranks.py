@@ -89,9 +89,8 @@ def build(arguments, double=False):
     """What `run.py` with these arguments would train with; in fp64 with `double`."""
     from trainer import model, pipeline
     from trainer.data import load_corpus, tokenise
-    from trainer.loop import StopRequest
     from trainer.options import parse_config
-    from trainer.processes import Watch, start_accelerator
+    from trainer.processes import StopRequest, Watch, start_accelerator
 
     model.silence_libraries()
     config = parse_config(list(map(str, arguments)))
@@ -206,7 +205,7 @@ def whole_run(arguments, wrong=None):
     """
     import json
 
-    from trainer import loop
+    from trainer import loop, state
     from trainer.adapter import adapter_tensors
 
     run = build(arguments)
@@ -217,10 +216,10 @@ def whole_run(arguments, wrong=None):
     if wrong == "rank":
         run.dropout.seed += run.accelerator.process_index
     try:
-        state, best = loop.train(run, loop.TrainState(), None)
+        end, best = loop.train(run, state.TrainState(), None)
     finally:
         loop.train_step = right
-    assert state.step == run.total_steps
+    assert end.step == run.total_steps
     assert max((before[name] - best[name]).abs().max() for name in best) > 1e-4, "nothing was trained"
     lines = (run.folder / "metrics.jsonl").read_text() if run.accelerator.is_main_process else ""
     number = len(run.plan.micro_batches(0, 0, run.accelerator.num_processes))
@@ -313,10 +312,10 @@ def scores(arguments, sizes):
 
 
 def traffic(arguments):
-    """Sizes of the collectives in each step, and outside of steps; how many numbers train, and how many scores there are."""
+    """Sizes of the collectives in each step, and outside of steps; sizes of what trains and of the scores."""
     import torch
 
-    from trainer import loop
+    from trainer import loop, state
 
     run = build(arguments)
     assert type(run.model).__name__ == "PeftModelForSequenceClassification", "a wrapper might send what nobody counts"
@@ -348,7 +347,7 @@ def traffic(arguments):
             now = []
 
     loop.train_step = one_step
-    loop.train(run, loop.TrainState(), None)
+    loop.train(run, state.TrainState(), None)
     trained = sum(parameter.numel() for parameter in run.trained.values())
     scored = len(run.validation.lengths) * (len(run.label_names) + 1)
     return steps, others + now, trained, scored
