@@ -8,13 +8,16 @@ venv=$root/.venv
 
 usage() {
     cat <<'EOF'
-usage: ./launch.sh [--topology NAME] [--processes N] [--dry-run] [--setup-only] [arguments of trainer/run.py]
+usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-run] [--setup-only]
+                   [arguments of trainer/run.py]
 
-  --topology NAME  cpu, cpu_multi, gpu, multi_gpu, multi_node or fsdp; default: by NNODES and the visible GPUs.
-                   multi_node: run it on every machine with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set
-  --processes N    processes on this machine; default: one per visible GPU, or 2 for cpu_multi
-  --dry-run        print the plan, and the command on stdout; install nothing, start nothing
-  --setup-only     make the environment if there is none, print its python on stdout, stop
+  --topology NAME   cpu, cpu_multi, gpu, multi_gpu, multi_node or fsdp; default: by srun, NNODES and the visible GPUs.
+                    multi_node: run it on every machine with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, or
+                    in a Slurm job as `srun ./launch.sh`, which sets them (examples/slurm/train.sbatch)
+  --processes N     processes on this machine, or of this Slurm task; default: one per visible GPU, or 2 for cpu_multi
+  --max-restarts N  start again, from the newest checkpoint, where processes crashed or were lost; default: 0
+  --dry-run         print the plan, and the command on stdout; install nothing, start nothing
+  --setup-only      make the environment if there is none, print its python on stdout, stop
 
 Without --recipe it trains the quickstart. ISOTRAIN_PYTHON names an interpreter to use as it is.
 EOF
@@ -35,11 +38,19 @@ main() {
             ;;
         *)
             choose_topology
-            print_plan >&2
+            choose_nodes
+            choose_processes
+            choose_threads
+            choose_devices
+            choose_precision
+            plan_command
             if [[ $action == dry-run ]]; then
-                printf '%q ' env "${environment[@]}" "$python" -m accelerate.commands.launch "${command[@]}"
+                print_plan >&2
+                printf '%q ' env "${environment[@]}" "${command[@]}"
                 echo
             else
+                # srun joins the output of all tasks: the plan of one will do.
+                if ((tasks_here == 0 || SLURM_PROCID == 0)); then print_plan >&2; fi
                 ensure_environment
                 launch
             fi
@@ -53,17 +64,18 @@ die() {
 }
 
 read_arguments() {
-    action=run topology='' processes='' recipe='' precision=''
+    action=run topology='' processes='' max_restarts=0 recipe='' precision=''
     arguments=()
     while (($#)); do
         case $1 in
             -h | --help) action=help ;;
             --dry-run) action=dry-run ;;
             --setup-only) action=setup ;;
-            --topology=* | --processes=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-            --topology | --processes)
+            --topology=* | --processes=* | --max-restarts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+            --topology | --processes | --max-restarts)
                 [[ -n ${2-} ]] || die "$1 needs a value"
-                printf -v "${1#--}" %s "$2"
+                name=${1#--}
+                printf -v "${name//-/_}" %s "$2"
                 shift
                 ;;
             *)
@@ -78,6 +90,7 @@ read_arguments() {
         esac
         shift
     done
+    [[ $max_restarts =~ ^[0-9]+$ ]] || die "--max-restarts $max_restarts: 0 or more"
     if [[ -z $recipe ]]; then
         recipe=quickstart
         arguments=(--recipe quickstart ${arguments[@]+"${arguments[@]}"}) # bash 3 of macOS calls an empty array unbound
@@ -169,66 +182,134 @@ install() { "$python" -m pip install -qq --disable-pip-version-check "$@" >&2; }
 # ---- the topology ----------------------------------------------------------------------------------------------------
 
 choose_topology() {
-    local gpus default nodes=1 total
     gpus=$(count_gpus)
-    topology_from=--topology processes_from=--processes
+    topology_from=--topology
     if [[ -z $topology ]]; then
-        topology_from="$gpus GPUs visible"
-        case $gpus in
-            0) topology=cpu topology_from="no GPU visible" ;;
-            1) topology=gpu topology_from="one GPU visible" ;;
-            *) topology=multi_gpu ;;
-        esac
-        [[ ${NNODES:-1} == 1 ]] || topology=multi_node topology_from="NNODES=$NNODES"
+        if in_srun; then
+            topology=multi_node topology_from="srun with several tasks"
+        elif [[ ${NNODES:-1} != 1 ]]; then
+            topology=multi_node topology_from="NNODES=$NNODES"
+        elif ((gpus > 1)); then
+            topology=multi_gpu topology_from="$gpus GPUs visible"
+        elif ((gpus)); then
+            topology=gpu topology_from="one GPU visible"
+        else
+            topology=cpu topology_from="no GPU visible"
+        fi
     fi
     config=$root/accelerate_configs/$topology.yaml
     if [[ ! -f $config ]]; then
         die "--topology $topology: there are $(basename -s .yaml -- "$root"/accelerate_configs/*.yaml | xargs)"
     fi
+}
 
+# Whether srun started this with other tasks. The job script itself, or an `salloc` shell, is alone.
+in_srun() { [[ -n ${SLURM_STEP_ID-} ]] && ((${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}} > 1)); }
+
+choose_nodes() {
+    nodes=1 tasks_here=0
+    [[ $topology == multi_node ]] || return 0
+    nodes_from=NNODES node_rank_from=NODE_RANK master_from="MASTER_ADDR and MASTER_PORT"
+    if in_srun; then nodes_of_srun; fi
+    for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT; do
+        [[ -n ${!name-} ]] || die "multi_node needs $name (and all of NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT)"
+    done
+    [[ $NNODES =~ ^[1-9][0-9]*$ ]] || die "NNODES=$NNODES: 1 or more"
+    [[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || die "NODE_RANK=$NODE_RANK: 0 to $((NNODES - 1))"
+    nodes=$NNODES
+}
+
+# Each task is a node to torchrun. The port follows from job and step: all tasks derive the same, another job's hardly ever
+# do, and it lies below those that the system gives to outgoing connections.
+nodes_of_srun() {
+    NNODES=${SLURM_STEP_NUM_TASKS:-$SLURM_NTASKS} nodes_from="tasks of srun"
+    NODE_RANK=$SLURM_PROCID node_rank_from=SLURM_PROCID
+    if [[ -n ${MASTER_ADDR-} ]]; then
+        master_from=MASTER_ADDR
+    elif ((SLURM_STEP_NUM_NODES == 1)); then
+        MASTER_ADDR=127.0.0.1 master_from="one host"
+    else
+        MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1) ||
+            die "scontrol does not tell the hosts of $SLURM_STEP_NODELIST; set MASTER_ADDR to that of the first task"
+        master_from="the first of SLURM_STEP_NODELIST"
+    fi
+    if [[ -n ${MASTER_PORT-} ]]; then
+        master_from+=" and MASTER_PORT"
+    else
+        MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + SLURM_STEP_ID) % 12000)) master_from+="; port by job and step"
+    fi
+    # Those on this host: 2(x3),1 reads two on each of three hosts, then one.
+    tasks_here=$(tr , '\n' <<<"$SLURM_STEP_TASKS_PER_NODE" | awk -F '[(x)]+' -v host="$SLURM_NODEID" \
+        '{ end += $2 ? $2 : 1 } host < end { print $1; exit }')
+}
+
+choose_processes() {
+    local default
     case $topology in
         cpu) default=1 ;;
         cpu_multi) default=2 ;;
         gpu) default=$((gpus > 0)) ;;
+        multi_node) default=$((gpus ? gpus : 1)) ;;
         *) default=$gpus ;;
     esac
+    processes_from=--processes
     if [[ -z $processes ]]; then
         ((default)) || die "--topology $topology needs a GPU and none is visible (nvidia-smi -L); --processes N insists"
         processes=$default processes_from="default of $topology"
+        # The same for every task, also for one that has a host to itself.
+        if ((tasks_here && nodes > SLURM_STEP_NUM_NODES)); then processes=1 processes_from="several tasks on a host"; fi
     fi
     [[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes $processes: 1 or more"
     if [[ $processes != 1 && $topology =~ ^(cpu|gpu)$ ]]; then
         die "--processes $processes: $topology is one process; see cpu_multi and multi_gpu"
     fi
+}
 
-    command=(--config_file "$config")
-    if [[ $topology == multi_node ]]; then
-        for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT; do
-            [[ -n ${!name-} ]] || die "multi_node needs $name (and all of NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT)"
-        done
-        [[ $NNODES =~ ^[1-9][0-9]*$ ]] || die "NNODES=$NNODES: 1 or more"
-        nodes=$NNODES
-        command+=(--num_machines "$NNODES" --machine_rank "$NODE_RANK"
-            --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
-    fi
-    total=$((processes * nodes))
-    command+=(--num_processes "$total" "$root/trainer/run.py" "${arguments[@]}")
-
+choose_threads() {
     threads=${OMP_NUM_THREADS-} threads_from=OMP_NUM_THREADS
     if [[ -z $threads ]]; then
         threads=$(($(cores) / processes)) threads_from="cores / processes"
         ((threads)) || threads=1
     fi
-    # ISOTRAIN_NUM_PROCESSES is what was asked for: run.py stops if it finds itself in another number.
-    environment=("ISOTRAIN_NUM_PROCESSES=$total" "OMP_NUM_THREADS=$threads")
-    # accelerate passes use_cpu on to single processes only.
-    [[ $topology != cpu_multi ]] || environment+=(ACCELERATE_USE_CPU=true)
+}
 
+# `devices`: this task's part of the GPUs, where Slurm shows all of a host's to each of its tasks.
+choose_devices() {
+    devices='' devices_from="by SLURM_LOCALID, of $gpus visible"
+    if ((tasks_here > 1 && gpus > processes)); then
+        ((tasks_here * processes <= gpus)) ||
+            die "$tasks_here tasks on $(hostname) need $((tasks_here * processes)) GPUs, and $gpus are visible"
+        devices=${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((gpus - 1)))}
+        devices=$(cut -d , -f "$((SLURM_LOCALID * processes + 1))-$(((SLURM_LOCALID + 1) * processes))" <<<"$devices")
+    fi
+}
+
+choose_precision() {
     precision_from=--run.precision
     if [[ -z $precision ]]; then
         precision=$(sed -n 's/^mixed_precision: *"\{0,1\}\([a-z0-9]*\).*/\1/p' "$config") precision_from=$topology.yaml
         [[ $precision != no ]] || precision=auto precision_from="run.precision decides; $topology.yaml leaves it open"
     fi
+}
+
+# What the plan comes to: `environment` and `command`.
+plan_command() {
+    # ISOTRAIN_NUM_PROCESSES is what was asked for: run.py stops if it finds itself in another number.
+    environment=("ISOTRAIN_NUM_PROCESSES=$((nodes * processes))" "OMP_NUM_THREADS=$threads")
+    # accelerate passes use_cpu on to single processes only.
+    if [[ $topology == cpu_multi || ($topology == multi_node && $gpus == 0) ]]; then
+        environment+=(ACCELERATE_USE_CPU=true)
+    fi
+    [[ -z $devices ]] || environment+=("CUDA_VISIBLE_DEVICES=$devices")
+
+    command=("$python" -P "$root/trainer/launcher.py")
+    ((max_restarts == 0)) || command+=(--max-restarts "$max_restarts")
+    command+=(--config_file "$config")
+    if [[ $topology == multi_node ]]; then
+        command+=(--num_machines "$nodes" --machine_rank "$NODE_RANK"
+            --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+    fi
+    command+=(--num_processes "$((nodes * processes))" "$root/trainer/run.py" "${arguments[@]}")
 }
 
 count_gpus() {
@@ -239,70 +320,41 @@ count_gpus() {
     echo $((visible < present ? visible : present))
 }
 
-# Cores this process may use: the least of physical cores (hyperthreads do not speed up matrix products), affinity and
-# a container's quota. Each line gives a number, or nothing where the system has no such thing.
+# Cores this process may use: the least of physical cores (hyperthreads do not speed up matrix products), affinity, a
+# container's quota and the share in Slurm's. Each line gives a number, or nothing where the system has no such thing.
 cores() {
     {
         lscpu --parse=CORE,SOCKET | grep -v '^#' | sort -u | grep -c .
         nproc
         awk '$1 != "max" { print int(($1 + $2 - 1) / $2) }' /sys/fs/cgroup/cpu.max
+        [[ -z ${SLURM_CPUS_ON_NODE-} ]] || echo $(((SLURM_CPUS_ON_NODE - 1) / (tasks_here ? tasks_here : 1) + 1))
         sysctl -n hw.physicalcpu || true
     } 2>/dev/null | awk '$1 > 0 && (!least || $1 < least) { least = $1 } END { print least }'
 }
 
 print_plan() {
-    printf '%-11s %-10s (%s)\n' \
-        topology "$topology" "$topology_from" \
-        processes "$processes" "$processes_from" \
-        threads "$threads" "$threads_from" \
-        precision "$precision" "$precision_from"
-    printf '%-11s %s (%s)\n' python "$python" "$python_from" config "$config" "chosen by the topology"
+    local row='%-11s %-10s (%s)\n'
+    # shellcheck disable=SC2059
+    {
+        printf "$row" topology "$topology" "$topology_from"
+        if [[ $topology == multi_node ]]; then
+            printf "$row" nodes "$nodes" "$nodes_from" node_rank "$NODE_RANK" "$node_rank_from"
+            printf "$row" master "$MASTER_ADDR:$MASTER_PORT" "$master_from"
+        fi
+        printf "$row" processes "$processes" "$processes_from" threads "$threads" "$threads_from"
+        [[ -z $devices ]] || printf "$row" devices "$devices" "$devices_from"
+        printf "$row" precision "$precision" "$precision_from"
+        ((max_restarts == 0)) || printf "$row" restarts "up to $max_restarts" --max-restarts
+        printf "$row" python "$python" "$python_from" config "$config" "chosen by the topology"
+    }
+    if [[ -z ${SLURM_STEP_ID-} ]] && ((${SLURM_NTASKS:-1} > 1 || ${SLURM_JOB_NUM_NODES:-1} > 1)); then
+        echo "note: one task only runs here; for all those of the Slurm job: srun ./launch.sh ..."
+    fi
 }
 
 # ---- the launch ------------------------------------------------------------------------------------------------------
 
-# This process becomes accelerate's launcher, told two things it does not know:
-# - a signal is for the ranks: they save, then leave, and the launcher stays until they are gone. A handler, unlike an
-#   ignored signal, is not inherited: until run.py has handlers of its own, a signal ends it at once.
-# - the exit code is the rank's own: accelerate makes a 1 and a traceback of it, torchrun a page.
-# The program comes in on descriptor 3, so that stdin stays the terminal's.
-launch() {
-    exec env "${environment[@]}" "$python" -P /dev/fd/3 "${command[@]}" 3<<'PYTHON'
-import contextlib, logging, os, signal, subprocess, sys
-
-import psutil
-
-
-def forward(number, frame):
-    ranks = psutil.Process().children()
-    for rank in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.send_signal(number)
-    if not ranks:
-        os._exit(128 + number)
-
-
-for number in signal.SIGHUP, signal.SIGINT, signal.SIGTERM:
-    if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's & set it
-        signal.signal(number, forward)
-os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun would put its own handlers in the place of ours
-logging.disable(logging.ERROR)  # torchrun's account of a failed rank, which has itself said why
-
-from accelerate.commands.launch import main
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-code = 0
-try:
-    main()
-except subprocess.CalledProcessError as failure:
-    code = failure.returncode
-except ChildFailedError as failure:
-    # The first rank to fail; of several in one second the one that was killed, for the others only missed it.
-    code = min(failure.failures.values(), key=lambda rank: (rank.timestamp, rank.exitcode != -signal.SIGKILL)).exitcode
-if code == -signal.SIGKILL:
-    sys.stderr.write("launch.sh: a process was killed (out of memory?); the same command continues the run\n")
-sys.exit(code if code >= 0 else 128 - code)
-PYTHON
-}
+# An exec, so that signals reach the launcher itself, and stdin stays the terminal's.
+launch() { exec env "${environment[@]}" "${command[@]}"; }
 
 main "$@"

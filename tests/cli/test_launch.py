@@ -6,37 +6,19 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from trainer import launcher
+
 REPOSITORY = Path(__file__).parents[2]
-STUB = """
-import json, os, signal, sys, time
-names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "ISOTRAIN_NUM_PROCESSES", "ACCELERATE_USE_CPU")
-told = {"arguments": sys.argv[1:], "folder": os.getcwd(), **{name: os.environ.get(name) for name in names}}
-print(json.dumps(told) + "\\n", end="", flush=True)
-match os.environ.get("STUB", ""):
-    case "mistake":
-        sys.exit(2 * (print("data.train: no such file", file=sys.stderr) is None))
-    case "mistake of rank 1" if os.environ["RANK"] == "1":
-        sys.exit(3)
-    case "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    case "long" | "mistake of rank 1":
-        received = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: received.append(number))
-        print("ready\\n", end="", flush=True)
-        while not received:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        print("saved\\n", end="", flush=True)
-        sys.exit(128 + received[0])
-"""
+OUTSIDE = "NNODES|NODE_RANK|MASTER_|OMP_|SLURM_|STUB|VIRTUAL_ENV"  # what the tests set themselves, or nobody may
 both_topologies = pytest.mark.parametrize("topology", ["cpu", "cpu_multi"])
 
 
@@ -44,7 +26,8 @@ both_topologies = pytest.mark.parametrize("topology", ["cpu", "cpu_multi"])
 def clone(tmp_path: Path) -> Path:
     folder = tmp_path / "a clone"
     (folder / "trainer").mkdir(parents=True)
-    (folder / "trainer/run.py").write_text(STUB)
+    shutil.copy(Path(__file__).with_name("stub.py"), folder / "trainer/run.py")
+    shutil.copy(REPOSITORY / "trainer/launcher.py", folder / "trainer")
     shutil.copytree(REPOSITORY / "accelerate_configs", folder / "accelerate_configs")
     for name in ("launch.sh", "requirements.txt", "requirements-quickstart.txt"):
         shutil.copy(REPOSITORY / name, folder)
@@ -54,7 +37,7 @@ def clone(tmp_path: Path) -> Path:
 @pytest.fixture
 def start(clone: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts launch.sh from another folder, as a shell starts the foreground job: a group of its own, SIGINT heeded."""
-    outer = {name: value for name, value in os.environ.items() if not re.match("NNODES|OMP_|STUB|VIRTUAL_ENV", name)}
+    outer = {name: value for name, value in os.environ.items() if not re.match(OUTSIDE, name)}
 
     def foreground() -> None:
         os.setpgrp()
@@ -103,7 +86,7 @@ def programs(tmp_path: Path) -> Callable[..., str]:
 def told(out: str) -> list[dict]:
     """What each rank's stub said of itself."""
     ranks = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return sorted(ranks, key=lambda rank: int(rank["RANK"] or 0))
+    return sorted(ranks, key=lambda rank: int(rank["environment"].get("RANK", 0)))
 
 
 def test_starts_run_py_in_the_callers_folder(launch, clone, tmp_path):
@@ -114,14 +97,14 @@ def test_starts_run_py_in_the_callers_folder(launch, clone, tmp_path):
     (rank,) = told(result.stdout)
     assert rank["arguments"] == ["--recipe", "mine.yaml", "--data.train", "a file.csv"]
     assert rank["folder"] == str(tmp_path)
-    assert rank["ISOTRAIN_NUM_PROCESSES"] == "1"
-    assert 1 <= int(rank["OMP_NUM_THREADS"]) <= os.cpu_count()
+    assert rank["environment"]["ISOTRAIN_NUM_PROCESSES"] == "1"
+    assert 1 <= int(rank["environment"]["OMP_NUM_THREADS"]) <= os.cpu_count()
 
 
 def test_cpu_multi_is_really_several_ranks(launch):
     result = launch("--recipe=x", "--topology", "cpu_multi", "--processes", "2")
     assert result.returncode == 0, result.stderr
-    ranks = told(result.stdout)
+    ranks = [rank["environment"] for rank in told(result.stdout)]
     assert [(rank["RANK"], rank["WORLD_SIZE"]) for rank in ranks] == [("0", "2"), ("1", "2")]
     assert all(rank["ACCELERATE_USE_CPU"] == "true" and rank["ISOTRAIN_NUM_PROCESSES"] == "2" for rank in ranks)
 
@@ -130,7 +113,8 @@ def test_a_stale_default_config_does_not_rule(launch, tmp_path):
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate/default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
     result = launch("--recipe=x", HF_HOME=str(tmp_path))
-    assert [rank["WORLD_SIZE"] for rank in told(result.stdout)] == [None]
+    (rank,) = told(result.stdout)
+    assert "WORLD_SIZE" not in rank["environment"]
 
 
 @both_topologies
@@ -143,7 +127,7 @@ def test_run_pys_exit_code_and_words_are_the_launchers(launch, topology):
 
 
 def test_the_first_rank_to_fail_gives_the_exit_code(launch):
-    result = launch("--recipe=x", "--topology=cpu_multi", STUB="mistake of rank 1")
+    result = launch("--recipe=x", "--topology=cpu_multi", STUB="mistake of the last")
     assert result.returncode == 3
 
 
@@ -170,6 +154,191 @@ def test_after_a_signal_run_py_saves_before_launch_sh_leaves(start, topology, nu
     assert "Traceback" not in err
 
 
+# ---- restarts --------------------------------------------------------------------------------------------------------
+
+
+def restarts(err: str) -> list[str]:
+    return re.findall(r"^launch\.sh: (restart .*)$", err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("topology", "loss"), [("cpu", "killed"), ("cpu_multi", "loss of the last")])
+def test_a_lost_group_starts_again(launch, topology, loss):
+    result = launch(
+        "--recipe=x", "--topology", topology, "--max-restarts=2",
+        STUB=loss, STUB_ONCE="yes", PET_SHUTDOWN_TIMEOUT="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert restarts(result.stderr) == ["restart 1 of 2: a process was killed (out of memory?)"]
+    num_ranks = 1 if topology == "cpu" else 2
+    assert len(told(result.stdout)) == 2 * num_ranks
+    assert all(rank["arguments"] == ["--recipe=x"] for rank in told(result.stdout))
+
+
+def test_with_its_restarts_used_up_it_leaves_with_the_last_code(launch):
+    result = launch("--recipe=x", "--max-restarts=1", STUB=str(os.EX_TEMPFAIL))
+    assert result.returncode == os.EX_TEMPFAIL
+    assert restarts(result.stderr) == ["restart 1 of 1: a process was lost"]
+    assert len(told(result.stdout)) == 2
+
+
+def test_a_mistake_is_not_tried_again(launch):
+    result = launch("--recipe=x", "--max-restarts=1", STUB="mistake")
+    assert result.returncode == 2
+    assert len(told(result.stdout)) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "lost"),
+    [(0, False), (1, True), (2, False), (3, False), (75, True), (129, False), (130, False), (137, True), (139, True),
+     (143, False)],
+)  # fmt: skip
+def test_which_ends_are_a_loss(code, lost):
+    assert launcher._was_lost(code) == lost
+
+
+def test_a_stop_is_not_undone(start):
+    process = start("--recipe=x", "--topology=cpu_multi", "--max-restarts=1", STUB="long")
+    for _ in range(2):
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None, process.stderr.read()
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert restarts(err) == []
+
+
+def test_a_stop_between_two_starts_is_heeded(start):
+    process = start("--recipe=x", "--max-restarts=1", STUB="killed")
+    while "restart 1 of 1" not in (line := process.stderr.readline()):
+        assert line, process.wait()
+    time.sleep(launcher.PAUSE_SECONDS / 2)
+    process.terminate()
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
+    assert len(told(out)) == 1
+
+
+def test_all_machines_start_again_where_one_lost_a_process(start_nodes):
+    ended = start_nodes("--recipe=x", "--max-restarts=1", STUB="loss of the last", STUB_ONCE="yes", STUB_MEETS="yes")
+    assert [restarts(node.stderr) for node in ended] == [
+        ["restart 1 of 1: a process was lost"],
+        ["restart 1 of 1: a process was killed (out of memory?)"],
+    ]
+    assert [node.returncode for node in ended] == [0, 0]
+    assert [[rank["met"] for rank in told(node.stdout)] for node in ended] == [[[0, 2]] * 2, [[1, 2]] * 2]
+
+
+# ---- several processes, however they are started ---------------------------------------------------------------------
+
+SEEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
+
+
+def seen(ranks: list[dict]) -> list[dict[str, str]]:
+    """What the ranks read of their group, after a look at what torch.distributed made of it."""
+    for rank in ranks:
+        environment = rank["environment"]
+        assert rank["met"] == [int(environment["RANK"]), int(environment["WORLD_SIZE"])]
+        assert int(environment["MASTER_PORT"]) > 0
+        environment["MASTER_ADDR"] = socket.gethostbyname(environment["MASTER_ADDR"])
+    return [{name: rank["environment"][name] for name in SEEN} for rank in ranks]
+
+
+def two_ranks(*, a_node_each: bool) -> list[dict[str, str]]:
+    same = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "3"}
+    if a_node_each:
+        same |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        return [{**same, "RANK": rank, "GROUP_RANK": rank} for rank in ("0", "1")]
+    same |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    return [{**same, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+@pytest.fixture
+def start_nodes(start, tmp_path) -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """Starts launch.sh as on two machines, at the same time; to each what `node` says of it."""
+
+    def start_nodes(*arguments, node=None, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        node = node or (lambda rank: {**address, "NODE_RANK": str(rank)})
+        processes = [start(*arguments, **node(rank), **environment) for rank in range(2)]
+        outputs = [process.communicate(timeout=120) for process in processes]
+        return [
+            subprocess.CompletedProcess(arguments, process.returncode, *output)
+            for process, output in zip(processes, outputs, strict=True)
+        ]
+
+    return start_nodes
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("launch.sh", "--recipe=x --topology=cpu_multi"),
+        (
+            sys.executable,
+            "-m accelerate.commands.launch --config_file accelerate_configs/cpu_multi.yaml trainer/run.py",
+        ),
+        (sys.executable, "-m torch.distributed.run --nproc_per_node 2 trainer/run.py"),
+    ],
+    ids=["launch.sh", "accelerate launch", "torchrun"],
+)
+def test_every_way_to_start_two_processes_tells_them_the_same(start, clone, program, arguments):
+    arguments = [str(clone / word) if (clone / word).exists() else word for word in arguments.split(" ")]
+    settings = {"OMP_NUM_THREADS": "3", "ACCELERATE_USE_CPU": "true", "STUB_MEETS": "yes"}
+    process = start(*arguments, path=clone / program, **settings)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert seen(told(out)) == two_ranks(a_node_each=False)
+
+
+def test_two_machines_by_hand(start_nodes):
+    ended = start_nodes("--recipe=x", OMP_NUM_THREADS="3", STUB_MEETS="yes")
+    assert [node.returncode for node in ended] == [0, 0], ended[0].stderr
+    ranks = [rank for node in ended for rank in told(node.stdout)]
+    assert seen(ranks) == two_ranks(a_node_each=True)
+    assert all(rank["environment"]["ACCELERATE_USE_CPU"] == "true" for rank in ranks)
+
+
+def slurm(rank: int, tasks_per_node: str) -> dict[str, str]:
+    """What srun sets for a task, of a step with so many on each host: 2(x3),1 reads 2, 2, 2 and 1."""
+    counts = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node)
+        for _ in range(int(times or 1))
+    ]
+    hosts = [host for host, count in enumerate(counts) for _ in range(count)]
+    return {
+        "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_JOB_NUM_NODES": str(len(counts)),
+        "SLURM_STEP_NUM_NODES": str(len(counts)), "SLURM_STEP_NUM_TASKS": str(len(hosts)),
+        "SLURM_STEP_TASKS_PER_NODE": tasks_per_node, "SLURM_STEP_NODELIST": "node[7-9]",
+        "SLURM_PROCID": str(rank), "SLURM_NODEID": str(hosts[rank]),
+        "SLURM_LOCALID": str(hosts[:rank].count(hosts[rank])),
+    }  # fmt: skip
+
+
+SCONTROL = '[ "$*" = "show hostnames node[7-9]" ] && printf "%s\\n" 127.0.0.1 elsewhere'
+
+
+def test_two_tasks_of_srun(start_nodes, programs):
+    ended = start_nodes(
+        "--recipe=x", node=lambda rank: slurm(rank, "1(x2)"), PATH=programs(scontrol=SCONTROL),
+        OMP_NUM_THREADS="3", STUB_MEETS="yes",
+    )  # fmt: skip
+    assert [node.returncode for node in ended] == [0, 0], ended[0].stderr
+    ranks = [rank for node in ended for rank in told(node.stdout)]
+    assert seen(ranks) == two_ranks(a_node_each=True)
+    assert 20_000 <= int(ranks[0]["environment"]["MASTER_PORT"]) < 40_000
+    assert [node.stderr.count("topology ") for node in ended] == [1, 0]  # srun shows both
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan(err: str) -> dict[str, tuple[str, str]]:
+    return {name: (value, source) for name, value, source in re.findall(r"^(\w+) +(.+?) +\((.*)\)$", err, re.MULTILINE)}
+
+
 def test_dry_run_prints_the_plan_and_the_command_and_starts_nothing(launch, clone):
     result = launch("--dry-run", "--run.precision", "bf16")
     assert result.returncode == 0
@@ -179,19 +348,17 @@ def test_dry_run_prints_the_plan_and_the_command_and_starts_nothing(launch, clon
     assert words[words.index("--config_file") + 1] == config
     run = [str(clone / "trainer/run.py"), "--recipe", "quickstart", "--run.precision", "bf16"]
     assert words[-len(run) :] == run
-    plan = {
-        name: (value, source) for name, value, source in re.findall(r"^(\w+) +(.+?) +\((.*)\)$", result.stderr, re.M)
-    }
-    assert plan["topology"] == ("cpu", "no GPU visible")
-    assert plan["processes"][0] == "1"
-    assert plan["precision"] == ("bf16", "--run.precision")
-    assert plan["python"] == (sys.executable, "ISOTRAIN_PYTHON")
-    assert plan["config"][0] == config
+    printed = plan(result.stderr)
+    assert printed["topology"] == ("cpu", "no GPU visible")
+    assert printed["processes"][0] == "1"
+    assert printed["precision"] == ("bf16", "--run.precision")
+    assert printed["python"] == (sys.executable, "ISOTRAIN_PYTHON")
+    assert printed["config"][0] == config
 
 
-def test_the_dry_runs_command_is_what_would_have_been_started(launch):
+def test_the_dry_runs_command_is_what_would_have_been_started(launch, tmp_path):
     command = launch("--dry-run", "--recipe", "x y").stdout
-    printed = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    printed = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert told(printed.stdout)[0]["arguments"] == ["--recipe", "x y"]
 
 
@@ -216,8 +383,61 @@ def test_gpus_and_nodes_choose_the_topology(launch, programs, visible, nodes, to
 
 
 @pytest.mark.parametrize(
+    ("tasks_per_node", "rank", "gpus", "arguments", "total", "devices"),
+    [
+        ("1(x2)", 1, "0,1,2,3", [], 8, None),  # one task a host: it takes all
+        ("1(x2)", 1, "", [], 2, None),
+        ("1(x2)", 1, "", ["--processes=3"], 6, None),
+        ("4(x2)", 6, "4,5,6,7", [], 8, "6"),  # each task its own
+        ("2(x2)", 3, "4,5,6,7", ["--processes=2"], 8, "6,7"),
+        ("4(x2)", 6, "3", [], 8, None),  # as Slurm has shared them out
+        ("2,1", 2, "0,1", [], 3, None),
+        ("2(x3),1", 5, "0,1", [], 7, "1"),
+    ],
+)
+def test_processes_and_gpus_of_a_task(launch, programs, tasks_per_node, rank, gpus, arguments, total, devices):
+    path = programs(scontrol=SCONTROL, **{"nvidia-smi": "for i in 0 1 2 3 4 5 6 7; do echo GPU $i: H200; done"})
+    result = launch("--dry-run", *arguments, PATH=path, CUDA_VISIBLE_DEVICES=gpus, **slurm(rank, tasks_per_node))
+    words = shlex.split(result.stdout)
+    assert f"ISOTRAIN_NUM_PROCESSES={total}" in words, result.stderr
+    assert ("ACCELERATE_USE_CPU=true" in words) == (gpus == "")
+    assert [word for word in words if word.startswith("CUDA_")] == [f"CUDA_VISIBLE_DEVICES={devices}"] * bool(devices)
+    assert words[words.index("--machine_rank") + 1] == str(rank)
+
+
+def test_more_tasks_than_gpus(launch, programs):
+    path = programs(**{"nvidia-smi": "for i in 0 1; do echo GPU $i: H200; done"})
+    result = launch(PATH=path, CUDA_VISIBLE_DEVICES="0,1", **slurm(1, "3"))
+    assert result.returncode == 2
+    assert re.search(r"^launch.sh: 3 tasks on .* need 3 GPUs, and 2 are visible$", result.stderr, re.MULTILINE)
+
+
+def test_the_plan_of_a_task(launch, programs):
+    own = {"MASTER_ADDR": "", "MASTER_PORT": "29500"}
+    result = launch("--dry-run", PATH=programs(scontrol=SCONTROL), **slurm(1, "1(x2)"), **own)
+    assert (
+        plan(result.stderr).items()
+        >= {
+            "topology": ("multi_node", "srun with several tasks"),
+            "nodes": ("2", "tasks of srun"),
+            "node_rank": ("1", "SLURM_PROCID"),
+            "master": ("127.0.0.1:29500", "the first of SLURM_STEP_NODELIST and MASTER_PORT"),
+            "processes": ("1", "default of multi_node"),
+        }.items()
+    )
+
+
+def test_a_job_script_without_srun_is_told_so(launch):
+    note = "note: one task only runs here"
+    assert note in launch("--dry-run", SLURM_JOB_NUM_NODES="2").stderr
+    assert note in launch("--dry-run", SLURM_NTASKS="2").stderr
+    assert note not in launch("--dry-run", SLURM_NTASKS="1", SLURM_JOB_NUM_NODES="1").stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--max-restarts=-1"], "--max-restarts -1: 0 or more"),
         (["--topology", "tpu"], "--topology tpu: there are cpu cpu_multi fsdp gpu multi_gpu multi_node"),
         (["--topology"], "--topology needs a value"),
         (

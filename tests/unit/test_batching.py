@@ -212,3 +212,28 @@ def test_collate_pads_no_further_than_the_longest_of_the_batch(examples):
     batch = collate(examples, part.ids, part.weights, pad_token_id=9, device=CPU)
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
     assert batch.inputs["input_ids"].tolist() == [[20]]
+
+
+# --- when memory runs out ---
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_largest_micro_batch_is_over_all_ranks(world_size):
+    plan = plan_of(101, batch_size=32)
+    for step in range(plan.steps_per_epoch):
+        parts = [part for rank in range(world_size) for part in plan.micro_batches(step, rank, world_size)]
+        padded = {len(part.ids) * int(plan.lengths[part.ids].max()): len(part.ids) for part in parts}
+        examples, tokens = plan.largest(step, world_size)
+        assert tokens == max(padded)
+        assert examples >= padded[tokens]
+
+
+def test_halving_the_largest_ends_in_single_examples():
+    plan = plan_of(40, batch_size=40, max_tokens=10**6)
+    budgets = []
+    while (largest := plan.largest(0, 1))[0] > 1:
+        budgets.append(largest[1] // 2)
+        plan = Plan(plan.lengths, plan.weights, plan.batch_size, plan.seed, max_tokens=budgets[-1])
+    assert len(budgets) <= 12
+    assert budgets == sorted(set(budgets), reverse=True), "each attempt is smaller than the one before"
+    assert largest[1] == plan.lengths.max()

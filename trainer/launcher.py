@@ -1,0 +1,138 @@
+"""What launch.sh becomes: `accelerate launch` with signals, an exit code and restarts to rely on.
+
+    python -P trainer/launcher.py [--max-restarts N] <arguments of accelerate launch>
+
+Always holds: a signal is for the ranks, which save and leave, and the launcher stays until they are gone; the exit code
+is that of the rank itself, where accelerate makes a 1 and a traceback of it and torchrun a page; and a group starts
+again only where nobody asked for its end. A group that lost a process ends as a whole and starts again as a whole, on
+each machine by its own launcher: the run continues from its newest checkpoint and needs nothing else of that group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+import psutil
+
+# Exit codes of a rank: ended by its own error, and as it missed another (the code for "try again").
+CRASHED, LOST = 1, os.EX_TEMPFAIL
+KILLED = 128 + signal.SIGKILL
+STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+PAUSE_SECONDS = 4
+# What torchrun grants the ranks that are left when one has failed, of the half minute in which a group has to be down.
+SHUTDOWN_SECONDS = 20
+
+
+def main() -> int:
+    """Runs the group of this machine, and again where it was lost; returns the exit code of its first rank to fail."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--max-restarts", type=int, default=0)
+    parser.add_argument("--restart", type=int, default=0)  # how many there were: the launcher's word to itself
+    own, arguments = parser.parse_known_args()
+    stops = _hand_on_stops()
+    code = _run_group(arguments, restarted=own.restart > 0)
+    if not stops and _was_lost(code) and own.restart < own.max_restarts:
+        _say(f"restart {own.restart + 1} of {own.max_restarts}: {_what_happened(code)}")
+        own.restart += 1
+        again = [f"--max-restarts={own.max_restarts}", f"--restart={own.restart}", *arguments]
+        # Not a loop: what torchrun and its store keep open, the port above all, ends with the program.
+        os.execv(sys.executable, [sys.executable, "-P", __file__, *again])
+    if code == KILLED:
+        _say(f"{_what_happened(code)}; the same command continues the run")
+    return code
+
+
+def _hand_on_stops() -> list[int]:
+    """From now on hands SIGHUP, SIGINT and SIGTERM on to the ranks; returns the list that those received go to.
+
+    A handler, unlike an ignored signal, is not inherited: until run.py has its own, a signal ends it at once.
+    """
+    received: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+        if not ranks:
+            os._exit(128 + number)
+
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's & set it
+            signal.signal(number, hand_on)
+    return received
+
+
+def _run_group(arguments: list[str], restarted: bool) -> int:
+    """`accelerate launch` with these arguments; returns 128 + signal for a rank that a signal ended."""
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun would put its own handlers in the place of ours
+    logging.disable(logging.ERROR)  # torchrun's account of a failed rank, which has itself said why
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # torchrun has an option for this, and does not heed it where a rank has failed.
+    PContext.close.__defaults__ = (None, int(os.environ.get("PET_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)))
+    args = launch_command_parser().parse_args(arguments)
+    if restarted:
+        _wait_for_the_others(args.main_process_ip, args.main_process_port)
+    code = 0
+    try:
+        launch_command(args)
+    except subprocess.CalledProcessError as failure:
+        code = failure.returncode
+    except ChildFailedError as failure:
+        # The first rank to fail; of those in one second not one that torchrun has ended, nor one that missed another.
+        causes = {-signal.SIGKILL: 0, LOST: 2, -signal.SIGTERM: 3, 128 + signal.SIGTERM: 3}
+        first = min(failure.failures.values(), key=lambda rank: (rank.timestamp, causes.get(rank.exitcode, 1)))
+        code = first.exitcode
+    except (ConnectionError, DistError) as failure:
+        reason = str(failure).partition("\n")[0]
+        _say(f"no meeting with the other machines at {args.main_process_ip}:{args.main_process_port}: {reason}")
+        code = LOST
+    return code if code >= 0 else 128 - code
+
+
+def _was_lost(code: int) -> bool:
+    """Whether the group did not end by its own decision: not after success, a user's mistake or a stop."""
+    return code in (CRASHED, LOST) or (code > 128 and code - 128 not in STOPS)
+
+
+def _what_happened(code: int) -> str:
+    named = {CRASHED: "a process crashed", LOST: "a process was lost", KILLED: "a process was killed (out of memory?)"}
+    return named.get(code) or f"a process ended by signal {code - 128}"
+
+
+def _wait_for_the_others(address: str | None, port: int | None, seconds: float = 30) -> None:
+    """Waits until the lost group has ended on every machine, for no rank may meet one of the group before.
+
+    The launcher of the first machine keeps the meeting point of all. It ended with the group, and stays closed for the
+    pause, which those of the other machines wait to see; where theirs took longer to end, what they see is the new one.
+    """
+    deadline = time.monotonic() + seconds
+    while address and port and time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, port), timeout=1).close()
+        except OSError:
+            break
+        time.sleep(0.5)
+    time.sleep(PAUSE_SECONDS)
+
+
+def _say(text: str) -> None:
+    print(f"launch.sh: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
