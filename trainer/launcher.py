@@ -18,8 +18,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from types import FrameType
 
 import psutil
 
@@ -54,27 +54,37 @@ def main() -> int:
 def _hand_on_stops() -> list[int]:
     """From now on hands SIGHUP, SIGINT and SIGTERM on to the ranks; returns the list that those received go to.
 
-    A handler, unlike an ignored signal, is not inherited: until run.py has its own, a signal ends it at once.
+    A handler, unlike an ignored signal, is not inherited: until run.py has its own, a signal ends it at once. A thread
+    does the work, for the main thread may be in torchrun's C++ and wait for another machine.
     """
     received: list[int] = []
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        ranks = psutil.Process().children()
-        for rank in ranks:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rank.send_signal(number)
-        if not ranks:
-            os._exit(128 + number)
+    def hand_on() -> None:
+        while True:
+            number = os.read(reading, 1)[0]
+            if number not in STOPS:  # torchrun has a handler too, for SIGQUIT
+                continue
+            received.append(number)
+            ranks = psutil.Process().children()
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.send_signal(number)
+            if not ranks:
+                os._exit(128 + number)
 
+    signal.set_wakeup_fd(writing)
     for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's & set it
-            signal.signal(number, hand_on)
+            signal.signal(number, lambda number, frame: None)
+    threading.Thread(target=hand_on, daemon=True).start()
     return received
 
 
 def _run_group(arguments: list[str], restarted: bool) -> int:
     """`accelerate launch` with these arguments; returns 128 + signal for a rank that a signal ended."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of names it cannot resolve
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun would put its own handlers in the place of ours
     logging.disable(logging.ERROR)  # torchrun's account of a failed rank, which has itself said why
     from accelerate.commands.launch import launch_command, launch_command_parser

@@ -8,9 +8,11 @@ cut falls silent, and `SILENCE` seconds later all know that too. An error on any
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import secrets
+import selectors
 import signal
 import socket
 import sys
@@ -27,7 +29,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from torch.distributed import DistStoreError, rendezvous
+from torch.distributed import PrefixStore, rendezvous
 
 from trainer.config import UserError
 
@@ -117,10 +119,12 @@ def together(
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             watch.begin(*_meet({"device": device, "precision": precision, "torch": torch.__version__, **facts}))
-        accelerator = start_accelerator(precision, folder, backends)
-        if watch.watching:
-            _try_all_reduce(accelerator, watch)
+        with _first_collective(watch) if watch.watching else contextlib.nullcontext():
+            accelerator = start_accelerator(precision, folder, backends)
+            total = accelerator.reduce(torch.ones((), device=accelerator.device), "sum")
+            assert int(total) == accelerator.num_processes
         yield accelerator, watch
+        watch.end()
     except (UserError, OSError) as error:
         watch.stop_all(str(error), 2)
         raise
@@ -133,7 +137,6 @@ def together(
             traceback.print_exc()
             watch.stop_all(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
         raise
-    watch.end()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -165,6 +168,7 @@ class Watch:
         self._hosts: list[str] = []
         self._store: Any = None
         self._lines: dict[int, socket.socket] = {}
+        self._listeners: list[threading.Thread] = []
         self._sending, self._stopping = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
 
@@ -179,14 +183,20 @@ class Watch:
         The store of the rendezvous is kept, for it may live in this process and the process group meets there too.
         """
         self._rank, self._hosts, self._lines, self._store = rank, hosts, lines, store
-        for other in lines:
-            threading.Thread(target=self._listen, args=(other,), daemon=True).start()
-        threading.Thread(target=self._show_life, daemon=True).start()
+        self._listeners = [threading.Thread(target=self._listen, args=(other,), daemon=True) for other in lines]
+        for thread in (*self._listeners, threading.Thread(target=self._show_life, daemon=True)):
+            thread.start()
 
     def end(self) -> None:
-        """The others may now go."""
-        self._ended.set()
-        self._send({"end": True})
+        """Waits until all processes have come here; from then on one may go without the others."""
+        if self._rank:
+            self._ended.set()
+            self._send({"end": True})
+        for thread in self._listeners:  # each hears the end of the other side, or ends this process
+            thread.join()
+        if self._rank == 0:
+            self._ended.set()
+            self._send({"end": True})
 
     def stop_all(self, message: str, code: int) -> None:
         """Ends all processes with an error of this one; returns only where there are no others."""
@@ -196,7 +206,7 @@ class Watch:
         if self._rank == 0:
             self._leave(reason)
         self._send(reason)
-        self._ended.wait(HEARSAY)  # rank 0 sends back what all are to say, and `_listen` ends this process
+        time.sleep(HEARSAY)  # rank 0 sends back what all are to say, and `_listen` ends this process
         self._leave(reason)
 
     def _listen(self, other: int) -> None:
@@ -213,8 +223,7 @@ class Watch:
             lost = f"no sign of life for {SILENCE:.0f} s; it has stopped, or the network is cut"
         except (OSError, ValueError):
             lost = "its process has ended"
-        if not self._ended.is_set():
-            self._leave({"rank": other, "lost": lost, "code": os.EX_TEMPFAIL})
+        self._leave({"rank": other, "lost": lost, "code": os.EX_TEMPFAIL})
 
     def _show_life(self) -> None:
         while not self._ended.wait(SILENCE / 5):
@@ -230,8 +239,14 @@ class Watch:
     def _leave(self, reason: dict[str, Any]) -> None:
         """Passes the reason on, says it once a machine, ends this process. The first reason counts."""
         self._stopping.acquire()  # never released: nothing comes after it
-        if self._rank == 0:
-            self._send(reason)
+        try:
+            if self._rank == 0:
+                self._send(reason)
+            self._say(reason)
+        finally:  # also where nobody reads what is said
+            os._exit(reason["code"])
+
+    def _say(self, reason: dict[str, Any]) -> None:
         rank, lost, message = reason["rank"], reason.get("lost"), reason.get("message")
         where = f"rank {rank} on {self._hosts[rank]}"
         if lost:
@@ -241,14 +256,13 @@ class Watch:
             )
         elif rank:
             message = message and f"{where}: {message}"
-        mates = [
-            r for r, host in enumerate(self._hosts) if host == self._hosts[self._rank] and not (lost and r == rank)
-        ]
-        if message and self._rank == mates[0]:
+        here = [other for other, host in enumerate(self._hosts) if host == self._hosts[self._rank]]
+        if lost and rank != self._rank and rank in here:  # a lost process says nothing; one that only slept does
+            here.remove(rank)
+        if message and self._rank == here[0]:
             print(f"\nerror: {message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(reason["code"])
 
 
 class StopRequest:
@@ -288,47 +302,75 @@ def _meet(facts: dict[str, str]) -> tuple[int, list[str], dict[int, socket.socke
     Raises:
         UserError: some do not come, cannot reach one another, or differ in the facts.
     """
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # the store still has the addresses of those before
+        raise UserError(
+            "torchrun cannot start these processes again; instead of its restarts: ./launch.sh --max-restarts N"
+        )
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=GATHERING)))
-        address = _own_address()
+        store = PrefixStore("isotrain", store)
+        address = _own_address(store, rank, world_size)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(address))
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, 0), family=family, backlog=world_size + 1) as listener:
+            token = secrets.token_hex(16)
+            card = {"host": f"{socket.gethostname()} ({address})", "facts": facts, "token": token}
+            cards = _exchange(store, "card", rank, world_size, {**card, "at": listener.getsockname()[:2]})
+            hosts = [other["host"] for other in cards]
+            _compare([other["facts"] for other in cards], hosts)
+            _check_routes(store, rank, cards)
+            if rank == 0:
+                return rank, hosts, _accept_lines(listener, token, hosts), store
+        line = socket.create_connection(cards[0]["at"], timeout=CONNECTING)
+        line.sendall(f"{cards[0]['token']}{rank:08d}".encode())
+        line.settimeout(SILENCE)
+        return rank, hosts, {0: line}, store
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"no meeting at {place}: {str(error).splitlines()[0]}") from None
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family, backlog=world_size + 1) as listener:
-        token = secrets.token_hex(16)
-        card = {"host": f"{socket.gethostname()} ({address})", "facts": facts, "token": token}
-        cards = _exchange(store, "card", rank, world_size, {**card, "at": listener.getsockname()[:2]})
-        hosts = [other["host"] for other in cards]
-        _compare([other["facts"] for other in cards], hosts)
-        _check_routes(store, rank, cards)
-        if rank == 0:
-            return rank, hosts, _accept_lines(listener, token, world_size), store
-    line = socket.create_connection(cards[0]["at"], timeout=CONNECTING)
-    line.sendall(f"{cards[0]['token']}{rank:08d}".encode())
-    line.settimeout(SILENCE)
-    return rank, hosts, {0: line}, store
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"no meeting at {place}: {str(error).partition(chr(10))[0]}") from None
 
 
 def _exchange(store: Any, what: str, rank: int, world_size: int, own: Any) -> list[Any]:
     """What every rank says, in their order."""
-    keys = [f"isotrain/{what}/{other}" for other in range(world_size)]
+    keys = [f"{what}/{other}" for other in range(world_size)]
     store.set(keys[rank], json.dumps(own))
-    try:
-        store.wait(keys, timedelta(seconds=GATHERING))
-    except DistStoreError:
+    if not _all_there(store, keys, GATHERING):
         missing = [other for other, key in enumerate(keys) if not store.check([key])]
         raise UserError(
             f"of {world_size} processes, rank {', '.join(map(str, missing[:8]))} did not come up within "
             f"{GATHERING:.0f} s; was the command started on every machine, with the same number of them?"
-        ) from None
-    return [json.loads(text) for text in store.multi_get(keys)]
+        )
+    said = [json.loads(text) for text in store.multi_get(keys)]
+    store.set(f"{keys[rank]} has read", "")
+    if rank == 0:  # the store may live in this process, and leave with it
+        _all_there(store, [f"{key} has read" for key in keys], CONNECTING)
+    return said
 
 
-def _own_address() -> str:
-    """The address under which the other hosts see this one: that of its way to the rendezvous."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+def _all_there(store: Any, keys: list[str], seconds: float) -> bool:
+    """Whether all keys are set in time. `store.wait` would be deaf to signals meanwhile."""
+    deadline = time.monotonic() + seconds
+    for key in keys:
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+    return True
+
+
+def _own_address(store: Any, rank: int, world_size: int) -> str:
+    """The address under which the other hosts see this one: that of its way to the rendezvous.
+
+    The host of the rendezvous may know its own name as loopback; its address is that of its way to another host.
+    """
+    master = _way_to(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    addresses = _exchange(store, "address", rank, world_size, master)
+    abroad = [address for address in addresses if not ipaddress.ip_address(address).is_loopback]
+    return _way_to(abroad[0], 1) if abroad and addresses[rank] not in abroad else addresses[rank]
+
+
+def _way_to(host: str, port: int) -> str:
+    """This host's own address on its way to another."""
     family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(target)  # sends nothing
@@ -372,22 +414,40 @@ def _check_routes(store: Any, rank: int, cards: list[Any]) -> None:
         )
 
 
-def _accept_lines(listener: socket.socket, token: str, world_size: int) -> dict[int, socket.socket]:
+def _accept_lines(listener: socket.socket, token: str, hosts: list[str]) -> dict[int, socket.socket]:
+    """The line of every other rank. Others may connect too: a host that tries its route, a stranger that says nothing.
+
+    Raises:
+        UserError: names the ranks that do not come.
+    """
     lines: dict[int, socket.socket] = {}
-    listener.settimeout(GATHERING)
-    while len(lines) < world_size - 1:
-        line, _ = listener.accept()
-        line.settimeout(SILENCE)
-        hello = line.recv(len(token) + 8, socket.MSG_WAITALL).decode(errors="replace")
-        if hello.startswith(token) and hello[len(token) :].isdigit():
-            lines[int(hello[len(token) :])] = line
-        else:
-            line.close()  # a host that tried its route, or a stranger
+    deadline = time.monotonic() + CONNECTING  # less than SILENCE: rank 0 shows no life before all are here
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while len(lines) < len(hosts) - 1:
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = next(rank for rank in range(1, len(hosts)) if rank not in lines)
+                raise UserError(f"rank {missing} on {hosts[missing]} did not connect within {CONNECTING:.0f} s")
+            for key, _ in ready:
+                if key.fileobj is listener:
+                    selector.register(listener.accept()[0], selectors.EVENT_READ)
+                    continue
+                line: Any = selector.unregister(key.fileobj).fileobj
+                hello = ""
+                with contextlib.suppress(OSError):
+                    hello = line.recv(len(token) + 8).decode(errors="replace")
+                if hello.startswith(token):
+                    line.settimeout(SILENCE)
+                    lines[int(hello[len(token) :])] = line
+                else:
+                    line.close()
     return lines
 
 
-def _try_all_reduce(accelerator: Accelerator, watch: Watch) -> None:
-    """The first collective, whose way is not that of our own lines: NCCL and gloo choose it themselves.
+@contextlib.contextmanager
+def _first_collective(watch: Watch) -> Iterator[None]:
+    """The process group comes up inside, on ways that are not those of our lines: NCCL and gloo choose them themselves.
 
     Raises:
         UserError: it fails.
@@ -397,12 +457,12 @@ def _try_all_reduce(accelerator: Accelerator, watch: Watch) -> None:
     late = threading.Timer(GATHERING, watch.stop_all, [f"the first all-reduce does not end; {hint}", 2])
     late.start()
     try:
-        total = accelerator.reduce(torch.ones((), device=accelerator.device), "sum")
+        yield
     except RuntimeError as error:
-        raise UserError(f"the first all-reduce failed: {str(error).splitlines()[0]}\n{hint}") from None
+        time.sleep(HEARSAY)  # as in `together`
+        raise UserError(f"the first all-reduce failed: {str(error).partition(chr(10))[0]}\n{hint}") from None
     finally:
         late.cancel()
-    assert int(total) == accelerator.num_processes
 
 
 def _compare(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> None:

@@ -181,8 +181,9 @@ class RunLog:
     def close(self) -> None:
         """Ends bar and trackers."""
         self.end_progress()
-        if self.is_main:
-            self._guarded("trackers", self.accelerator.end_training)
+        # not accelerate's end_training, which would take the process group away from the others as well
+        for tracker in self.accelerator.trackers if self.is_main else []:
+            self._guarded("trackers", tracker.finish)
 
     def _recorded(self, values: Mapping[str, float], step: int, epoch: float) -> dict[str, float]:
         """Adds a line to metrics.jsonl; returns it."""

@@ -7,38 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from trainer import evaluation
 from trainer.config import UserError
-from trainer.evaluation import (
-    Interrupted,
-    choose_precision,
-    csv_text,
-    predictions,
-    score_split,
-    start_accelerator,
-    write_evaluation,
-)
+from trainer.evaluation import csv_text, predictions, score_split, write_evaluation
+from trainer.processes import start_accelerator
 
 PAD = 0
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """As in a process that no launcher started."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ISOTRAIN_NUM_PROCESSES", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield monkeypatch
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def accelerator(launched):
+def accelerator(unlaunched):
     return start_accelerator("no")
 
 
@@ -104,64 +83,46 @@ def test_an_example_scored_twice_or_never_is_noticed(accelerator, monkeypatch):
         score(Summing(), examples_of(5), accelerator)
 
 
+class Stop(Exception):
+    pass
+
+
 def test_a_stop_leaves_no_scores_and_the_mode_as_it_was(accelerator):
-    model, answers = Summing().train(), iter([False, False, True])
-    with pytest.raises(Interrupted):
-        score(model, examples_of(20), accelerator, max_tokens=30, should_stop=lambda: next(answers))
+    model, answers = Summing().train(), iter([None, None, Stop])
+
+    def check(out_of_memory):
+        assert not out_of_memory
+        if error := next(answers):
+            raise error
+
+    with pytest.raises(Stop):
+        score(model, examples_of(20), accelerator, max_tokens=30, check=check)
     assert model.training
-    assert len(model.shapes) == 2
+    assert len(model.shapes) == 3
 
 
-# --- precision and processes ---
+class Greedy(Summing):
+    """Runs out of memory with more than 40 padded tokens."""
+
+    def forward(self, input_ids, attention_mask):
+        if input_ids.numel() > 40:
+            raise torch.OutOfMemoryError
+        return super().forward(input_ids, attention_mask)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "launched_with", "fast_bf16", "chosen"),
-    [
-        ("auto", None, True, "bf16"),
-        ("auto", None, False, "no"),
-        ("auto", "bf16", False, "bf16"),
-        ("auto", "no", True, "bf16"),
-        ("no", "bf16", True, "no"),
-        ("bf16", "no", False, "bf16"),
-    ],
-)
-def test_precision_on_a_cpu(launched, wanted, launched_with, fast_bf16, chosen):
-    if launched_with:
-        launched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-    launched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast_bf16)
-    launched.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert choose_precision(wanted) == chosen
+def test_a_lack_of_memory_is_told_to_the_check_which_decides(accelerator):
+    model = Greedy().train()
 
+    def check(out_of_memory):
+        if out_of_memory:
+            raise Stop
 
-@pytest.mark.parametrize(("wanted", "launched_with"), [("fp16", "no"), ("auto", "fp16")])
-def test_fp16_on_a_cpu_is_refused(launched, wanted, launched_with):
-    launched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-    with pytest.raises(UserError, match="fp16 on a CPU is dozens of times slower"):
-        choose_precision(wanted)
-
-
-@pytest.mark.parametrize(("has_bf16", "chosen"), [(True, "bf16"), (False, "fp16")])
-def test_precision_on_a_gpu(launched, has_bf16, chosen):
-    launched.setattr(torch.cuda, "is_available", lambda: True)
-    launched.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert choose_precision("auto") == chosen
-    launched.setenv("ACCELERATE_USE_CPU", "true")
-    launched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert choose_precision("auto") == "bf16"
-    with pytest.raises(UserError, match="fp16 on a CPU"):
-        choose_precision("fp16")
-
-
-def test_another_number_of_processes_than_asked_for_is_refused(launched):
-    launched.setenv("ISOTRAIN_NUM_PROCESSES", "2")
-    with pytest.raises(UserError, match="2 processes were asked for, 1 came up"):
-        start_accelerator("no")
-
-
-def test_an_unknown_tracker_is_refused(launched, tmp_path):
-    with pytest.raises(UserError, match="accelerate: "):
-        start_accelerator("no", tmp_path, ["no-such-tracker"])
+    with pytest.raises(Stop):
+        score(model, examples_of(20), accelerator, max_tokens=64, check=check)
+    with pytest.raises(UserError, match="out of memory; try a lower number of tokens"):
+        score(model, examples_of(20), accelerator, max_tokens=64)
+    assert model.training
+    score(model, examples_of(20), accelerator, max_tokens=40, check=check)
 
 
 # --- files ---

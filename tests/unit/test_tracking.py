@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import ProjectConfiguration
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -130,12 +131,14 @@ def test_hyperparameters_text_and_figure(tmp_path):
     assert scalars(folder) == {"final/test_accuracy": [(7, 0.75)]}
 
 
-@pytest.mark.parametrize("broken", ["init_trackers", "log", "end_training"])
-def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypatch, capsys, broken):
+@pytest.mark.parametrize(
+    ("owner", "broken"), [(Accelerator, "init_trackers"), (Accelerator, "log"), (TensorBoardTracker, "finish")]
+)
+def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypatch, capsys, owner, broken):
     def fails(*arguments, **settings):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(Accelerator, broken, fails)
+    monkeypatch.setattr(owner, broken, fails)
     folder = tmp_path / "run"
     log = opened(folder, quiet=False)
     train(log, 1, 3, 1.0)

@@ -1,0 +1,193 @@
+"""Ranks that meet as those of a run do and then do as test_processes.py says, each a process of its own.
+
+The processes come from the fork server of tests/parity, so one starts in a fraction of a second. Host names are given
+out here: ranks of two machines live on this one.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from tests.parity.ranks import PRELOAD
+
+PATIENCE = 60
+"""seconds after which a process that should have answered or ended counts as stuck"""
+
+
+class Rank:
+    """One process: what it says on stderr, what it answers, how it ended."""
+
+    def __init__(self, process, end, errors):
+        self.process, self._end, self._errors = process, end, errors
+
+    def tell(self, order):
+        self._end.send(order)
+
+    def answer(self):
+        assert self._end.poll(PATIENCE), f"no answer; it said: {self.said()}"
+        try:
+            return self._end.recv()
+        except EOFError:
+            raise AssertionError(f"ended without an answer; it said: {self.said()}") from None
+
+    def code(self):
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, f"still there; it said: {self.said()}"
+        return self.process.exitcode
+
+    def said(self):
+        return self._errors.read_text()
+
+
+class Ranks:
+    """The ranks of one run, on hosts named by letters: `start("aab")` is two on a, one on b."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+        self._started = []
+        # as the first machine's agent of torchrun keeps it
+        self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=PATIENCE), wait_for_workers=False)
+
+    def start(self, hosts, only=None, function=None, constants=None, **environment):
+        """Starts `function` (obey) on each rank, or on `only` some, with constants of trainer/processes.py replaced."""
+        ranks = []
+        for rank in range(len(hosts)) if only is None else only:
+            variables = {
+                "RANK": str(rank), "LOCAL_RANK": str(hosts[:rank].count(hosts[rank])), "WORLD_SIZE": str(len(hosts)),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment,
+            }  # fmt: skip
+            mine, theirs = self._context.Pipe()
+            errors = self._folder / f"rank-{len(self._started)}"
+            arguments = (theirs, errors, f"host-{hosts[rank]}", variables, constants or {}, function or obey)
+            process = self._context.Process(target=_live, args=arguments)
+            process.start()
+            theirs.close()
+            ranks.append(Rank(process, mine, errors))
+            self._started.append(process)
+        return ranks
+
+    def meet(self, hosts, **settings):
+        """Starts the ranks and waits until they have met."""
+        ranks = self.start(hosts, **settings)
+        for rank in ranks:
+            assert rank.answer() == "here"
+        return ranks
+
+    def kill(self):
+        for process in self._started:
+            process.kill()
+            process.join()
+
+
+def _live(end, errors, host, environment, constants, function):
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(environment)
+    socket.gethostname = lambda: host
+    from trainer import processes
+    from trainer.config import main_guard
+
+    for name, value in constants.items():
+        assert hasattr(processes, name)
+        setattr(processes, name, value)
+    os._exit(main_guard(lambda: function(end)))
+
+
+def obey(end):
+    """Meets the others, then does what it is told, in step 7."""
+    from trainer.config import UserError
+    from trainer.processes import together
+
+    with together("no", {"the seed": os.environ.get("SEED", "1")}) as (_, watch):
+        watch.position = "step 7"
+        end.send("here")
+        match end.recv():
+            case "refuse":
+                raise UserError("no such file")
+            case "crash":
+                raise RuntimeError("a bug\nof two lines")
+            case "exit":
+                raise SystemExit(143)
+            case "silence":  # as where stderr was piped to a program that has ended
+                read, write = os.pipe()
+                os.dup2(write, 2)
+                os.close(read)
+                end.send("silent")
+                end.recv()
+    end.send("gone in peace")
+    end.recv()
+
+
+def heed_signals(end):
+    from trainer.processes import StopRequest
+
+    StopRequest().listen()
+    obey(end)
+
+
+def meet_among_strangers(end):
+    """As `obey`; before rank 1 connects to rank 0, three others do: one is silent, one talks, one hangs up."""
+    from trainer import processes
+
+    check_routes = processes._check_routes
+
+    def strangers_first(store, rank, cards):
+        check_routes(store, rank, cards)
+        if rank == 1:
+            silent, talking, hasty = (socket.create_connection(cards[0]["at"]) for _ in range(3))
+            talking.sendall(b"GET / HTTP/1.1\r\nHost: isotrain\r\n\r\n")
+            hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            hasty.close()
+            strangers.extend([silent, talking])
+
+    strangers = []
+    processes._check_routes = strangers_first
+    obey(end)
+
+
+def announce_a_closed_port(end):
+    """As `obey`; on host b the others cannot reach what it says its address is."""
+    from trainer import processes
+
+    exchange = processes._exchange
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = closed.getsockname()
+
+    def wrong_card(store, what, rank, world_size, own):
+        if what == "card" and socket.gethostname() == "host-b":
+            own = {**own, "at": nowhere}
+        return exchange(store, what, rank, world_size, own)
+
+    processes._exchange = wrong_card
+    obey(end)
+
+
+def die_before_the_line(end):
+    """As `obey`; rank 2 dies when all others are about to connect to rank 0."""
+    from trainer import processes
+
+    check_routes = processes._check_routes
+
+    def die(store, rank, cards):
+        check_routes(store, rank, cards)
+        if rank == 2:
+            os._exit(9)
+
+    processes._check_routes = die
+    obey(end)
+
+
+@contextlib.contextmanager
+def ranks_in(folder):
+    ranks = Ranks(folder)
+    try:
+        yield ranks
+    finally:
+        ranks.kill()

@@ -1,0 +1,292 @@
+"""How processes meet, agree and stop together; precision, and what one process is told of the others."""
+
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+import psutil
+import pytest
+import torch
+from obedient import announce_a_closed_port, die_before_the_line, heed_signals, meet_among_strangers, ranks_in
+from torch.distributed import HashStore
+
+from trainer import processes
+from trainer.config import UserError
+from trainer.processes import choose_precision, start_accelerator
+
+LOST = os.EX_TEMPFAIL
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    with ranks_in(tmp_path) as ranks:
+        yield ranks
+
+
+def errors_of(ranks):
+    """What was said about errors, by rank; "" for those that said nothing."""
+    return [rank.said().strip() for rank in ranks]
+
+
+def leave(ranks):
+    for rank in ranks:
+        rank.tell("leave")
+    for rank in ranks:
+        assert rank.answer() == "gone in peace"
+
+
+# --- stopping together ---
+
+
+@pytest.mark.parametrize(("lost", "speakers"), [(0, (1, 2)), (2, (0, 3)), (3, (0, 2))])
+def test_a_process_that_dies_is_missed_at_once_and_named_once_a_machine(ranks, lost, speakers):
+    group = ranks.meet("aabb", constants={"SILENCE": 600})
+    group[lost].process.kill()
+    others = [rank for rank in range(4) if rank != lost]
+    assert [group[rank].code() for rank in others] == [LOST] * 3
+    error = (
+        f"error: rank {lost} on host-{'aabb'[lost]} (127.0.0.1) was lost in step 7: its process has ended\n"
+        "What was saved is whole; the same command continues the run."
+    )
+    assert errors_of(group) == [error if rank in speakers else "" for rank in range(4)]
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_shows_no_life_is_missed_and_ends_when_it_wakes(ranks, stopped):
+    group = ranks.meet("abc", constants={"SILENCE": 1.0})
+    os.kill(group[stopped].process.pid, signal.SIGSTOP)
+    others = [rank for rank in range(3) if rank != stopped]
+    assert [group[rank].code() for rank in others] == [LOST] * 2
+    for rank in others:
+        assert f"rank {stopped} on host-{'abc'[stopped]} (127.0.0.1) was lost in step 7: no sign of life for 1 s" in (
+            group[rank].said()
+        )
+    os.kill(group[stopped].process.pid, signal.SIGCONT)
+    assert group[stopped].code() == LOST
+    assert "was lost in step 7" in group[stopped].said()
+
+
+def test_nobody_is_missed_who_only_waits(ranks):
+    group = ranks.meet("ab", constants={"SILENCE": 0.5})
+    assert wait([rank.process.sentinel for rank in group], 2) == []
+    leave(group)
+
+
+@pytest.mark.parametrize(
+    ("failing", "order", "code", "message"),
+    [
+        (0, "refuse", 2, "no such file"),
+        (2, "refuse", 2, "rank 2 on host-b (127.0.0.1): no such file"),
+        (1, "crash", 1, "rank 1 on host-a (127.0.0.1): RuntimeError: a bug"),
+        (3, "exit", 143, None),
+    ],
+)
+def test_an_error_of_one_ends_all_with_its_words_once_a_machine_and_its_code(ranks, failing, order, code, message):
+    group = ranks.meet("aabb", constants={"HEARSAY": 1.0})
+    group[failing].tell(order)
+    assert [rank.code() for rank in group] == [code] * 4
+    said = errors_of(group)
+    if order == "crash":  # it alone knows where
+        assert said[failing].startswith("Traceback")
+        assert said[failing].endswith("RuntimeError: a bug\nof two lines")
+        said[failing] = ""
+    assert said == ([f"error: {message}", "", f"error: {message}", ""] if message else [""] * 4)
+
+
+def test_who_cannot_say_why_ends_nevertheless(ranks):
+    group = ranks.meet("aab")
+    group[0].tell("silence")
+    assert group[0].answer() == "silent"
+    group[1].process.kill()
+    assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
+    assert "rank 1 on host-a" in group[2].said()
+
+
+def test_nobody_leaves_before_all_have_come_to_the_end(ranks):
+    group = ranks.meet("abc")
+    group[0].tell("leave")
+    group[2].tell("leave")
+    group[1].process.kill()
+    assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_after_the_end_each_may_go_when_it_likes(ranks, first):
+    group = ranks.meet("abc")
+    leave(group)
+    group[first].process.kill()
+    group[first].code()
+    for rank in group:
+        if rank is not group[first]:
+            rank.tell("end")
+            assert rank.code() == 0
+    assert errors_of(group) == [""] * 3
+
+
+# --- meeting ---
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1"])
+def test_processes_without_torchrun_meet_at_rank_0(ranks, address):
+    if address == "::1" and address not in {a.address for all in psutil.net_if_addrs().values() for a in all}:
+        pytest.skip("no IPv6 on this machine")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    group = ranks.meet("abc", MASTER_ADDR=address, MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+    group[2].tell("refuse")
+    assert [rank.code() for rank in group] == [2] * 3
+
+
+def test_a_single_process_of_torchrun_watches_nobody(ranks):
+    (alone,) = ranks.meet("a")
+    alone.tell("refuse")
+    assert alone.code() == 2
+    assert alone.said() == "error: no such file\n"
+
+
+def test_torchruns_own_restarts_are_refused(ranks):
+    (again,) = ranks.start("ab", only=[0], TORCHELASTIC_RESTART_COUNT="1")
+    assert again.code() == 2
+    assert "./launch.sh --max-restarts" in again.said()
+
+
+def test_strangers_do_not_become_ranks_and_hold_nobody_up(ranks):
+    began = time.monotonic()
+    group = ranks.meet("abc", function=meet_among_strangers)
+    assert time.monotonic() - began < processes.CONNECTING
+    group[1].process.kill()
+    assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
+
+
+def test_a_rank_that_does_not_come_is_named(ranks):
+    here = ranks.start("aabb", only=[0, 2], constants={"GATHERING": 1.0})
+    assert [rank.code() for rank in here] == [2, 2]
+    for rank in here:
+        assert rank.said() == (
+            "error: of 4 processes, rank 1, 3 did not come up within 1 s; was the command started on every machine, "
+            "with the same number of them?\n"
+        )
+
+
+def test_a_rank_that_is_lost_on_the_way_is_named(ranks):
+    group = ranks.start("abc", function=die_before_the_line, constants={"CONNECTING": 1.0})
+    assert [rank.code() for rank in group] == [2, LOST, 9]
+    assert group[0].said() == "error: rank 2 on host-c (127.0.0.1) did not connect within 1 s\n"
+    assert "rank 0 on host-a (127.0.0.1) was lost" in group[1].said()
+
+
+def test_a_signal_ends_the_wait_for_the_others(ranks):
+    (alone,) = ranks.start("ab", only=[0], function=heed_signals)
+    ranks.store.wait(["isotrain/address/0"], timedelta(seconds=60))
+    os.kill(alone.process.pid, signal.SIGTERM)
+    assert alone.code() == 128 + signal.SIGTERM
+
+
+def test_processes_of_different_settings_refuse_to_work_together(ranks):
+    group = [*ranks.start("aab", only=[0, 1]), *ranks.start("aab", only=[2], SEED="2")]
+    assert [rank.code() for rank in group] == [2] * 3
+    error = (
+        "error: the processes differ in the seed: 1 on host-a (127.0.0.1) (rank 0), 2 on host-b (127.0.0.1) (rank 2)"
+    )
+    assert errors_of(group) == [error, "", error]
+
+
+def test_hosts_that_cannot_reach_each_other_are_named(ranks):
+    group = ranks.start("aab", function=announce_a_closed_port)
+    assert [rank.code() for rank in group] == [2] * 3
+    error = (
+        "error: host-a (127.0.0.1) cannot reach host-b (127.0.0.1): Connection refused\n"
+        "Open the firewall between them for all ports; MASTER_ADDR must be in the network they share."
+    )
+    assert errors_of(group) == [error, "", error]
+
+
+def test_a_first_collective_that_fails_says_which_setting_helps(ranks):
+    group = ranks.start("ab", constants={"HEARSAY": 1.0}, GLOO_SOCKET_IFNAME="no-such-interface")
+    assert [rank.code() for rank in group] == [2, 2]
+    for rank in group:
+        assert "the first all-reduce failed: " in rank.said()
+        assert rank.said().endswith("GLOO_SOCKET_IFNAME on CPUs\n")
+
+
+def test_the_interface_of_an_address():
+    loopback = [name for name, all in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in all)]
+    assert [processes._interface("127.0.0.1")] == loopback
+    with pytest.raises(ValueError, match=r"no network interface has the address 192\.0\.2\.1"):
+        processes._interface("192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("ways", "address"),
+    [
+        ({"head": "10.0.0.1"}, "10.0.0.1"),
+        ({"head": "127.0.0.1", "10.0.0.2": "10.0.0.1"}, "10.0.0.1"),  # /etc/hosts: 127.0.1.1 head
+    ],
+)
+def test_the_host_of_the_rendezvous_gives_the_address_that_others_reach(monkeypatch, ways, address):
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setattr(processes, "_way_to", lambda host, port: ways[host])
+    store = HashStore()
+    for key, value in (("address/1", '"10.0.0.2"'), ("address/1 has read", "")):
+        store.set(key, value)
+    assert processes._own_address(store, 0, 2) == address
+
+
+def test_a_way_to_this_host_begins_at_its_own_address():
+    assert processes._way_to("127.0.1.1", 1) == "127.0.0.1"
+
+
+# --- precision and the number of processes ---
+
+
+@pytest.mark.parametrize(
+    ("wanted", "launched_with", "fast_bf16", "chosen"),
+    [
+        ("auto", None, True, "bf16"),
+        ("auto", None, False, "no"),
+        ("auto", "bf16", False, "bf16"),
+        ("auto", "no", True, "bf16"),
+        ("no", "bf16", True, "no"),
+        ("bf16", "no", False, "bf16"),
+    ],
+)
+def test_precision_on_a_cpu(unlaunched, wanted, launched_with, fast_bf16, chosen):
+    if launched_with:
+        unlaunched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
+    unlaunched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast_bf16)
+    unlaunched.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_precision(wanted) == chosen
+
+
+@pytest.mark.parametrize(("wanted", "launched_with"), [("fp16", "no"), ("auto", "fp16")])
+def test_fp16_on_a_cpu_is_refused(unlaunched, wanted, launched_with):
+    unlaunched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
+    with pytest.raises(UserError, match="fp16 on a CPU is dozens of times slower"):
+        choose_precision(wanted)
+
+
+@pytest.mark.parametrize(("has_bf16", "chosen"), [(True, "bf16"), (False, "fp16")])
+def test_precision_on_a_gpu(unlaunched, has_bf16, chosen):
+    unlaunched.setattr(torch.cuda, "is_available", lambda: True)
+    unlaunched.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert choose_precision("auto") == chosen
+    unlaunched.setenv("ACCELERATE_USE_CPU", "true")
+    unlaunched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert choose_precision("auto") == "bf16"
+    with pytest.raises(UserError, match="fp16 on a CPU"):
+        choose_precision("fp16")
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(unlaunched):
+    unlaunched.setenv("ISOTRAIN_NUM_PROCESSES", "2")
+    with pytest.raises(UserError, match="2 processes were asked for, 1 came up"):
+        start_accelerator("no")
+
+
+def test_an_unknown_tracker_is_refused(unlaunched, tmp_path):
+    with pytest.raises(UserError, match="accelerate: "):
+        start_accelerator("no", tmp_path, ["no-such-tracker"])
