@@ -28,12 +28,12 @@ from filelock import FileLock, Timeout
 
 from trainer import dropout
 from trainer.adapter import check_adapter, load_adapter_tensors, model_card, save_adapter
-from trainer.batching import Plan, collate
+from trainer.batching import Plan, collate, split_by_tokens
 from trainer.checkpoint import load_newest, remove_unfinished, write_atomic
 from trainer.config import Config, UserError, as_dict
 from trainer.data import Corpus, Examples, load_corpus, tokenise
 from trainer.evaluation import write_evaluation
-from trainer.loop import Interrupted, Stopped, peak_memory_bytes, score, train
+from trainer.loop import Interrupted, Stopped, peak_memory_bytes, plan_in_force, score, train
 from trainer.metrics import METRICS
 from trainer.model import (
     COMPUTE_TYPES,
@@ -341,7 +341,8 @@ def _finish(
     precision: str,
 ) -> None:
     """The main process saves and checks the adapter, writes the report and, last, the summary."""
-    probe = np.arange(min(8, len(examples["train"])))
+    # no more than memory has allowed a step: it may have run out
+    probe = np.array(split_by_tokens(examples["train"].lengths[:8], plan_in_force(run, state).max_tokens)[0])
     inputs = collate(examples["train"], probe, np.ones(len(probe)), run.pad_token_id, run.accelerator.device).inputs
     with torch.no_grad():  # on every rank: a sharded model needs them all
         expected = run.model.eval()(**inputs).logits

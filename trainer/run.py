@@ -53,7 +53,8 @@ def _is_finished(folder: Path, config: Config) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "config.yaml").is_file():
-        if any(path.name != ".lock" for path in folder.iterdir()):
+        # config.yaml is the first file of a run: a start killed earlier leaves no more than these
+        if any(path.name not in {".lock", ".unfinished-config.yaml"} for path in folder.iterdir()):
             raise UserError(f"{folder} holds something else than a run; choose another --run.name or --run.output_dir")
         return False
     if config.run.resume == "never":

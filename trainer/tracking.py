@@ -150,9 +150,18 @@ class RunLog:
         self._recorded(metrics, step, epoch)
         flat = {f"{group}.{key}": value for group, values in config.items() for key, value in values.items()}
         plain = {key: v if isinstance(v, bool | int | float | str) else json.dumps(v) for key, v in flat.items()}
-        self._with_tensorboard(
-            lambda board: board.add_hparams(plain, dict(metrics), run_name=".", global_step=step + 1)
-        )
+
+        def add(board: Any) -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            # what SummaryWriter.add_hparams does, but in the same file: TensorBoard reads files in the order of the
+            # times in their names, so that a second one would come first where the clock has been set back
+            for summary in hparams(plain, dict(metrics)):
+                board.file_writer.add_summary(summary, step + 1)
+            for tag, value in metrics.items():
+                board.add_scalar(tag, value, step + 1)
+
+        self._with_tensorboard(add)
         for tracker in self.accelerator.trackers:
             if tracker.name != "tensorboard":
                 self._guarded(tracker.name, partial(tracker.log, dict(metrics), step=step + 1))
