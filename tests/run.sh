@@ -15,4 +15,4 @@ stage pip install -qq -r requirements-dev.txt
 stage ruff check
 stage ruff format --check
 stage mypy trainer
-stage pytest "$@"
+stage pytest --numprocesses 3 --dist loadfile "$@" # more than there are cores here: half of the tests wait

@@ -284,6 +284,7 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
         f"training {run.folder}: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
         f"{len(run.train.lengths)} examples, {run.total_steps} steps of {run.config.batch.size}, "
         f"{accelerator.device.type} x {accelerator.num_processes}, {precision}"
+        f"{', frozen weights sharded' if run.sharded else ''}"
     )
     if run.dropout.unreached:
         say(f"note: exact up to dropout: this backbone draws {', '.join(run.dropout.unreached)} out of reach")
@@ -295,6 +296,7 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "command": shlex.join(sys.argv),
                 "world_size": accelerator.num_processes,
+                "sharded": run.sharded,
                 "device": str(accelerator.device),
                 "precision": precision,
                 "versions": {name: version(name) for name in LIBRARIES},

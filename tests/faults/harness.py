@@ -7,8 +7,10 @@ import functools
 import io
 import json
 import os
+import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors.numpy
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -83,6 +86,10 @@ class Ended:
     stdout: str
     stderr: str
     cpu_seconds: float
+    at: float
+    """when, on the monotonic clock"""
+    host: str
+    """what it took for the name of its machine"""
 
 
 @dataclass
@@ -92,6 +99,7 @@ class Started:
     pid: int
     folder: Path
     """with its stdout and stderr"""
+    host: str
 
     def wait(self):
         try:
@@ -100,7 +108,7 @@ class Started:
             os.kill(self.pid, signal.SIGKILL)
             raise
         said = [(self.folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-        return Ended(answer["code"], *said, answer["cpu_seconds"])
+        return Ended(answer["code"], *said, answer["cpu_seconds"], answer["at"], self.host)
 
     def wait_until_stopped(self):
         """Waits until it has stopped itself with SIGSTOP."""
@@ -110,17 +118,21 @@ class Started:
             time.sleep(0.02)
 
 
-def start(entry, arguments, points=(), folder=ROOT, env=None, report=False):
+def start(entry, arguments, points=(), folder=ROOT, env=None, report=False, first=None):
     """Starts trainer/<entry>.py with these arguments.
 
     `points` are calls of points.py made before it begins; without `report` run.py's report is left out, to save time.
+    It is on a machine and in a process group of its own, or on those of the start `first`.
     """
     process = zygote()
     process.count += 1
     place = Path(process.folder.name) / f"{process.count:04d}"
     place.mkdir()
+    # TensorBoard reads event files by name: second, host, process. Two of our starts may fall into one second
+    host = first.host if first else f"start{process.count:06d}"
     pid = process.start(
-        number=process.count,
+        host=host,
+        group=first and first.pid,
         entry=entry,
         arguments=[str(argument) for argument in arguments],
         points=[list(point) for point in points],
@@ -130,12 +142,62 @@ def start(entry, arguments, points=(), folder=ROOT, env=None, report=False):
         stdout=str(place / "stdout"),
         stderr=str(place / "stderr"),
     )
-    return Started(pid, place)
+    return Started(pid, place, host)
 
 
 def command(*request, **settings):
     """Runs trainer/<entry>.py to its end; arguments as of `start`."""
     return start(*request, **settings).wait()
+
+
+def start_ranks(world_size, arguments, points=(), only=None, folders=None):
+    """Starts trainer/run.py on several ranks of one machine, without a launcher that could hide how they end.
+
+    `points` hold on all ranks; `only` has those of single ranks, and `folders` the folders they work in, by rank.
+    """
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    ranks = []
+    for rank in range(world_size):
+        started = start(
+            "run",
+            arguments,
+            [*points, *(only or {}).get(rank, ())],
+            folder=(folders or {}).get(rank, ROOT),
+            env={**meeting, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            first=ranks[0] if ranks else None,
+        )
+        ranks.append(started)
+    return ranks
+
+
+def wait_all(ranks):
+    """How each rank ended; none is left behind, whatever happens."""
+    ended = []
+    try:
+        for rank in ranks:
+            ended.append(rank.wait())
+    except BaseException:
+        for rank in ranks[len(ended) :]:
+            if rank.pid not in zygote().ended:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGKILL)
+        raise
+    return ended
+
+
+def on_ranks(*request, **settings):
+    """Runs trainer/run.py on several ranks to its end; arguments as of `start_ranks`."""
+    return wait_all(start_ranks(*request, **settings))
+
+
+def free_port():
+    """A port nobody listens on, outside the range that the system gives to whoever asks for any."""
+    for port in random.Random(time.monotonic_ns()).sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port in 100")
 
 
 def changed(arguments, **options):
@@ -203,10 +265,7 @@ def assert_same(folder, reference):
     """`folder` holds what the uninterrupted run left, to the last bit."""
     found = outcome(folder)
     for name, value in reference.items():
-        if isinstance(value, bytes):
-            assert found[name] == value, f"{name} differs from the uninterrupted run's"
-        else:
-            assert found[name] == value
+        assert found[name] == value, f"{name} differs from the uninterrupted run's"
     steps = [(line["step"], sorted(line)) for line in found["records"]]
     assert len({json.dumps(step) for step in steps}) == len(steps), "a step's numbers stand twice"
     for tag, values in tensorboard(folder).items():
@@ -224,3 +283,48 @@ def tensors(path):
 def read_csv(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
+
+
+def adapters(folder):
+    """All tensors a run has learned, by name: those of the best adapter and those of the newest checkpoint."""
+    places = {"best": folder / "adapter", "last": checkpoints(folder)[-1]}
+    return {
+        f"{which} {name}": tensor
+        for which, place in places.items()
+        for name, tensor in tensors(place / "adapter_model.safetensors").items()
+    }
+
+
+def distance(folder, other):
+    """The largest difference between what two runs have learned."""
+    ours, theirs = adapters(folder), adapters(other)
+    assert ours.keys() == theirs.keys()
+    return max(np.abs(ours[name] - theirs[name]).max() for name in ours)
+
+
+def trained_ids(starts):
+    """The ids each step has trained on, from the folders of `log_ids`, one for each start, in their order.
+
+    A step done again counts as done the last time: it is the time whose gradient was applied.
+    """
+    latest, ids = {}, {}
+    for number, folder in enumerate(starts):
+        for path in folder.glob("*.jsonl"):
+            for line in map(json.loads, path.read_text().splitlines()):
+                step, attempt = line["step"], (number, line["attempt"])
+                if attempt > latest.get(step, (-1, 0)):
+                    latest[step], ids[step] = attempt, []
+                if attempt == latest[step]:
+                    ids[step] += line["ids"]
+    return ids
+
+
+def assert_each_once(ids, folder):
+    """Each example of the training split was computed once in each epoch."""
+    summary = json.loads((folder / "summary.json").read_text())
+    num_examples = summary["data"]["train"]["num_examples"]
+    assert sorted(ids) == list(range(summary["steps"]))
+    steps_per_epoch = round(summary["steps"] / summary["epochs"])
+    for first in range(0, summary["steps"], steps_per_epoch):
+        epoch = [id for step in range(first, first + steps_per_epoch) for id in ids[step]]
+        assert sorted(epoch) == list(range(num_examples)), f"epoch of steps {first + 1} to {first + steps_per_epoch}"

@@ -1,12 +1,14 @@
-"""Faults put into a process before its command begins: signals at a chosen point, a full disk, a broken tracker.
+"""Faults put into a process before its command begins: signals, errors, lack of memory or disk at a chosen point.
 
 Each function patches the program in the process it is called in; all arguments are plain JSON values.
 """
 
 import importlib
+import json
 import os
 import signal
 import sys
+import time
 
 
 def strike(number):
@@ -21,6 +23,24 @@ def at_call(place, count=1, number=signal.SIGKILL, after=False):
 
     `place` is the name of a function of trainer/, or "module:name" of any other.
     """
+    on_visit(place, count, after, lambda: strike(number))
+
+
+def error_at_call(place, error, message, count=1):
+    """Raises an error of trainer/config.py or of Python, by its name, at the `count`-th call of `place`."""
+    import builtins
+
+    from trainer import config
+
+    def fail():
+        print(f"fault at {time.monotonic()}", flush=True)
+        raise (getattr(config, error, None) or getattr(builtins, error))(message)
+
+    on_visit(place, count, False, fail)
+
+
+def on_visit(place, count, after, act):
+    """Acts at the `count`-th call of `place`, before or after it."""
     calls = 0
 
     def around(original):
@@ -29,10 +49,10 @@ def at_call(place, count=1, number=signal.SIGKILL, after=False):
             calls += 1
             mine = calls
             if mine == count and not after:
-                strike(number)
+                act()
             result = original(*arguments, **settings)
             if mine == count and after:
-                strike(number)
+                act()
             return result
 
         return struck
@@ -119,6 +139,45 @@ def at_cpu_time(seconds):
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
+def say_when_met():
+    """Says how long the process has computed when the ranks have met."""
+    on_visit("load_corpus", 1, False, lambda: print(f"met at {time.process_time()}", flush=True))
+
+
+def on_cpu_time(seconds, act):
+    """Acts when the process has computed for so long since the ranks have met."""
+
+    def arm():
+        signal.signal(signal.SIGPROF, lambda *_: act())
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+    on_visit("load_corpus", 1, False, arm)
+
+
+def signal_at_cpu_time(seconds, number, everyone=False):
+    """Sends a signal to this rank, or to all, when this one has computed for so long since they have met."""
+    on_cpu_time(seconds, lambda: os.killpg(0, number) if everyone else os.kill(os.getpid(), number))
+
+
+def clock_jump(seconds, days):
+    """The clock is set by so many days when the process has computed for so long; monotonic clocks are not."""
+    import datetime
+
+    def jump():
+        now, now_ns = time.time, time.time_ns
+        time.time = lambda: now() + days * 86400
+        time.time_ns = lambda: now_ns() + days * 86400 * 10**9
+
+        class Shifted(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return super().now(tz) + datetime.timedelta(days=days)
+
+        datetime.datetime = Shifted
+
+    on_cpu_time(seconds, jump)
+
+
 def no_figures():
     """Leaves TensorBoard's figures out, to save time."""
     from trainer.tracking import RunLog
@@ -149,6 +208,84 @@ def torn_file(name, number=signal.SIGKILL):
     Path.write_text, checkpoint._write_synced = text, synced
 
 
+def log_ids(folder):
+    """Appends a line about every micro-batch that trains to <folder>/<rank>.jsonl: step, attempt, ids that count."""
+    from pathlib import Path
+
+    path = Path(folder) / f"{os.environ.get('RANK', '0')}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    step, attempt = None, 0
+
+    def stepping(train_step):
+        def stepped(run, number, micro_batches):
+            nonlocal step, attempt
+            step, attempt = number, attempt + 1
+            return train_step(run, number, micro_batches)
+
+        return stepped
+
+    def noting(collate):
+        def noted(examples, ids, weights, *others):
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "attempt": attempt, "ids": ids[weights > 0].tolist()}) + "\n")
+            return collate(examples, ids, weights, *others)
+
+        return noted
+
+    replace("train_step", stepping)
+    replace("trainer.loop:collate", noting)
+
+
+def out_of_memory(above, where="forward"):
+    """Memory runs out in "forward", "backward" or "scoring" of a micro-batch of more than `above` padded tokens.
+
+    It does so when the work is done: what the failed part has left behind, a gradient above all, must not count.
+    Scoring is all that has no backward, the check of the finished adapter too.
+    """
+    import torch
+
+    too_large = False
+
+    def measuring(collate):
+        def measured(*arguments):
+            nonlocal too_large
+            batch = collate(*arguments)
+            too_large = batch.inputs["input_ids"].numel() > above
+            return batch
+
+        return measured
+
+    def ending(original):
+        def ended(*arguments, **settings):
+            result = original(*arguments, **settings)
+            if too_large:
+                raise torch.OutOfMemoryError("a test's")
+            return result
+
+        return ended
+
+    for module in ("evaluation", "pipeline") if where == "scoring" else ("loop",):
+        replace(f"trainer.{module}:collate", measuring)
+    work = (
+        "accelerate:Accelerator.backward" if where == "backward" else "peft:PeftModelForSequenceClassification.forward"
+    )
+    replace(work, ending)
+
+
+def forget_an_example(step):
+    """One example of this step does not train."""
+
+    def around(train_step):
+        def forgetful(run, number, micro_batches):
+            if number == step:
+                micro_batches[0].weights[0] = 0
+            return train_step(run, number, micro_batches)
+
+        return forgetful
+
+    replace("train_step", around)
+
+
 def crooked_merge():
     """Merging an adapter gives other weights."""
     from peft.tuners.lora import LoraModel
@@ -161,3 +298,10 @@ def crooked_merge():
         return merged
 
     LoraModel.merge_and_unload = crooked
+
+
+def on_host(name):
+    """The process takes its machine to be another."""
+    import socket
+
+    socket.gethostname = lambda: name

@@ -80,10 +80,12 @@ def test_killed_at_the_end(place, killed, reference):
     assert "continuing after step 12" in ended.stderr
 
 
-@pytest.mark.parametrize("place", ["tokenise", "build_model", "keep_steps"])
-def test_killed_at_the_start(place, options, reference, tmp_path):
+# config.yaml is the first that a run writes
+@pytest.mark.parametrize("point", [("at_call", "tokenise"), ("at_call", "build_model"), ("torn_file", "config.yaml"),
+                                   ("at_call", "keep_steps")], ids="-".join)  # fmt: skip
+def test_killed_at_the_start(point, options, reference, tmp_path):
     arguments = changed(options, run__output_dir=tmp_path)
-    assert command("run", arguments, [LESS, ("at_call", place)]).code == -signal.SIGKILL
+    assert command("run", arguments, [LESS, point]).code == -signal.SIGKILL
     assert "continuing" not in run_again(tmp_path / "run", arguments, reference).stderr
 
 

@@ -1,7 +1,7 @@
 """Forks off processes in which the heavy imports are done: a new process and fresh state, without 8 s of importing.
 
 Runs as a process of its own. Reads a request a line (JSON, see harness.py), answers {"pid"} at once and
-{"pid", "code"} when that process has ended; ends its children and itself when its input ends.
+{"pid", "code", ...} when that process has ended; ends its children and itself when its input ends.
 """
 
 # ruff: noqa: E402 (the package is found only after sys.path has its root)
@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -60,16 +61,15 @@ def fork(request):
     """Starts a process for a request; returns its id."""
     pid = os.fork()
     if pid:
+        os.setpgid(pid, request["group"] or pid)
         return pid
     try:
-        os.setpgid(0, 0)
         os.chdir(request["folder"])
         os.environ.update(request["environment"])
         for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, number)
-        # TensorBoard reads event files by name: second, host, process. Two of our starts may fall into one second
-        socket.gethostname = lambda: f"start{request['number']:06d}"
+        socket.gethostname = lambda: request["host"]
         trainer.pipeline.subprocess = ReportInAFork if request["report"] else NoReport
         for name, *arguments in request["points"]:
             getattr(points, name)(*arguments)
@@ -147,7 +147,7 @@ def main():
                 code = os.waitstatus_to_exitcode(status)
                 selector.unregister(key.fd)
                 os.close(key.fd)
-                answer(pid=pid, code=code, cpu_seconds=usage.ru_utime + usage.ru_stime)
+                answer(pid=pid, code=code, cpu_seconds=usage.ru_utime + usage.ru_stime, at=time.monotonic())
                 continue
             received = os.read(0, 1 << 16)
             if not received:

@@ -1,0 +1,77 @@
+"""A run that goes on with another number of processes is the same run: the same examples, the same adapter."""
+
+import json
+import signal
+
+import pytest
+
+from tests.faults.harness import assert_each_once, changed, checkpoints, distance, on_ranks, records, trained_ids
+
+pytest_plugins = ["tests.faults.fixtures"]
+LESS = ("no_figures",)
+SETTINGS = {"optim__learning_rate": "1e-3", "checkpoint__every_steps": 4, "tracking__every_steps": 1}
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def alone(options, tmp_path_factory):
+    """Runs on one process without faults, with some options changed; gives its command line and its run folder."""
+
+    def run(**changes):
+        place = tmp_path_factory.mktemp("alone")
+        arguments = changed(options, **SETTINGS, **changes)
+        log = ("log_ids", str(place / "ids"))
+        (ended,) = on_ranks(1, changed(arguments, run__output_dir=place), [LESS, log])
+        assert ended.code == 0, ended.stderr
+        return arguments, place / "run"
+
+    return run
+
+
+def rates(folder):
+    """The learning rate of each step."""
+    return [(line["step"], line["train/learning_rate"]) for line in records(folder) if "train/learning_rate" in line]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_two_ranks_then_one_then_four(dropout, alone, tmp_path):
+    arguments, expected = alone(model__dropout=dropout, peft__lora_dropout=dropout)
+    arguments, folder = changed(arguments, run__output_dir=tmp_path), tmp_path / "run"
+    logs = [tmp_path / f"ids-{start}" for start in range(3)]
+
+    # an epoch has 6 steps: stopped in the middle of the first
+    term = ("at_call", "example_losses", 4, int(signal.SIGTERM))
+    two = on_ranks(2, arguments, [LESS, ("log_ids", str(logs[0]))], {1: [term]})
+    assert [rank.code for rank in two] == [128 + signal.SIGTERM] * 2, two[0].stderr
+    first = int(checkpoints(folder)[-1].name.removeprefix("step-"))
+    assert 0 < first < 4
+
+    # killed in the middle of the second, two steps behind a checkpoint
+    kill = ("at_call", "_update", 11 - first)
+    (one,) = on_ranks(1, arguments, [LESS, ("log_ids", str(logs[1])), kill])
+    assert one.code == -signal.SIGKILL, one.stderr
+    assert checkpoints(folder)[-1].name == "step-00000008"
+
+    four = on_ranks(4, arguments, [LESS, ("log_ids", str(logs[2]))])
+    assert [rank.code for rank in four] == [0] * 4, four[0].stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["world_sizes"] == [2, 1, 4]
+    assert summary["resumed_from"] == [first, 8]
+
+    assert [len(trained_ids([log])) for log in logs] == [first, 11 - first, 4], "the starts share the steps otherwise"
+    assert_each_once(trained_ids(logs), folder)
+    assert len(rates(folder)) == 12
+    assert rates(folder) == rates(expected)
+    assert distance(folder, expected) < TOLERANCE
+
+
+def test_another_seed_and_an_example_twice_are_noticed(alone):
+    (_, one), (_, other) = alone(), alone(run__seed=43)
+    assert distance(one, other) > 100 * TOLERANCE
+
+    ids = trained_ids([one.parent / "ids"])
+    assert_each_once(ids, one)
+    with pytest.raises(AssertionError, match="epoch of steps 7 to 12"):
+        assert_each_once(ids | {9: [*ids[9], ids[9][0]]}, one)
+    with pytest.raises(AssertionError, match="epoch of steps 1 to 6"):
+        assert_each_once(ids | {0: ids[0][1:]}, one)
