@@ -138,9 +138,15 @@ def test_a_killed_run_is_named(launch, topology):
     assert result.stderr.splitlines()[-1].startswith("launch.sh: a process was killed")
 
 
-@both_topologies
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to launch.sh", "to the group"])
+@pytest.mark.parametrize(
+    ("topology", "number", "send"),
+    [  # every pair of values once
+        pytest.param("cpu", signal.SIGINT, os.kill, id="cpu-INT-to launch.sh"),
+        pytest.param("cpu", signal.SIGTERM, os.killpg, id="cpu-TERM-to the group"),
+        pytest.param("cpu_multi", signal.SIGINT, os.killpg, id="cpu_multi-INT-to the group"),
+        pytest.param("cpu_multi", signal.SIGTERM, os.kill, id="cpu_multi-TERM-to launch.sh"),
+    ],
+)
 def test_after_a_signal_run_py_saves_before_launch_sh_leaves(start, topology, number, send):
     process = start("--recipe=x", "--topology", topology, STUB="long")
     num_ranks = 1 if topology == "cpu" else 2
