@@ -219,9 +219,6 @@ def _build(
     else:
         model.to(accelerator.device)
     optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
-    # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    prepared_optimizer = accelerator.prepare_optimizer(optimizer)
     train, validation = examples["train"], examples.get("validation")
     on_cpu = accelerator.device.type == "cpu"
     plan = Plan(
@@ -235,8 +232,9 @@ def _build(
         config=config,
         folder=folder,
         accelerator=accelerator,
-        model=prepared,
-        optimizer=prepared_optimizer,
+        # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
+        model=accelerator.prepare_model(model, evaluation_mode=True),
+        optimizer=accelerator.prepare_optimizer(optimizer),
         trained=trained,
         dropout=keys,
         plan=plan,
