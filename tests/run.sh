@@ -15,4 +15,6 @@ stage pip install -qq -r requirements-dev.txt
 stage ruff check
 stage ruff format --check
 stage mypy trainer
-stage pytest --numprocesses 3 --dist loadfile "$@" # more than there are cores here: half of the tests wait
+# More processes than there are cores here: half of the tests wait. In the order of the folders, which begins with the
+# slow files; else those of few tests would come last, and the longest alone.
+stage pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

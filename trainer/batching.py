@@ -56,7 +56,9 @@ class Plan:
     """examples of a global batch"""
     seed: int
     max_tokens: int
-    """padded tokens of a micro-batch at most"""
+    """tokens of a micro-batch at most, padding included"""
+    packed: bool = False
+    """examples lie end to end, without padding"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,20 +88,20 @@ class Plan:
         return mine + [filler] * (max(map(len, shares)) - len(mine))
 
     def largest(self, step: int, world_size: int) -> tuple[int, int]:
-        """Examples and padded tokens of the largest micro-batch of a step, over all ranks."""
+        """Examples and tokens, padding included, of the largest micro-batch of a step, over all ranks."""
         parts = [ids for share in self._shares(self.global_batch(step), world_size) for ids in share]
-        tokens, examples = max((len(ids) * int(self.lengths[ids].max()), len(ids)) for ids in parts)
+        tokens, examples = max((num_positions(self.lengths[ids], self.packed), len(ids)) for ids in parts)
         return examples, tokens
 
     def num_padded_tokens(self, step: int, world_size: int) -> int:
         """Positions that all ranks compute in a step, padding included."""
         shares = self._shares(self.global_batch(step), world_size)
-        return sum(len(ids) * int(self.lengths[ids].max()) for share in shares for ids in share)
+        return sum(num_positions(self.lengths[ids], self.packed) for share in shares for ids in share)
 
     def _shares(self, batch: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
         """Per rank, the example ids of each of its micro-batches."""
         return [
-            [batch[share[part]] for part in split_by_tokens(self.lengths[batch[share]], self.max_tokens)]
+            [batch[share[part]] for part in split_by_tokens(self.lengths[batch[share]], self.max_tokens, self.packed)]
             for share in share_out(self.lengths[batch], world_size)
         ]
 
@@ -110,14 +112,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch as the model takes it: B examples padded on the right to L tokens."""
+    """A micro-batch as the model takes it: B examples, padded on the right to L tokens or packed into T."""
 
     ids: np.ndarray
     """example ids, int64 [B]"""
     lengths: np.ndarray
     """tokens per example, int64 [B]"""
     inputs: dict[str, torch.Tensor]
-    """input_ids, attention_mask and, for pairs, token_type_ids; int64 [B, L]"""
+    """input_ids, attention_mask and, for pairs, token_type_ids, int64 [B, L]; packed without the mask, [T]"""
     labels: torch.Tensor
     """class numbers, int64 [B]"""
     weights: torch.Tensor
@@ -154,46 +156,84 @@ def share_out(lengths: np.ndarray, world_size: int) -> list[np.ndarray]:
     return [np.array(share, dtype=np.int64) for share in shares]
 
 
-def split_by_tokens(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Cuts examples into micro-batches whose padded size fits a token budget.
+def num_positions(lengths: np.ndarray, packed: bool) -> int:
+    """Tokens that a micro-batch of these lengths computes, padding included."""
+    return int(lengths.sum() if packed else len(lengths) * lengths.max())
 
-    Padded size is `len(part) * max(lengths in part)`. Longest first, so each part wastes little. Deterministic. An
-    example longer than the budget gets a part of its own: it cannot be cut, and only the device knows whether it fits.
+
+def split_by_tokens(lengths: Sequence[int] | np.ndarray, max_tokens: int, packed: bool = False) -> list[list[int]]:
+    """Cuts examples into micro-batches that fit a token budget, padding included.
+
+    Longest first, so each part wastes little. Deterministic. An example longer than the budget gets a part of its own:
+    it cannot be cut, and only the device knows whether it fits. Packed, the parts are about equal; padded, each but the
+    last is as full as it can be.
 
     Example: lengths [5, 3, 2], max_tokens 6 -> [[0], [1, 2]]   (5 <= 6, then 2 * 3 <= 6)
 
     Args:
         lengths: tokens per example after truncation, [B].
-        max_tokens: budget in padded tokens.
+        max_tokens: budget in tokens.
+        packed: examples lie end to end: a part takes the sum of its lengths, not the longest times their number.
 
     Returns:
         positions into `lengths`; every position exactly once.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    parts: list[list[int]] = []
-    longest = 0
-    for position in order:
-        if parts and (len(parts[-1]) + 1) * longest <= max_tokens:
-            parts[-1].append(position)
-        else:
-            parts.append([position])
-            longest = int(lengths[position])
-    return parts
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    if len(order) == 0:
+        return []
+    ordered = np.asarray(lengths)[order]
+    ends = _equal_ends(ordered.cumsum(), max_tokens) if packed else _padded_ends(ordered, max_tokens)
+    return [part.tolist() for part in np.split(order, ends[:-1])]
+
+
+def _padded_ends(lengths: np.ndarray, max_tokens: int) -> list[int]:
+    """Where each part of padded examples ends; lengths in descending order [B]."""
+    ends = [0]
+    while ends[-1] < len(lengths):
+        ends.append(min(len(lengths), ends[-1] + max(1, max_tokens // int(lengths[ends[-1]]))))
+    return ends[1:]
+
+
+def _equal_ends(cumulative: np.ndarray, max_tokens: int) -> list[int]:
+    """Where each part of packed examples ends: no more parts than the budget needs, with the lowest budget that does.
+
+    Small products are slow products, so no part should be a remnant.
+
+    Args:
+        cumulative: tokens of the examples up to each, [B].
+        max_tokens: budget in tokens.
+    """
+
+    def ends_for(budget: int) -> list[int]:
+        ends, before = [0], 0
+        while ends[-1] < len(cumulative):
+            fitting = int(np.searchsorted(cumulative, before + budget, side="right"))
+            ends.append(max(fitting, ends[-1] + 1))
+            before = int(cumulative[ends[-1] - 1])
+        return ends[1:]
+
+    num_parts = len(ends_for(max_tokens))
+    low, high = -(-int(cumulative[-1]) // num_parts), max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(ends_for(middle)) <= num_parts else (middle + 1, high)
+    return ends_for(high)
 
 
 def collate(
-    examples: Tokenised, ids: np.ndarray, weights: np.ndarray, pad_token_id: int, device: torch.device
+    examples: Tokenised, ids: np.ndarray, weights: np.ndarray, pad_token_id: int | None, device: torch.device
 ) -> Batch:
-    """Pads the examples `ids` [B] to the longest of them and puts them on the device."""
+    """Pads the examples `ids` [B] to the longest of them and puts them on the device; packs them where no id pads."""
     lengths = examples.lengths[ids]
-    real = np.arange(lengths.max()) < lengths[:, None]
     starts = examples.offsets[ids]
     flat = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
-    arrays = {"input_ids": np.full(real.shape, pad_token_id, dtype=np.int64), "attention_mask": real.astype(np.int64)}
-    arrays["input_ids"][real] = examples.tokens[flat]
+    arrays = {"input_ids": examples.tokens[flat].astype(np.int64)}
     if examples.token_types is not None:
-        arrays["token_type_ids"] = np.zeros(real.shape, dtype=np.int64)
-        arrays["token_type_ids"][real] = examples.token_types[flat]
+        arrays["token_type_ids"] = examples.token_types[flat].astype(np.int64)
+    if pad_token_id is not None:
+        real = np.arange(lengths.max()) < lengths[:, None]
+        arrays = {name: _padded(array, real, pad_token_id * (name == "input_ids")) for name, array in arrays.items()}
+        arrays["attention_mask"] = real.astype(np.int64)
     return Batch(
         ids=ids,
         lengths=lengths,
@@ -201,3 +241,10 @@ def collate(
         labels=torch.from_numpy(examples.labels[ids]).to(device),
         weights=torch.from_numpy(weights).to(device),
     )
+
+
+def _padded(flat: np.ndarray, real: np.ndarray, fill: int) -> np.ndarray:
+    """Values end to end [T] -> [B, L], where `real` [B, L] says."""
+    padded = np.full(real.shape, fill, dtype=np.int64)
+    padded[real] = flat
+    return padded

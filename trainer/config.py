@@ -87,9 +87,9 @@ class BatchConfig:
     size: int = 32
     """global batch: examples per optimizer step, over all processes"""
     max_tokens: int | None = None
-    """padded tokens of one micro-batch on one process; null = chosen for the device. Never changes the result"""
+    """tokens of one micro-batch on one process, padding included; null = by the device. Never changes the result"""
     eval_max_tokens: int | None = None
-    """padded tokens of one evaluation batch on one process; null = chosen for the device"""
+    """tokens of one evaluation batch on one process, padding included; null = by the device"""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class ModelConfig:
     """branch, tag or commit of a hub model; null = main"""
     dropout: float | None = None
     """dropout of the backbone's own layers, in [0, 1); null = the backbone's own"""
+    packed: Literal["auto"] | bool = "auto"
+    """compute without padding; auto = where this backbone's layers are known (BERT, RoBERTa), true = or refuse"""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ NOT_IDENTITY = {
     "run": {"name", "output_dir", "resume", "quiet"},
     "data": {"train", "validation", "test"},
     "batch": {"max_tokens", "eval_max_tokens"},
-    "model": {"name", "revision"},
+    "model": {"name", "revision", "packed"},
     "peft": {"max_trainable_parameters"},
     "checkpoint": {"every_steps", "keep_last"},
     "tracking": {"every_steps", "backends"},

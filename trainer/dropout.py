@@ -1,8 +1,8 @@
 """Dropout whose masks are a pure function of (seed, step, example id, site).
 
 Always holds: which units of an example are dropped does not depend on its rank, its padding or its place in a batch; so
-one process or eight, resumed or not, drop the same units. A *site* is one dropout call of the forward, counted in the
-order of execution; `install` finds them by one forward over two dummy examples.
+one process or eight, resumed or not, padded or packed, drop the same units. A *site* is one dropout call of the
+forward, counted in the order of execution; `install` finds them by one forward over two dummy examples.
 
 Masks come from numpy's counter-based Philox4x64-10 (Salmon et al., 2011): key (seed, step), counter (0, example id,
 1, 0), one bulk draw per example and step; the 1 keeps it apart from the order of epoch `step`, which has the same key.
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -28,6 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from trainer.philox import random_blocks
 
 ATTENTION = "isotrain"
 PROBE_BATCH, PROBE_LENGTH = 2, 11
@@ -53,9 +56,10 @@ class Site:
             return (self.width, length, length)
         return (self.width,)
 
-    def words(self, length: int) -> int:
-        """64-bit words this site takes from an example's stream."""
-        return 1 + -(-math.prod(self.shape(length)) // 8)
+    def words(self, lengths: np.ndarray) -> np.ndarray:
+        """64-bit words this site takes from the stream of each example, int64 [B]."""
+        num_units = self.width * lengths ** (len(self.shape(1)) - 1)
+        return 1 + -(-num_units // 8)
 
 
 class DropoutKeys:
@@ -63,25 +67,30 @@ class DropoutKeys:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.sites: list[Site | None] = []
-        """in order of execution; None where a shape shows no example or token axis"""
+        self.sites: dict[tuple[Hashable, int], Site | None] = {}
+        """by who calls and the number of its call, in order of execution; None: its shape shows no example or token"""
         self.unreached: list[str] = []
         """random operations of the forward that are not ours"""
         self._recording = False
-        self._call = 0
+        self._calls: Counter[Hashable] = Counter()
+        self._step = 0
+        self._ids = self._lengths = np.zeros(0, dtype=np.int64)
         self._streams: list[np.ndarray] = []
-        self._lengths: list[int] = []
+        self._starts: dict[tuple[Hashable, int], np.ndarray] = {}
         self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
-        """Draws the masks of these examples [B]; inside, the model's forward uses them."""
+        """Inside, the model's forward over these examples [B] drops their units."""
         global _current
-        self._lengths = lengths.tolist()
-        num_words = [self._num_words(length) for length in self._lengths]
-        self._streams = list(self._pool.map(example_stream, repeat(self.seed), repeat(step), ids.tolist(), num_words))
-        self._call = 0
-        self._offsets = [0] * len(self._lengths)
+        self._step, self._ids, self._lengths = step, ids, lengths
+        num_words = np.zeros(len(lengths), dtype=np.int64)
+        for key, site in self.sites.items():
+            if site is not None:
+                self._starts[key] = num_words.copy()
+                num_words += site.words(lengths)
+        self._num_words = num_words
+        self._calls.clear()
         _current = self
         try:
             yield
@@ -89,42 +98,89 @@ class DropoutKeys:
             _current = None
             self._streams = []
 
-    def drop(self, x: torch.Tensor, p: float) -> torch.Tensor:
-        """Drops units of `x` with probability p and scales the others by 1 / (1 - p)."""
+    def drop(self, x: torch.Tensor, p: float, caller: Hashable, first: int = 0) -> torch.Tensor:
+        """Drops units of `x` with probability p and scales the others by 1 / (1 - p).
+
+        Args:
+            x: a unit of the site, for examples on the first axis; or for tokens end to end, [T, width]. Of an example
+                it may have more than its units (padding, which is dropped) or only the first ones along each axis.
+            p: probability.
+            caller: whose call this is: the module.
+            first: number of the first example of `x` in the micro-batch; after 0, calls go on with the same site.
+        """
+        self._calls[caller] += first == 0
+        key = (caller, self._calls[caller])
         if self._recording:
-            self.sites.append(_site_of(x.shape))
-            return x if self.sites[-1] is not None else nn.functional.dropout(x, p)
-        site = self.sites[self._call]
-        self._call += 1
+            self.sites[key] = site = _site_of(x.shape)
+            return x if site is not None else nn.functional.dropout(x, p)
+        site = self.sites[key]
         if site is None:
             return nn.functional.dropout(x, p)
-        keep = torch.from_numpy(self._keep(site, tuple(x.shape), p)).to(x.device, non_blocking=True)
-        return x * keep * (1 / (1 - p))
+        make = self._keep if x.device.type == "cpu" else self._keep_on_device
+        return _Drop.apply(x, make(site, self._starts[key], x, p, first), 1 / (1 - p))
 
-    def _num_words(self, length: int) -> int:
-        return sum(site.words(length) for site in self.sites if site is not None)
-
-    def _keep(self, site: Site, shape: tuple[int, ...], p: float) -> np.ndarray:
-        """Which units of the padded tensor stay, 1 or 0 [shape]; padding is dropped.
+    def _keep(self, site: Site, starts: np.ndarray, x: torch.Tensor, p: float, first: int) -> torch.Tensor:
+        """Which units of x stay, 1 or 0, of the shape of x; padding is dropped.
 
         Bytes: torch makes floats of them several times faster than of booleans.
         """
+        if not self._streams:
+            ids, num_words = self._ids.tolist(), self._num_words.tolist()
+            self._streams = list(self._pool.map(example_stream, repeat(self.seed), repeat(self._step), ids, num_words))
+        shape = tuple(x.shape)
         keep = np.zeros(shape, dtype=bool)
-        for row, (stream, length) in enumerate(zip(self._streams, self._lengths, strict=True)):
-            start = self._offsets[row]
-            self._offsets[row] += site.words(length)
-            own = site.shape(length)
-            units = stream[start + 1 : self._offsets[row]].view(np.uint8)[: math.prod(own)]
+        if site.kind == "tokens" and len(shape) == 2:
+            regions = np.split(keep, np.cumsum(self._lengths)[:-1])
+        else:
+            regions = list(keep)
+        for row, region in enumerate(regions, first):
+            stream, start = self._streams[row], int(starts[row])
+            own = site.shape(int(self._lengths[row]))
+            units = stream[start + 1 :].view(np.uint8)[: math.prod(own)].reshape(own)
+            units = units[tuple(map(slice, region.shape))]
             threshold = int(p * 256 + (int(stream[start]) >> 11) * 2.0**-53)
-            region = keep[row][tuple(slice(size) for size in own)]
-            np.greater_equal(units.reshape(own), threshold, out=region)
-        return keep.view(np.uint8)
+            np.greater_equal(units, threshold, out=region[tuple(map(slice, units.shape))])
+        return torch.from_numpy(keep.view(np.uint8))
+
+    def _keep_on_device(self, site: Site, starts: np.ndarray, x: torch.Tensor, p: float, first: int) -> torch.Tensor:
+        """`_keep` by the device that has x, which draws the words of this site itself, in whole blocks of four."""
+        flat = site.kind == "tokens" and x.dim() == 2
+        rows = slice(first, first + (len(self._lengths) if flat else len(x)))
+        starts, lengths = starts[rows], self._lengths[rows]
+        first_block = starts // 4
+        num_blocks = (starts + site.words(lengths) + 3) // 4 - first_block
+        before = num_blocks.cumsum() - num_blocks
+        head = 4 * (before - first_block) + starts  # where a row's first word, of its threshold, lies among all
+        facts = np.stack([num_blocks, first_block - before, self._ids[rows], head, lengths, lengths.cumsum() - lengths])
+        blocks, shift, ids, head, n, token = torch.from_numpy(facts).to(x.device, non_blocking=True)
+        row = torch.repeat_interleave(blocks, output_size=int(num_blocks.sum()))
+        counter = torch.arange(len(row), device=x.device) + shift[row]
+        words = random_blocks((self.seed, self._step), counter, ids[row], 1).flatten()
+        uniform = ((words[head] >> 11) & (2**53 - 1)).double() * 2.0**-53
+        threshold, base = (p * 256 + uniform).to(torch.int16), 8 * (head + 1)
+        axes = [torch.arange(size, device=x.device) for size in x.shape]
+        if flat:
+            row = torch.repeat_interleave(n, output_size=len(x))
+            unit = (base - token * site.width)[row, None] + axes[0][:, None] * site.width + axes[1]
+            return (words.view(torch.uint8)[unit] >= threshold[row, None]).view(torch.uint8)
+        behind = (-1, *[1] * (x.dim() - 1))
+        n, base, threshold = n.view(behind), base.view(behind), threshold.view(behind)
+        if site.kind == "pooled":
+            unit, real = base + axes[1], torch.ones_like(n, dtype=torch.bool)
+        elif site.kind == "tokens":
+            unit, real = base + axes[1][:, None] * site.width + axes[2], axes[1][:, None] < n
+        else:
+            head_, query, key = axes[1][:, None, None], axes[2][:, None], axes[3]
+            unit, real = base + (head_ * n + query) * n + key, (query < n) & (key < n)
+        keep = (words.view(torch.uint8)[torch.where(real, unit, 0)] >= threshold) & real
+        return keep.view(torch.uint8)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Inside, the model's forward tells its sites and drops nothing."""
         global _current
-        self.sites, self.unreached = [], []
+        self.sites, self.unreached = {}, []
+        self._calls.clear()
         self._recording, _current = True, self
         try:
             with _RandomOperations(self.unreached):
@@ -134,6 +190,21 @@ class DropoutKeys:
 
 
 _current: DropoutKeys | None = None
+
+
+class _Drop(torch.autograd.Function):
+    """x * keep * scale, in two passes over x forward and two backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return (x * keep).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return (gradient * keep).mul_(ctx.scale), None, None
 
 
 class KeyedDropout(nn.Module):
@@ -147,7 +218,7 @@ class KeyedDropout(nn.Module):
         """Same shape and type as `x`."""
         if not self.training or self.p == 0:
             return x
-        return _current.drop(x, self.p) if _current is not None else nn.functional.dropout(x, self.p)
+        return _current.drop(x, self.p, self) if _current is not None else nn.functional.dropout(x, self.p)
 
     def extra_repr(self) -> str:
         """Shown in `print(model)`."""
@@ -226,7 +297,7 @@ def keyed_attention(
         unattended = torch.zeros_like(attention_mask, dtype=scores.dtype)
         scores += unattended.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
     shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    attended = _current.drop(shares.to(value.dtype), dropout)
+    attended = _current.drop(shares.to(value.dtype), dropout, module)
     return torch.matmul(attended, value).transpose(1, 2).contiguous(), None
 
 

@@ -23,6 +23,7 @@ from trainer.batching import Tokenised, collate, split_by_tokens
 from trainer.checkpoint import write_atomic
 from trainer.config import UserError
 from trainer.metrics import classification_metrics, confusion, probabilities, report_text
+from trainer.packed import Forward
 
 
 def refuse_lack_of_memory(out_of_memory: bool) -> None:
@@ -37,7 +38,7 @@ def refuse_lack_of_memory(out_of_memory: bool) -> None:
 
 @torch.no_grad()
 def score_split(
-    model: torch.nn.Module,
+    forward: Forward,
     examples: Tokenised,
     accelerator: Accelerator,
     *,
@@ -50,19 +51,20 @@ def score_split(
     """Logits of every example, float32 [N, C], in the order of the split, on every rank.
 
     Args:
-        model: prepared or plain; its training mode is put back afterwards.
+        forward: of a prepared or plain model, whose training mode is put back afterwards.
         examples: N examples.
         accelerator: gives device, autocast and collectives.
-        max_tokens: padded tokens of one micro-batch.
-        pad_token_id: fills up shorter examples.
+        max_tokens: tokens of one micro-batch, padding included.
+        pad_token_id: fills up shorter examples, where they are padded.
         num_labels: C.
         check: called after every round with whether memory ran out on this rank; raises on all ranks or on none.
         progress: label of the progress bar; None = no bar.
     """
-    was_training = model.training
-    model.eval()
+    was_training = forward.model.training
+    forward.model.eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    parts = split_by_tokens(examples.lengths, max_tokens)
+    parts = split_by_tokens(examples.lengths, max_tokens, forward.packed)
+    padding = None if forward.packed else pad_token_id
     logits = torch.zeros(len(examples.lengths), num_labels, device=accelerator.device)
     times_seen = torch.zeros(len(examples.lengths), device=accelerator.device)
     rounds = range(0, len(parts), world_size)
@@ -73,9 +75,9 @@ def score_split(
             ids = np.array(parts[number if number < len(parts) else -1])
             out_of_memory = False
             try:
-                batch = collate(examples, ids, np.ones(len(ids)), pad_token_id, accelerator.device)
+                batch = collate(examples, ids, np.ones(len(ids)), padding, accelerator.device)
                 with accelerator.autocast():
-                    output = model(**batch.inputs).logits
+                    output = forward(batch.inputs, batch.lengths)
             except torch.OutOfMemoryError:
                 out_of_memory = True
             check(out_of_memory)
@@ -84,7 +86,7 @@ def score_split(
                 logits[positions] = output.float()
                 times_seen[positions] += 1
     finally:
-        model.train(was_training)
+        forward.model.train(was_training)
     logits, times_seen = accelerator.reduce(logits, "sum"), accelerator.reduce(times_seen, "sum")
     assert bool((times_seen == 1).all()), "an example was scored twice or not at all"
     return logits.cpu().numpy()

@@ -123,11 +123,12 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     finite: list[torch.Tensor] = [torch.ones(0, dtype=torch.bool, device=accelerator.device)]
     out_of_memory = False
+    padding = None if run.forward.packed else run.pad_token_id
     for micro_batch in micro_batches:
         try:
-            batch = collate(run.train, micro_batch.ids, micro_batch.weights, run.pad_token_id, accelerator.device)
-            with run.dropout.micro_batch(step, batch.ids, batch.lengths):
-                logits = run.model(**batch.inputs).logits
+            batch = collate(run.train, micro_batch.ids, micro_batch.weights, padding, accelerator.device)
+            with run.dropout.micro_batch(step, batch.ids, batch.lengths), accelerator.autocast():
+                logits = run.forward(batch.inputs, batch.lengths)
             losses = example_losses(logits, batch, run.config.optim.label_smoothing)
             accelerator.backward(losses.sum() / total_weight)
         except torch.OutOfMemoryError:
@@ -189,7 +190,7 @@ def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> t
         max_tokens = run.eval_max_tokens * plan_in_force(run, state).max_tokens // run.plan.max_tokens
         try:
             logits = score_split(
-                run.model,
+                run.forward,
                 examples,
                 run.accelerator,
                 max_tokens=max_tokens,
@@ -243,7 +244,7 @@ def _in_smaller_parts(run: Training, state: TrainState) -> TrainState:
 
 
 def _with_less_memory(run: Training, state: TrainState, max_tokens: int) -> TrainState:
-    run.log.say(f"step {state.step}: out of memory; going on with at most {max_tokens:,} padded tokens at a time")
+    run.log.say(f"step {state.step}: out of memory; going on with at most {max_tokens:,} tokens at a time")
     if run.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return dataclasses.replace(state, max_tokens=max(1, max_tokens))

@@ -1,4 +1,4 @@
-"""Predictions -> numbers. scikit-learn does the arithmetic.
+"""Predictions -> numbers. scikit-learn does the arithmetic; it loads with the first of them, not before the first step.
 
 Always holds: the numbers are a function of all predictions of a split in the order of its examples, never of batches,
 so they are equal on any number of processes.
@@ -11,14 +11,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import (
-    accuracy_score,
-    classification_report,
-    confusion_matrix,
-    f1_score,
-    matthews_corrcoef,
-    precision_recall_fscore_support,
-)
 
 METRICS = ("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro", "mcc", "loss")
 
@@ -43,16 +35,18 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
         the scalars named in METRICS (`loss` is the plain mean cross-entropy, without smoothing or weights),
         `num_examples`, and `per_class`: {name: {precision, recall, f1, support}}.
     """
+    from sklearn import metrics
+
     predicted = logits.argmax(axis=1)
     wide = logits.astype(np.float64)
     top = wide.max(axis=1)
     log_sum = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-    macro = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
-    each = precision_recall_fscore_support(labels, predicted, labels=range(len(label_names)), zero_division=0)
+    macro = metrics.precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+    each = metrics.precision_recall_fscore_support(labels, predicted, labels=range(len(label_names)), zero_division=0)
     return {
-        "accuracy": float(accuracy_score(labels, predicted)),
+        "accuracy": float(metrics.accuracy_score(labels, predicted)),
         "f1_macro": float(macro[2]),
-        "f1_weighted": float(f1_score(labels, predicted, average="weighted", zero_division=0)),
+        "f1_weighted": float(metrics.f1_score(labels, predicted, average="weighted", zero_division=0)),
         "precision_macro": float(macro[0]),
         "recall_macro": float(macro[1]),
         "mcc": _matthews(labels, predicted),
@@ -66,6 +60,8 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
 
 
 def _matthews(labels: np.ndarray, predicted: np.ndarray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
     with warnings.catch_warnings():  # a single class, all right: scikit-learn answers 0 and a warning
         warnings.simplefilter("ignore")
         return float(matthews_corrcoef(labels, predicted))
@@ -85,11 +81,15 @@ def is_better(value: float, best: float | None, name: str) -> bool:
 
 def confusion(logits: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
     """Counts, rows true, columns predicted, int64 [C, C]."""
+    from sklearn.metrics import confusion_matrix
+
     return np.asarray(confusion_matrix(labels, logits.argmax(axis=1), labels=range(num_labels)))
 
 
 def report_text(logits: np.ndarray, labels: np.ndarray, label_names: list[str]) -> str:
     """Precision, recall and F1 by class, as scikit-learn prints them."""
+    from sklearn.metrics import classification_report
+
     numbers = range(len(label_names))
     predicted = logits.argmax(axis=1)
     text = classification_report(labels, predicted, labels=numbers, target_names=label_names, digits=4, zero_division=0)

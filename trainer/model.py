@@ -163,8 +163,8 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         raise UserError(f"peft: {_one_line(error)}") from None
 
 
-def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: bool) -> None:
-    """Builds the model without weights and refuses what cannot train, before anything large is read.
+def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: bool) -> PeftModel:
+    """Builds the model, without weights, and refuses what cannot train, before anything large is read.
 
     Raises:
         UserError: max_length above the backbone's positions, targets that match nothing, budget exceeded.
@@ -181,6 +181,7 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
         _check_targets(model, settings)
         model = _wrap(model, wanted, set())
     check_budget(model, settings)
+    return model
 
 
 def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_type: torch.dtype) -> PeftModel:
@@ -197,18 +198,21 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_typ
     check_budget(model, settings)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.float32, copy=True)
     cast_frozen(model, compute_type)
     return model
 
 
 def cast_frozen(model: nn.Module, compute_type: torch.dtype) -> None:
-    """Keeps frozen matrices (with their biases) in the compute type; under autocast they would be cast at every use."""
+    """Keeps frozen matrices (with their biases) in the compute type; under autocast they would be cast at every use.
+
+    In memory of torch's own: of a mapped file's, the alignment is chance, and the last bits of small products with it.
+    """
     for module in model.modules():
         if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(compute_type)
+                    parameter.data = parameter.data.to(compute_type, copy=True)
 
 
 def shard_frozen(model: PeftModel, device: torch.device, world_size: int) -> None:

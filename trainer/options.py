@@ -222,9 +222,10 @@ def _nearest(key: str) -> str:
 
 
 def _in_words(kind: str) -> str:
-    """'Literal["a", "b"] | None' -> 'a or b or null'"""
-    choices = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace('"', "").replace(", ", " | "), kind)
-    return choices.replace(" | Source", "").replace(" | ", " or ").replace("None", "null")
+    """Literal['a', 'b'] | bool | None -> 'a' or 'b' or true or false or null"""
+    choices = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace(", ", " | "), kind)
+    words = {" | Source": "", "bool": "true | false", "None": "null", " | ": " or "}
+    return functools.reduce(lambda text, word: text.replace(word, words[word]), words, choices)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,13 +25,14 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
+from peft import PeftModel
 
 from trainer import dropout
 from trainer.adapter import check_adapter, load_adapter_tensors, model_card, save_adapter
 from trainer.batching import Plan, collate, split_by_tokens
 from trainer.checkpoint import load_newest, remove_unfinished, write_atomic
 from trainer.config import Config, UserError, as_dict
-from trainer.data import Corpus, Examples, load_corpus, tokenise
+from trainer.data import Corpus, load_corpus
 from trainer.evaluation import write_evaluation
 from trainer.loop import Interrupted, Stopped, peak_memory_bytes, plan_in_force, score, train
 from trainer.metrics import METRICS
@@ -47,15 +48,17 @@ from trainer.model import (
 )
 from trainer.optim import build_optimizer
 from trainer.options import config_text
+from trainer.packed import PackedForward, PaddedForward, why_not_packed
 from trainer.processes import StopRequest, Watch, agree, choose_precision, together
 from trainer.state import Training, TrainState, restore
+from trainer.tokenising import Examples, tokenise
 from trainer.tracking import RunLog
 
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
 PENDING_SUMMARY = "summary.pending.json"
-# Padded tokens of a micro-batch where the configuration leaves them open. On a CPU small ones stay in its caches; on a
-# GPU large ones fill it.
-CPU_TOKENS, GPU_TOKENS = 512, 16384
+# Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
+# GPU more than most hold, so that the first step that lacks memory finds what fits (see loop.py).
+CPU_TOKENS, GPU_TOKENS = 1024, 65536
 
 
 def train_and_report(config: Config, folder: Path) -> int:
@@ -72,11 +75,11 @@ def train_and_report(config: Config, folder: Path) -> int:
     same = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
     with together(precision, same, folder, config.tracking.backends) as (accelerator, watch):
         watch.position = "the preparation of the data"
-        corpus = load_corpus(config.data, config.run.seed)
+        corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
         _check_names(config, corpus)
         backbone = find_backbone(config.model, corpus.label_names)
         pairs = corpus.splits["train"].text_pairs is not None
-        check_fit(backbone, config.peft, config.data.max_length, pairs)
+        _padded_because(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
         with _locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
             try:
                 _train(config, folder, corpus, backbone, precision, stop, accelerator, watch)
@@ -212,12 +215,13 @@ def _build(
     model = build_model(backbone, config.peft, config.run.seed, COMPUTE_TYPES[precision])
     with accelerator.autocast():
         keys = dropout.install(model, config.run.seed)
-    model.train()
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
     if sharded:
         shard_frozen(model, accelerator.device, accelerator.num_processes)
     else:
         model.to(accelerator.device)
+    model.train()
+    because = _padded_because(config, model, sharded)
     optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
     train, validation = examples["train"], examples.get("validation")
     on_cpu = accelerator.device.type == "cpu"
@@ -227,13 +231,17 @@ def _build(
         batch_size=config.batch.size,
         seed=config.run.seed,
         max_tokens=config.batch.max_tokens or (CPU_TOKENS if on_cpu else GPU_TOKENS),
+        packed=because is None,
     )
+    # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
     return Training(
         config=config,
         folder=folder,
         accelerator=accelerator,
-        # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
-        model=accelerator.prepare_model(model, evaluation_mode=True),
+        model=prepared,
+        forward=PackedForward(prepared, keys) if plan.packed else PaddedForward(prepared),
+        padded_because=because,
         optimizer=accelerator.prepare_optimizer(optimizer),
         trained=trained,
         dropout=keys,
@@ -244,7 +252,7 @@ def _build(
         label_names=corpus.label_names,
         pad_token_id=backbone.tokenizer.pad_token_id,
         total_steps=config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch,
-        eval_max_tokens=config.batch.eval_max_tokens or (CPU_TOKENS if on_cpu else 4 * GPU_TOKENS),
+        eval_max_tokens=config.batch.eval_max_tokens or (CPU_TOKENS if on_cpu else GPU_TOKENS),
         fingerprints={
             "backbone": backbone.fingerprint,
             **{f"{name} split": split.fingerprint() for name, split in examples.items()},
@@ -254,6 +262,20 @@ def _build(
         watch=watch,
         sharded=sharded,
     )
+
+
+def _padded_because(config: Config, model: PeftModel, sharded: bool) -> str | None:
+    """Why examples are padded, in words; "" where that was asked for, None where they are packed.
+
+    Raises:
+        UserError: packing was asked for and cannot be.
+    """
+    if config.model.packed is False:
+        return ""
+    because = "the frozen weights are sharded" if sharded else why_not_packed(model)
+    if because and config.model.packed is True:
+        raise UserError(f"model.packed: true is not to be had: {because}; auto pads where it must")
+    return because
 
 
 def _data_lines(corpus: Corpus, examples: dict[str, Examples], max_length: int) -> list[str]:
@@ -284,6 +306,8 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
         f"{accelerator.device.type} x {accelerator.num_processes}, {precision}"
         f"{', frozen weights sharded' if run.sharded else ''}"
     )
+    if run.padded_because:
+        say(f"note: padded, in batches sorted by length: {run.padded_because}")
     if run.dropout.unreached:
         say(f"note: exact up to dropout: this backbone draws {', '.join(run.dropout.unreached)} out of reach")
     if accelerator.is_main_process:

@@ -56,7 +56,7 @@ class Options:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """arithmetic; no = fp32"""
     max_tokens: int = 4096
-    """padded tokens of one batch on one process"""
+    """tokens of one batch on one process, padding included"""
     quiet: bool = False
     """true = nothing on stderr but errors; stdout has the metrics alone in any case"""
 
@@ -90,22 +90,28 @@ def predict(options: Options) -> int:
 
     from trainer.adapter import load_plain
     from trainer.checkpoint import write_atomic
-    from trainer.data import load_for_prediction, tokenise
+    from trainer.data import load_for_prediction
     from trainer.evaluation import score_split
     from trainer.metrics import classification_metrics
     from trainer.model import COMPUTE_TYPES, find_backbone, silence_libraries
+    from trainer.packed import PackedForward, PaddedForward, why_not_packed
     from trainer.processes import choose_precision, together
+    from trainer.tokenising import tokenise
 
     silence_libraries()
-    split, ids, warnings = load_for_prediction(_source(options, config), config.data, label_names, options.id_column)
+    split, ids, warnings = load_for_prediction(
+        _source(options, config), config.data, label_names, options.id_column, options.quiet
+    )
     backbone = find_backbone(config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
     precision = choose_precision(options.precision)
     same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
     with together(precision, same) as (accelerator, _):
         model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
+        model.to(accelerator.device)
+        packed = config.model.packed is not False and why_not_packed(model) is None
         logits = score_split(
-            model.to(accelerator.device),
+            PackedForward(model, None) if packed else PaddedForward(model),
             examples,
             accelerator,
             max_tokens=options.max_tokens,

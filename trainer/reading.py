@@ -1,18 +1,21 @@
-"""Files and hub data sets -> columns, before anything is made of them.
+"""Files and hub data sets -> columns, a chunk of rows at a time, before anything is made of them.
 
 Always holds: every row of the source is there, in its order, as it stands (text stays text: "NA" and "null" too); what
-cannot be read exactly is refused with file and line. Nothing pickled is opened.
+cannot be read exactly is refused with file and line. Nothing pickled is opened. No more than a chunk is in memory, but
+of a .json file, which is one value.
 """
 
 from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow as pa
@@ -22,24 +25,51 @@ from trainer.config import DataConfig, Source, UserError
 
 FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
+CHUNK = 10_000  # rows
+
+Chunk = tuple[int, dict[str, list[Any]]]
+"""number of rows, and the columns that these rows have"""
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class Table:
-    """Columns as they stand in the source."""
+class Origin:
+    """Where a split is read from; its files are there, and nothing of them is read."""
 
     name: str
-    source: str
     layout: Source
-    columns: dict[str, list[Any]]
+    paths: list[str]
+    """its files in their order; of a hub data set those of its cache"""
+    hub: datasets.Dataset | None = None
     class_names: list[str] | None = None
     """names a hub data set gives its class numbers"""
-    has_labels: bool = True
 
     @property
     def where(self) -> str:
-        """The option that named this table."""
-        return f"data.{self.name}" if self.name != "input" else "--input"
+        """The option that named it."""
+        return option(self.name)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its files."""
+        return sum(Path(path).stat().st_size for path in self.paths)
+
+    def content(self) -> list[str]:
+        """SHA-256 of each file."""
+        return [_hash_of(path) for path in self.paths]
+
+    def chunks(self, wanted: list[str]) -> Iterator[Chunk]:
+        """All rows in order. Columns that are not wanted may be empty or absent, but are named once.
+
+        Raises:
+            UserError: what cannot be read.
+        """
+        return _file_chunks(self, wanted) if self.hub is None else _hub_chunks(self.hub, wanted)
+
+
+def option(name: str) -> str:
+    """The option that names a split's source."""
+    return f"data.{name}" if name != "input" else "--input"
 
 
 def completed(source: str | Source, config: DataConfig) -> Source:
@@ -64,37 +94,20 @@ def is_local(path: str) -> bool:
     return Path(path).suffix.lower() in FILE_TYPES + PICKLED or glob.has_magic(path) or Path(path).exists()
 
 
-def read_table(name: str, layout: Source, labels_required: bool = True, extra: str | None = None) -> Table:
-    """All rows of a source, with only the columns its layout names and `extra`."""
-    where = f"data.{name}" if name != "input" else "--input"
-    class_names = None
-    if is_local(layout.path):
-        columns = _read_files(where, layout)
-    else:
-        columns, class_names = _read_hub(where, name, layout.path)
-    if not columns or not len(next(iter(columns.values()))):
-        raise UserError(f"{where}: {layout.path} has no rows")
-    texts = [*(layout.text_columns or []), *(layout.text_pair_columns or [])]
-    has_labels = layout.label_column in columns
-    wanted = texts + ([layout.label_column] if labels_required or has_labels else []) + ([extra] if extra else [])
-    missing = [column for column in wanted if column not in columns]
-    if missing:
-        option = "data.label_column" if missing == [layout.label_column] else "data.text_columns"
-        hint = "" if layout.column_names else "; for a file without a header name its columns in data.column_names"
-        raise UserError(
-            f"{where}: {layout.path} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(repr(column[:40]) for column in list(columns)[:12])} (see {option}{hint})"
-        )
-    return Table(name, layout.path, layout, {key: columns[key] for key in wanted if key}, class_names, has_labels)
+def find_origin(name: str, layout: Source) -> Origin:
+    """The files or the hub data set that a layout names.
 
-
-def _read_files(where: str, layout: Source) -> dict[str, list[Any]]:
+    Raises:
+        UserError: it is not there, or of no known type.
+    """
+    where = option(name)
+    if not is_local(layout.path):
+        return _find_hub(name, layout)
     paths = [layout.path]
     if glob.has_magic(layout.path) and not Path(layout.path).is_file():  # a file may really be called [a].csv
         paths = sorted(glob.glob(layout.path))
     if not paths:
         raise UserError(f"{where}: no file matches {layout.path!r}")
-    columns: dict[str, list[Any]] = {}
     for path in paths:
         kind = Path(path).suffix.lower()
         if kind in PICKLED:
@@ -103,15 +116,27 @@ def _read_files(where: str, layout: Source) -> dict[str, list[Any]]:
             raise UserError(f"{where}: {path} is of no known type ({', '.join(FILE_TYPES)})")
         if not Path(path).is_file():
             raise UserError(f"{where}: no file {path!r}")
+    return Origin(name, layout, paths)
+
+
+def _hash_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_chunks(origin: Origin, wanted: list[str]) -> Iterator[Chunk]:
+    known: set[str] = set()
+    for path in origin.paths:
+        columns: set[str] = set()
         try:
-            part = _READERS[kind](path, layout.column_names)
+            for count, chunk in _READERS[Path(path).suffix.lower()](path, origin.layout.column_names, wanted):
+                columns.update(chunk)
+                yield count, chunk
         except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-            raise UserError(f"{where}: {path}: {_reason(path, error)}") from None
-        if columns and set(part) != set(columns):
-            raise UserError(f"{where}: {path} has other columns than {paths[0]}")
-        for column, values in part.items():
-            columns.setdefault(column, []).extend(values)
-    return columns
+            raise UserError(f"{origin.where}: {path}: {_reason(path, error)}") from None
+        if known and columns != known:
+            raise UserError(f"{origin.where}: {path} has other columns than {origin.paths[0]}")
+        known = columns
 
 
 def _reason(path: str, error: Exception) -> str:
@@ -127,7 +152,13 @@ def _reason(path: str, error: Exception) -> str:
     return "is not UTF-8"
 
 
-def _read_csv(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
+def _in_chunks(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    remaining = iter(items)
+    while chunk := list(islice(remaining, CHUNK)):
+        yield chunk
+
+
+def _read_csv(path: str, column_names: list[str] | None, wanted: list[str]) -> Iterator[Chunk]:
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
@@ -136,33 +167,37 @@ def _read_csv(path: str, column_names: list[str] | None) -> dict[str, list[Any]]
             names = column_names or next(rows, [])
             if len(set(names)) < len(names):
                 raise ValueError(f"two columns have the same name in {names}")
-            columns: dict[str, list[Any]] = {name: [] for name in names}
-            for row in rows:
-                if len(row) != len(names):
-                    raise ValueError(
-                        f"line {reader.line_num} has {len(row)} fields, expected {len(names)} ({', '.join(names)[:80]})"
-                    )
-                for name, value in zip(names, row, strict=True):
-                    columns[name].append(value)
+            yield 0, {name: [] for name in names}
+            for chunk in _in_chunks(_whole_rows(reader, rows, names)):
+                yield len(chunk), dict(zip(names, map(list, zip(*chunk, strict=True)), strict=True))
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error} (a quote that is not closed or not doubled?)") from None
-    return columns
 
 
-def _read_json(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
+def _whole_rows(reader: Any, rows: Iterable[list[str]], names: list[str]) -> Iterator[list[str]]:
+    for row in rows:
+        if len(row) != len(names):
+            raise ValueError(
+                f"line {reader.line_num} has {len(row)} fields, expected {len(names)} ({', '.join(names)[:80]})"
+            )
+        yield row
+
+
+def _read_json(path: str, column_names: list[str] | None, wanted: list[str]) -> Iterator[Chunk]:
     with open(path, encoding="utf-8-sig") as file:
         if path.lower().endswith(".jsonl"):
-            records = list(_json_lines(file))
+            records = _json_lines(file)
         else:
             try:
                 records = json.load(file)
             except json.JSONDecodeError as error:
                 hint = " (one object a line? call it .jsonl)" if error.msg == "Extra data" else ""
                 raise ValueError(f"{error}{hint}") from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError("must hold objects: a list of them (.json) or one a line (.jsonl)")
-    names = list(dict.fromkeys(name for record in records for name in record))
-    return {name: [record.get(name) for record in records] for name in names}
+        for chunk in _in_chunks(records if isinstance(records, Iterator | list) else [records]):
+            if isinstance(records, dict) or not all(isinstance(record, dict) for record in chunk):
+                raise ValueError("must hold objects: a list of them (.json) or one a line (.jsonl)")
+            names = dict.fromkeys(name for record in chunk for name in record)
+            yield len(chunk), {name: [record.get(name) for record in chunk] for name in names}
 
 
 def _json_lines(file: Any) -> Iterator[Any]:
@@ -174,15 +209,18 @@ def _json_lines(file: Any) -> Iterator[Any]:
                 raise ValueError(f"line {number}: {error}") from None
 
 
-def _read_parquet(path: str, column_names: list[str] | None) -> dict[str, list[Any]]:
+def _read_parquet(path: str, column_names: list[str] | None, wanted: list[str]) -> Iterator[Chunk]:
     # not read_table, which would make a column of a folder called label=1
-    table = pyarrow.parquet.ParquetFile(path).read()
-    if len(set(table.column_names)) < table.num_columns:
-        raise ValueError(f"two columns have the same name in {table.column_names}")
-    return dict(table.to_pydict())
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns have the same name in {names}")
+        yield 0, {name: [] for name in names}
+        for batch in file.iter_batches(CHUNK, columns=[name for name in names if name in wanted]):
+            yield batch.num_rows, batch.to_pydict()
 
 
-_READERS: dict[str, Callable[[str, list[str] | None], dict[str, list[Any]]]] = {
+_READERS: dict[str, Callable[[str, list[str] | None, list[str]], Iterator[Chunk]]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".json": _read_json,
@@ -191,18 +229,28 @@ _READERS: dict[str, Callable[[str, list[str] | None], dict[str, list[Any]]]] = {
 }
 
 
-def _read_hub(where: str, split_name: str, spec: str) -> tuple[dict[str, list[Any]], list[str] | None]:
-    """`owner/name[/config][:split]` from the hub or its cache. Returns columns and the names of its classes."""
-    path, _, split = spec.partition(":")
+def _find_hub(name: str, layout: Source) -> Origin:
+    """`owner/name[/config][:split]` from the hub or its cache."""
+    path, _, split = layout.path.partition(":")
     parts = path.split("/")
-    name, settings = ("/".join(parts[:2]), "/".join(parts[2:]) or None) if len(parts) > 1 else (path, None)
+    repository, settings = ("/".join(parts[:2]), "/".join(parts[2:]) or None) if len(parts) > 1 else (path, None)
     try:
-        table = datasets.load_dataset(name, settings, split=split or split_name)
+        table = datasets.load_dataset(repository, settings, split=split or name)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # as its loaders raise them
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{where}: {spec!r} is no local file, and as a hub data set it is neither cached nor reachable ({reason})\n"
-            f"Use local files: --{where} FILE.csv (csv, tsv, json, jsonl, parquet), or run once where the hub answers."
+            f"{option(name)}: {layout.path!r} is no local file, and as a hub data set it is neither cached nor "
+            f"reachable ({reason})\n"
+            f"Use local files: --{option(name)} FILE.csv (csv, tsv, json, jsonl, parquet), or run once where the hub "
+            "answers."
         ) from None
     classes = [list(feature.names) for feature in table.features.values() if isinstance(feature, datasets.ClassLabel)]
-    return {column: list(table[column]) for column in table.column_names}, classes[0] if len(classes) == 1 else None
+    files = [file["filename"] for file in table.cache_files]
+    return Origin(name, layout, files, table, classes[0] if len(classes) == 1 else None)
+
+
+def _hub_chunks(table: datasets.Dataset, wanted: list[str]) -> Iterator[Chunk]:
+    yield 0, {name: [] for name in table.column_names}
+    present = [name for name in table.column_names if name in wanted]
+    for chunk in table.select_columns(present).iter(CHUNK) if present else ():
+        yield len(chunk[present[0]]), chunk

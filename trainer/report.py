@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.typing import RcKeyType
 
-from trainer.tracking import INK, SHARE_COLORS, confusion_matrix_figure, figure_label
+from trainer.figures import INK, SHARE_COLORS, confusion_matrix_figure, figure_label
 
 SPLITS = ("test", "validation", "train")  # the errors shown are those of the first one that was scored
 NUM_ERRORS, NUM_CONFUSIONS = 25, 8

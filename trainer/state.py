@@ -22,6 +22,7 @@ from trainer.batching import Plan, Tokenised
 from trainer.checkpoint import Checkpoint, DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from trainer.config import Config, UserError, as_dict
 from trainer.dropout import DropoutKeys
+from trainer.packed import Forward
 from trainer.processes import StopRequest, Watch
 from trainer.tracking import RunLog
 
@@ -63,7 +64,7 @@ class TrainState:
     stopped: bool = False
     """patience ran out"""
     max_tokens: int | None = None
-    """padded tokens of a micro-batch since memory ran out; None = as configured"""
+    """tokens of a micro-batch since memory ran out; None = as configured"""
     run: Tally = Tally()
     """since the run began"""
     epoch: Tally = Tally()
@@ -84,6 +85,10 @@ class Training:
     accelerator: Accelerator
     model: PeftModel
     """on its device, its forward under autocast; of several ranks each has all of it, or a share of what is frozen"""
+    forward: Forward
+    """how the model computes a batch: padded or packed"""
+    padded_because: str | None
+    """why it is padded, "" where that was asked for; None where it is packed"""
     optimizer: Any
     """the prepared optimizer"""
     trained: dict[str, torch.nn.Parameter]

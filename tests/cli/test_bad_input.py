@@ -255,6 +255,14 @@ def test_remote_code(attempt, backbone):
     )
 
 
+def test_packing_that_cannot_be(attempt, backbone):
+    said = attempt("--model.packed", "maybe")
+    assert said == "model.packed: 'maybe' does not fit; wanted 'auto' or true or false (on the command line)"
+    edit_json(backbone / "config.json", is_decoder=True)
+    said = attempt("--model.name", backbone, "--model.packed", "true")
+    assert said == "model.packed: true is not to be had: this backbone is a decoder; auto pads where it must"
+
+
 def test_pickled_weights(attempt, backbone):
     (backbone / "model.safetensors").rename(backbone / "pytorch_model.bin")
     assert attempt("--model.name", backbone) == (

@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import dropout_cost
+from benchmarks import dropout_cost, scale
 from benchmarks import parity_with_trainer as parity
 from tests.conftest import ROOT
 from tests.parity import ranks
@@ -65,3 +68,47 @@ def test_the_cost_of_dropout_is_kept_for_every_model():
     kept = json.loads((RESULTS / "dropout_cost.json").read_text())
     assert [row["model"] for row in kept["rows"]] == dropout_cost.MODELS
     assert dropout_cost.markdown(kept["rows"]).count("\n") == 1 + len(dropout_cost.MODELS)
+
+
+def test_scale_measures_everything(tiny_backbone, tmp_path):
+    output = tmp_path / "scale.json"
+    options = {"--min": 100, "--max": 100, "--tokenise-max": 10, "--model": tiny_backbone, "--folder": tmp_path}
+    arguments = [*(str(word) for pair in options.items() for word in pair), "--output", output]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/scale.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["measurement"] for row in rows] == ["read", "plan", "resume", "start"]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 2**20 for row in rows)
+    assert scale.markdown(rows) in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
+
+
+def test_scale_tokenises(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    scale.write_rows(tmp_path / "rows.csv", 50)
+    found = scale.measure_tokenise({"file": str(tmp_path / "rows.csv"), "model": str(tiny_backbone), "workers": 2})
+    assert found["tokens"] > 50 * 20 and found["seconds"] > 0
+
+
+def test_scale_is_found_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scale", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--tokenise-max" in done.stdout
+
+
+def test_scale_refuses_what_grows_too_much():
+    def verdicts(name, few, many, **more):
+        rows = [(10**6, few), (10**7, many)]
+        return scale.verdicts(
+            [{"measurement": name, "num_examples": n, "seconds": s, "peak_bytes": 2**30, **more} for n, s in rows]
+        )
+
+    assert verdicts("read", 2, 29) == []
+    assert "grows more than linearly" in verdicts("read", 2, 31)[0]
+    assert verdicts("resume", 0.1, 1, seconds_at={"0": 1, "last": 1.1}) == []
+    assert "depends on the step" in verdicts("resume", 0.1, 1, seconds_at={"0": 1, "last": 2.1})[0]
+    assert verdicts("start", 50, 59) == [] and verdicts("start", 50, 61)[0] == "a start takes 61 s and 1.00 GiB"
+    assert "5.00 GiB" in verdicts("start", 50, 59, peak_bytes=5 * 2**30)[0]

@@ -8,18 +8,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAVES = {"config", "metrics", "tracking", "checkpoint"}
+LEAVES = {"config", "metrics", "figures", "checkpoint", "philox"}
 BELOW_THE_LOOP = LEAVES | {
-    "data", "batching", "optim", "dropout", "model", "adapter", "evaluation", "processes",
+    "tracking", "data", "tokenising", "batching", "optim", "dropout", "packed", "model", "adapter", "evaluation",
+    "processes",
 }  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
-    **{module: {"config"} for module in ("options", "reading", "batching", "optim", "dropout", "processes")},
-    "data": {"config", "reading"},
+    "tracking": {"figures"},
+    **{module: {"config"} for module in ("options", "reading", "batching", "optim", "processes")},
+    "dropout": {"philox"},
+    "texts": {"config", "reading"},
+    "data": {"config", "reading", "texts"},
+    "tokenising": {"data", "texts"},
     "packed": {"config", "dropout"},
-    "model": {"config", "dropout", "packed"},
+    "model": {"config", "dropout"},
     "adapter": LEAVES | {"model"},
-    "evaluation": LEAVES | {"batching", "model"},
+    "evaluation": LEAVES | {"batching", "model", "packed"},
     "state": BELOW_THE_LOOP,
     "loop": BELOW_THE_LOOP | {"state"},
     "pipeline": BELOW_THE_LOOP | {"loop", "options", "state"},

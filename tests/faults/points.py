@@ -237,7 +237,7 @@ def log_ids(folder):
 
 
 def out_of_memory(above, where="forward"):
-    """Memory runs out in "forward", "backward" or "scoring" of a micro-batch of more than `above` padded tokens.
+    """Memory runs out in "forward", "backward" or "scoring" of a micro-batch of more than `above` tokens.
 
     It does so when the work is done: what the failed part has left behind, a gradient above all, must not count.
     Scoring is all that has no backward, the check of the finished adapter too.
@@ -266,10 +266,9 @@ def out_of_memory(above, where="forward"):
 
     for module in ("evaluation", "pipeline") if where == "scoring" else ("loop",):
         replace(f"trainer.{module}:collate", measuring)
-    work = (
-        "accelerate:Accelerator.backward" if where == "backward" else "peft:PeftModelForSequenceClassification.forward"
-    )
-    replace(work, ending)
+    forwards = ["trainer.packed:PackedForward.__call__", "peft:PeftModelForSequenceClassification.forward"]
+    for work in ["accelerate:Accelerator.backward"] if where == "backward" else forwards:
+        replace(work, ending)
 
 
 def forget_an_example(step):

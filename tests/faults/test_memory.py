@@ -15,7 +15,7 @@ LESS = ("no_figures",)
 SETTINGS = {"optim__learning_rate": "1e-3", "checkpoint__every_steps": 4, "tracking__every_steps": 1}
 BUDGET = 100  # as configured in fixtures.py
 ABOVE = 60  # the longest example has less, the largest micro-batch of every step more
-SAYS = re.compile(r"step (\d+): out of memory; going on with at most (\d+) padded tokens at a time")
+SAYS = re.compile(r"step (\d+): out of memory; going on with at most (\d+) tokens at a time")
 TOLERANCE = 1e-6
 
 

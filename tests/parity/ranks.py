@@ -88,9 +88,10 @@ def _rank(end, rank, world_size, port, function, arguments):
 def build(arguments, double=False):
     """What `run.py` with these arguments would train with; in fp64 with `double`."""
     from trainer import model, pipeline
-    from trainer.data import load_corpus, tokenise
+    from trainer.data import load_corpus
     from trainer.options import parse_config
     from trainer.processes import StopRequest, Watch, start_accelerator
+    from trainer.tokenising import tokenise
 
     model.silence_libraries()
     config = parse_config(list(map(str, arguments)))
@@ -300,7 +301,7 @@ def scores(arguments, sizes):
             lengths=run.train.lengths[:size],
         )
         found[size] = score_split(
-            run.model,
+            run.forward,
             part,
             run.accelerator,
             max_tokens=run.eval_max_tokens,

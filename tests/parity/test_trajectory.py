@@ -27,12 +27,13 @@ def found(parity_arguments):
     """Per rank {budget: (adapter, curve, number of micro-batches)} of whole runs; computed once."""
 
     @functools.cache
-    def compute(world_size, dropout, wrong=None):
+    def compute(world_size, dropout, wrong, packed):
         budgets = [max(20, budget // world_size) for budget in BUDGETS]
-        arguments = [*parity_arguments("whole", dropout, *SETTINGS), "--run.name", f"{world_size}-{dropout}"]
+        name = f"{world_size}-{dropout}-{packed}"
+        arguments = [*parity_arguments("whole", dropout, *SETTINGS), "--model.packed", packed, "--run.name", name]
         return on_ranks(world_size, whole_runs, arguments, budgets if wrong is None else budgets[-1:], wrong)
 
-    return compute
+    return lambda world_size, dropout, wrong=None, packed="true": compute(world_size, dropout, wrong, packed)
 
 
 def distance(one, other):
@@ -41,12 +42,14 @@ def distance(one, other):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_any_ranks_and_micro_batches_train_the_same_adapter(found, world_size, dropout):
-    expected, curve, _ = found(1, dropout)[0][10_000]
+@pytest.mark.parametrize(
+    ("world_size", "packed"), [(1, "true"), (2, "true"), (3, "true"), (4, "true"), (1, "false"), (2, "false")]
+)
+def test_any_ranks_and_micro_batches_train_the_same_adapter(found, world_size, dropout, packed):
+    expected, curve, _ = found(1, dropout, packed="false")[0][10_000]
     assert [line["step"] for line in curve if "train/learning_rate" in line] == [1, 2, 3, 4, 5, 6]
     assert len([line for line in curve if "validation/accuracy" in line]) == 2
-    for rank, results in enumerate(found(world_size, dropout)):
+    for rank, results in enumerate(found(world_size, dropout, packed=packed)):
         for adapter, lines, _ in results.values():
             assert distance(adapter, expected) < TOLERANCE
             assert len(lines) == (0 if rank else len(curve))
@@ -58,9 +61,10 @@ def test_any_ranks_and_micro_batches_train_the_same_adapter(found, world_size, d
 
 
 def test_the_cuts_are_as_various_as_they_should_be(found):
-    counts = [number for _, _, number in found(1, 0.0)[0].values()]
-    assert counts[:3] == [1, 2, 4]
-    assert counts[3] > 8
+    for packed in ("true", "false"):
+        counts = [number for _, _, number in found(1, 0.0, packed=packed)[0].values()]
+        assert counts[0] == 1 < counts[1] < counts[2] <= 4
+        assert counts[3] > 8
     assert all(number > 1 for _, _, number in list(found(4, 0.0)[0].values())[1:])
 
 

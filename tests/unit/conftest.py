@@ -1,5 +1,6 @@
 """Fixtures of several unit tests."""
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -16,3 +17,11 @@ def unlaunched(monkeypatch):
     yield monkeypatch
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for a test: the folder that ours is in."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder / "isotrain"

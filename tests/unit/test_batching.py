@@ -1,6 +1,7 @@
 """The plan: each example once an epoch, each of a global batch once a step, on any number of ranks."""
 
 import csv
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,6 +145,33 @@ def test_splitting_by_tokens_as_documented():
     assert split_by_tokens([], 4) == []
 
 
+def test_packed_parts_are_as_few_as_can_be_and_about_equal():
+    lengths = [50, 40, 30, 30, 20, 20, 10]
+    assert split_by_tokens(lengths, 100, packed=True) == [[0], [1, 2], [3, 4, 5, 6]], "50, 70 and 80"
+    assert split_by_tokens(lengths, 190, packed=True) == [[0, 1], [2, 3, 4, 5, 6]], "not 190 and 10"
+    assert split_by_tokens(lengths, 1, packed=True) == [[i] for i in range(7)]
+    assert split_by_tokens([], 4, packed=True) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packed_parts_take_each_once_within_the_budget(seed):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 60, generator.integers(1, 90))
+    max_tokens = int(generator.integers(1, 400))
+    parts = split_by_tokens(lengths, max_tokens, packed=True)
+    assert sorted(position for part in parts for position in part) == list(range(len(lengths)))
+    sums = [int(lengths[part].sum()) for part in parts]
+    assert all(tokens <= max_tokens or len(part) == 1 for part, tokens in zip(parts, sums, strict=True))
+    order = [lengths[position] for part in parts for position in part]
+    assert order == sorted(order, reverse=True)
+    fewest, tokens = 1, 0  # cutting only where the next example does not fit
+    for length in order:
+        fewest, tokens = (fewest + 1, length) if tokens and tokens + length > max_tokens else (fewest, tokens + length)
+    assert len(parts) == fewest
+    if max_tokens >= 2 * lengths.max():
+        assert max(sums) - min(sums) <= 2 * lengths.max()
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_splitting_by_tokens_takes_each_once_within_the_budget(seed):
     generator = np.random.default_rng(seed)
@@ -212,6 +240,27 @@ def test_collate_pads_no_further_than_the_longest_of_the_batch(examples):
     batch = collate(examples, part.ids, part.weights, pad_token_id=9, device=CPU)
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
     assert batch.inputs["input_ids"].tolist() == [[20]]
+
+
+def test_collate_packs_end_to_end_in_the_order_asked_for(examples):
+    batch = collate(examples, np.array([2, 0, 1]), np.ones(3), pad_token_id=None, device=CPU)
+    assert {name: tensor.tolist() for name, tensor in batch.inputs.items()} == {
+        "input_ids": [30, 31, 32, 33, 10, 11, 12, 20],
+        "token_type_ids": [0, 1, 1, 1, 0, 0, 1, 0],
+    }
+    assert {tensor.dtype for tensor in batch.inputs.values()} == {torch.int64}
+    assert batch.labels.tolist() == [1, 2, 0]
+    assert batch.lengths.tolist() == [4, 3, 1]
+
+
+def test_a_packed_plan_counts_no_padding():
+    plan = plan_of(101, batch_size=32)
+    packed = dataclasses.replace(plan, packed=True)
+    for step in range(plan.steps_per_epoch):
+        assert packed.num_padded_tokens(step, 2) == plan.num_tokens(step) < plan.num_padded_tokens(step, 2)
+        parts = [part.ids for rank in range(2) for part in packed.micro_batches(step, rank, 2) if part.weights.any()]
+        assert packed.largest(step, 2)[1] == max(int(plan.lengths[part].sum()) for part in parts)
+        assert sorted(np.concatenate(parts).tolist()) == sorted(plan.global_batch(step).tolist())
 
 
 # --- when memory runs out ---

@@ -249,7 +249,7 @@ def test_unknown_recipe_names_the_nearest():
         ("batch.size", "true", "int"),
         ("optim.learning_rate", "fast", "float"),
         ("run.precision", "tf32", "'auto' or 'no' or 'fp16' or 'bf16'"),
-        ("run.quiet", "perhaps", "bool"),
+        ("run.quiet", "perhaps", "true or false"),
         ("data.text_columns", "title", "list[str]; write [title]"),
         ("data.test.label_column", "[a]", None),
         ("optim.betas", "[0.9]", "tuple[float, float]"),
@@ -360,7 +360,7 @@ OTHER = {
 SAME = {
     "run.name": "x", "run.output_dir": "x", "run.resume": "never", "run.quiet": "true", "data.train": "x",
     "data.validation": "x", "data.test": "x", "batch.max_tokens": "9", "batch.eval_max_tokens": "9", "model.name": "x",
-    "model.revision": "x", "peft.max_trainable_parameters": "9", "checkpoint.every_steps": "9",
+    "model.revision": "x", "model.packed": "false", "peft.max_trainable_parameters": "9", "checkpoint.every_steps": "9",
     "checkpoint.keep_last": "9", "tracking.every_steps": "9", "tracking.backends": "[]",
 }  # fmt: skip
 

@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import os
-import time
 
 import datasets
 import numpy as np
@@ -9,19 +7,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import WORDS, write_csv
+from tests.conftest import write_csv
 from trainer.config import DataConfig, Source, UserError
-from trainer.data import Examples, TextSplit, load_corpus, load_for_prediction, tokenise
+from trainer.data import load_corpus, load_for_prediction
 
 ROWS = [("goal one", "b"), ("goal two", "a"), ("win", "b"), ("bank", "a")]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache of its own for each test."""
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder / "isotrain"
+@pytest.fixture(autouse=True, params=["in memory", "kept"])
+def large(request, cache, monkeypatch):
+    """Each test with its own cache, and twice: its files are small, and as if they were large, in small chunks."""
+    if request.param == "kept":
+        monkeypatch.setattr("trainer.texts.LARGE", 0)
+        monkeypatch.setattr("trainer.reading.CHUNK", 3)
 
 
 def load(train, seed=1, **settings):
@@ -511,156 +509,3 @@ def test_load_for_prediction(tmp_path):
     assert load_for_prediction(Source(str(path)), config, ["neg", "pos"], None)[0].labels.tolist() == [1, 0]
     with pytest.raises(UserError, match=r"^--input: .*y\.csv has no column 'id'"):
         load_for_prediction(Source(str(path)), config, ["neg", "pos"], "id")
-
-
-# --- tokenising -------------------------------------------------------------------------------------------------------
-
-
-def split_of(texts, pairs=None):
-    return TextSplit("train", "here", texts, pairs, np.zeros(len(texts), dtype=np.int64), np.arange(len(texts)))
-
-
-def example(examples, i):
-    return examples.tokens[examples.offsets[i] : examples.offsets[i + 1]].tolist()
-
-
-def words(count, seed=0):
-    chooser = np.random.default_rng(seed)
-    return [" ".join(chooser.choice(WORDS, chooser.integers(1, 30))) for _ in range(count)]
-
-
-@pytest.fixture(scope="session")
-def bert_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *dict.fromkeys(WORDS)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("count", [1, 999, 1000, 1001, 10001])
-def test_tokenise_equals_the_tokenizer(tiny_tokenizer, count):
-    texts = words(count)
-    examples = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
-    direct = tiny_tokenizer(texts, truncation=True, max_length=16)["input_ids"]
-    assert len(examples) == count and examples.token_types is None
-    assert examples.lengths.tolist() == [len(ids) for ids in direct]
-    assert examples.tokens.tolist() == [token for ids in direct for token in ids]
-    assert examples.offsets.tolist() == [0, *np.cumsum(examples.lengths)]
-    assert max(examples.lengths) == 16 or count == 1
-    assert (examples.tokens.dtype, examples.offsets.dtype, examples.lengths.dtype) == (np.int32, np.int64, np.int64)
-
-
-def test_tokenise_pairs_with_types(bert_tokenizer):
-    left, right = words(1203, seed=1), words(1203, seed=2)
-    examples = tokenise(split_of(left, right), bert_tokenizer, 20, quiet=True)
-    direct = bert_tokenizer(left, right, truncation=True, max_length=20)
-    assert examples.tokens.tolist() == [token for ids in direct["input_ids"] for token in ids]
-    assert examples.token_types.tolist() == [kind for kinds in direct["token_type_ids"] for kind in kinds]
-    assert examples.token_types.dtype == np.int8
-    assert examples.lengths.max() == 20 and example(examples, 7) == direct["input_ids"][7]
-    assert tokenise(split_of(left), bert_tokenizer, 20, quiet=True).token_types is None
-
-
-def test_tokenise_unlabelled(tiny_tokenizer):
-    split = dataclasses.replace(split_of(["goal", "win"]), labels=None)
-    assert tokenise(split, tiny_tokenizer, 16, quiet=True).labels.tolist() == [0, 0]
-
-
-def arrow_files(cache):
-    return sorted(cache.glob("*.arrow"))
-
-
-def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
-    split = split_of(words(50))
-    first = tokenise(split, tiny_tokenizer, 16, quiet=True)
-    (file,) = arrow_files(cache)
-    monkeypatch.setattr("trainer.data._encode", lambda *_: pytest.fail("tokenised again"))
-    # truncation and padding of earlier calls are no part of the tokenizer
-    tiny_tokenizer(["goal"], truncation=True, max_length=3, padding="max_length")
-    second = tokenise(split, tiny_tokenizer, 16, quiet=True)
-    assert arrow_files(cache) == [file]
-    assert second.fingerprint() == first.fingerprint()
-
-
-@pytest.mark.parametrize("change", ["text", "order", "max_length", "pairs", "empty pairs", "tokenizer"])
-def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, change):
-    texts = words(50)
-    before = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
-    tokenizer, pairs, length = tiny_tokenizer, None, 16
-    if change == "text":
-        texts = [*texts[:-1], "goal"]
-    if change == "order":
-        texts = texts[::-1]
-    if change == "max_length":
-        length = 15
-    if change == "pairs":
-        pairs = texts
-    if change == "empty pairs":
-        pairs = [""] * 50
-    if change == "tokenizer":
-        tokenizer = bert_tokenizer
-    after = tokenise(split_of(texts, pairs), tokenizer, length, quiet=True)
-    assert len(arrow_files(cache)) == 2
-    direct = tokenizer(texts, pairs, truncation=True, max_length=length)["input_ids"]
-    assert after.tokens.tolist() == [token for ids in direct for token in ids]
-    assert after.fingerprint() != before.fingerprint()
-
-
-@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "other length"])
-def test_damaged_cache_file_is_made_anew(tiny_tokenizer, cache, damage):
-    split = split_of(words(2500))
-    before = tokenise(split, tiny_tokenizer, 16, quiet=True)
-    (file,) = arrow_files(cache)
-    content = file.read_bytes()
-    if damage == "other length":
-        tokenise(split_of(words(30)), tiny_tokenizer, 16, quiet=True)
-        (other,) = set(arrow_files(cache)) - {file}
-        other.rename(file)
-    else:
-        cut = {"cut": content[: len(content) // 2], "cut late": content[:-200], "empty": b"", "foreign": b"x" * 5000}
-        file.write_bytes(cut[damage])
-    again = tokenise(split, tiny_tokenizer, 16, quiet=True)
-    assert again.fingerprint() == before.fingerprint()
-    assert file.read_bytes() == content or len(datasets.Dataset.from_file(str(file))) == 2500
-
-
-def test_cache_that_cannot_be_written(tiny_tokenizer, tmp_path, monkeypatch):
-    write(tmp_path / "file", "")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "below")
-    examples = tokenise(split_of(["goal", "win"]), tiny_tokenizer, 16, quiet=True)
-    assert examples.lengths.tolist() == [3, 3]
-
-
-def test_fingerprint_sees_everything_that_trains():
-    base = Examples(np.arange(4), np.array([0, 2, 4]), None, np.array([0, 1]), np.array([2, 2]))
-    others = [
-        dataclasses.replace(base, tokens=np.array([0, 1, 2, 9])),
-        dataclasses.replace(base, offsets=np.array([0, 1, 4])),
-        dataclasses.replace(base, labels=np.array([1, 0])),
-        dataclasses.replace(base, token_types=np.array([0, 0, 0, 1])),
-        dataclasses.replace(base, token_types=np.array([0, 1, 0, 1])),
-    ]
-    assert len({part.fingerprint() for part in [base, *others]}) == 6
-    assert dataclasses.replace(base, tokens=np.arange(4)).fingerprint() == base.fingerprint()
-
-
-def test_reading_is_quick(tmp_path):
-    path = write_csv(tmp_path / "x.csv", [(f"some text of row {i}", i % 4) for i in range(50_000)])
-    started = time.process_time()
-    load(path)
-    assert time.process_time() - started < 5
-
-
-def test_progress_bars_are_back_afterwards(tiny_tokenizer):
-    assert os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS") is None
-    tokenise(split_of(["goal", "win"]), tiny_tokenizer, 16, quiet=True)
-    assert datasets.are_progress_bars_disabled() is False

@@ -137,8 +137,8 @@ CUTS = {
 def test_masks_depend_on_no_batch(family, texts):
     model, keys = build(family)
     assert not keys.unreached
-    assert None not in keys.sites
-    kinds = {site.kind for site in keys.sites}
+    assert None not in keys.sites.values()
+    kinds = {site.kind for site in keys.sites.values()}
     assert kinds == {"tokens", "attention", "pooled"}
     whole = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
     assert all(f"lora_{part}" in " ".join(whole[1]) for part in "AB")
@@ -174,7 +174,7 @@ def test_each_kind_of_site_alone(where, texts):
     model = get_peft_model(AutoModelForSequenceClassification.from_config(config), lora).double().train()
     keys = install(model, SEED)
     expected = {"hidden": "tokens", "attention": "attention", "pooled": "pooled", "lora": "tokens"}
-    assert {site.kind for site in keys.sites} == {expected[where]}
+    assert {site.kind for site in keys.sites.values()} == {expected[where]}
     whole = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
     for cut, how in CUTS.items():
         assert difference(whole, logits_and_gradients(model, keys, texts, **how)) < 1e-12, cut
@@ -210,6 +210,43 @@ def test_installing_changes_no_weight_and_no_mode():
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(type(module) is nn.Dropout for module in model.modules())
+
+
+# --- drawn by the device that drops ---
+
+DRAWN = {
+    "tokens": (Site("tokens", 12), [(18, 12), (4, 9, 12), (4, 11, 12), (4, 1, 12)]),
+    "tokens, not in whole words": (Site("tokens", 5), [(18, 5), (4, 9, 5), (4, 1, 5)]),
+    "attention": (Site("attention", 3), [(4, 3, 9, 9), (4, 3, 1, 9)]),
+    "pooled": (Site("pooled", 10), [(4, 10)]),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("seed", [SEED, 2**63 - 1])
+def test_a_device_draws_the_masks_that_the_host_draws(kind, seed):
+    """Run on the CPU: it stands for the device, whose integers are the same."""
+    site, shapes = DRAWN[kind]
+    keys = DropoutKeys(seed)
+    keys.sites = {("before", 1): Site("pooled", 3), ("caller", 1): site}
+    with keys.micro_batch(2**40, np.array([0, 7, 3, 10**9]), np.array([5, 3, 9, 1])):
+        starts = keys._starts["caller", 1]
+        for shape in shapes:
+            x = torch.zeros(shape)
+            host, device = (make(site, starts, x, 0.3, 0) for make in (keys._keep, keys._keep_on_device))
+            assert torch.equal(host, device), shape
+            assert 0 < host.float().mean() < 1
+            if len(shape) > 2 or kind == "pooled":  # a group of examples
+                x = x[1:3]
+                host, device = (make(site, starts, x, 0.3, 1) for make in (keys._keep, keys._keep_on_device))
+                assert torch.equal(host, device), shape
+
+
+def test_training_with_masks_drawn_by_the_device_is_the_same(texts, monkeypatch):
+    model, keys = build("roberta")
+    expected = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
+    monkeypatch.setattr(keys, "_keep", keys._keep_on_device)
+    assert difference(expected, logits_and_gradients(model, keys, texts, [[0, 2], [1, 3, 4]])) < 1e-12
 
 
 # --- evaluation, and outside of a keyed micro-batch ---
@@ -300,10 +337,10 @@ def test_a_site_is_known_by_its_shape(shape, site):
 def keep_masks(p, num_examples, step=0, seed=SEED, num_sites=1, width=500):
     """Which units stay, bool [sites, examples, width], of `pooled` sites."""
     keys = DropoutKeys(seed)
-    keys.sites = [Site("pooled", width)] * num_sites
+    keys.sites = {("caller", 1 + call): Site("pooled", width) for call in range(num_sites)}
     ones = torch.ones(num_examples, width)
     with keys.micro_batch(step, np.arange(num_examples), np.full(num_examples, 4)):
-        return torch.stack([keys.drop(ones, p) != 0 for _ in range(num_sites)]).numpy()
+        return torch.stack([keys.drop(ones, p, "caller") != 0 for _ in range(num_sites)]).numpy()
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.999])
@@ -328,10 +365,10 @@ def test_the_threshold_is_drawn_so_that_the_rate_is_exact_on_average():
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
 def test_the_expectation_is_kept(p):
     keys = DropoutKeys(SEED)
-    keys.sites = [Site("tokens", 32)]
+    keys.sites = {("caller", 1): Site("tokens", 32)}
     x = torch.linspace(0.5, 1.5, 20 * 32, dtype=torch.float64).reshape(20, 32)
     with keys.micro_batch(0, np.arange(3000), np.full(3000, 20)):
-        dropped = keys.drop(x.expand(3000, 20, 32), p)
+        dropped = keys.drop(x.expand(3000, 20, 32), p, "caller")
     values = dropped[dropped != 0] / x.expand(3000, 20, 32)[dropped != 0]
     assert torch.allclose(values, torch.full_like(values, 1 / (1 - p)))
     spread = np.sqrt(p / (1 - p) / 3000)

@@ -11,6 +11,7 @@ import torch
 from trainer import evaluation
 from trainer.config import UserError
 from trainer.evaluation import csv_text, predictions, score_split, write_evaluation
+from trainer.packed import PaddedForward
 from trainer.processes import start_accelerator
 
 PAD = 0
@@ -50,7 +51,7 @@ def examples_of(count, seed=0):
 
 def score(model, examples, accelerator, **settings):
     settings = {"max_tokens": 64, "pad_token_id": PAD, "num_labels": 3, **settings}
-    return score_split(model, examples, accelerator, **settings)
+    return score_split(PaddedForward(model), examples, accelerator, **settings)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 53])

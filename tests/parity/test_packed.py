@@ -1,0 +1,270 @@
+"""Packed == padded == one by one: logits and gradients, in every family and with every PEFT method, dropout on."""
+
+import copy
+import itertools
+
+import numpy as np
+import peft
+import pytest
+import torch
+from peft import TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig, XLMRobertaConfig
+
+from tests.unit.test_model import METHODS
+from trainer import dropout, packed
+from trainer.packed import PackedForward, PaddedForward, lay_out, why_not_packed
+
+PAD = 1
+FAMILIES = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
+SIZE = {
+    "vocab_size": 60, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "num_labels": 3, "type_vocab_size": 2,
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+LENGTHS = [13, 13, 12, 11, 9, 4, 4, 1]
+WHOLE = [list(range(len(LENGTHS)))]
+CUTS = {
+    "in order": WHOLE,
+    "out of order": [[5, 0, 7, 3, 1, 2, 6, 4]],
+    "in two": [[0, 2, 3], [1, 4, 5, 6, 7]],
+    "one by one": [[i] for i in range(len(LENGTHS))],
+}
+LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False, "lora_dropout": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(family="roberta", method="LORA", options=LORA, p=0.1, dtype=torch.float64):
+    """A model in training mode, all of whose trained tensors are away from their start; and its dropout keys."""
+    torch.manual_seed(0)
+    config = FAMILIES[family](**SIZE, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+    model = AutoModelForSequenceClassification.from_config(config)
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
+    model = get_peft_model(model, kind(task_type=TaskType.SEQ_CLS, **options)).to(dtype).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model, dropout.install(model, seed=7)
+
+
+def inputs_of(order, pad, segments):
+    """Tokens of the examples `order` as the model takes them: padded, or end to end."""
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(3, 60, length) for length in LENGTHS]
+    kinds = [(np.arange(length) > length // 2).astype(np.int64) for length in LENGTHS]
+    named = {"input_ids": (texts, PAD)} | ({"token_type_ids": (kinds, 0)} if segments else {})
+    if not pad:
+        return {name: torch.from_numpy(np.concatenate([rows[i] for i in order])) for name, (rows, _) in named.items()}
+    longest = max(LENGTHS[i] for i in order)
+    padded = {
+        name: np.stack([np.pad(rows[i], (0, longest - LENGTHS[i]), constant_values=fill) for i in order])
+        for name, (rows, fill) in named.items()
+    }
+    padded["attention_mask"] = (np.arange(longest) < np.array([[LENGTHS[i]] for i in order])).astype(np.int64)
+    return {name: torch.from_numpy(array) for name, array in padded.items()}
+
+
+def results(forward, keys, batches=WHOLE, segments=False, compute_type=None):
+    """Logits [N, C] by example and the gradient of all that trains; the loss weighs examples and classes unlike."""
+    forward.model.zero_grad()
+    logits = torch.zeros(len(LENGTHS), SIZE["num_labels"], dtype=torch.float64)
+    for order in batches:
+        lengths = np.array([LENGTHS[i] for i in order])
+        with (
+            keys.micro_batch(3, np.array(order), lengths),
+            torch.autocast("cpu", compute_type or torch.bfloat16, enabled=compute_type is not None),
+        ):
+            found = forward(inputs_of(order, not forward.packed, segments), lengths)
+        weights = torch.tensor([[1.0 + i, -2.0, 0.5 * i] for i in order], dtype=found.dtype)
+        (found.log_softmax(dim=-1) * weights).sum().backward()
+        logits[order] = found.detach().double()
+    named = {name: p.grad.clone() for name, p in forward.model.named_parameters() if p.requires_grad}
+    return logits, named
+
+
+def difference(one, other):
+    """Largest difference of a logit, and of a gradient's entry, each relative to the largest there is."""
+    assert one[1].keys() == other[1].keys()
+    scale = max(gradient.abs().max() for gradient in one[1].values())
+    worst = max((one[1][name] - other[1][name]).abs().max() for name in one[1])
+    return max(float((one[0] - other[0]).abs().max() / one[0].abs().max()), float(worst / scale))
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_is_padded_is_one_by_one(family, p, segments):
+    model, keys = build(family, options={**LORA, "lora_dropout": p}, p=p)
+    assert why_not_packed(model) is None
+    expected = results(PaddedForward(model), keys, segments=segments)
+    assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
+    forward = PackedForward(model, keys)
+    for cut, batches in CUTS.items():
+        assert difference(expected, results(forward, keys, batches, segments)) < 1e-12, cut
+    model.eval()
+    padded, unpadded = (results(f, keys, CUTS["in two"], segments) for f in (PaddedForward(model), forward))
+    assert difference(padded, unpadded) < 1e-12
+    assert (difference(padded, expected) > 1e-3) == (p > 0), "dropout did not drop"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_peft_method(method):
+    model, keys = build(method=method.split(" ")[0], options=METHODS[method])
+    expected = results(PaddedForward(model), keys)
+    limit = 1e-6 if method in {"C3A", "FOURIERFT"} else 1e-12  # these two compute in fp32 whatever they are given
+    assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"])) < limit
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["key"]},
+        {"target_modules": ["dense"]},
+        {"target_modules": ["query", "word_embeddings"]},
+        {"layers_to_transform": [1]},
+        {"rank_pattern": {"value": 5}, "alpha_pattern": {"value": 3}},
+        {"lora_bias": True},
+        {"modules_to_save": ["LayerNorm"]},
+        {"modules_to_save": ["key"]},
+    ],
+    ids=str,
+)
+def test_whatever_lora_is_put_on(options):
+    model, keys = build(options={**LORA, **options})
+    expected = results(PaddedForward(model), keys)
+    assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-12
+
+
+def test_query_key_and_value_are_one_product_where_they_can_be():
+    joined = [projection.joined for projection in PackedForward(*build())._projections]
+    assert joined == [True] * 3
+    dora, keys = build(options={**LORA, "use_dora": True})
+    assert not any(projection.joined for projection in PackedForward(dora, keys)._projections)
+
+
+def test_joining_takes_no_memory_and_changes_no_weight():
+    model, keys = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    forward = PackedForward(model, keys)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in after.values()}
+    assert sum(kept.values()) == sum(tensor.untyped_storage().nbytes() for tensor in before.values())
+    assert all(projection.weight.untyped_storage().data_ptr() in kept for projection in forward._projections)
+
+
+@pytest.mark.parametrize("compute_type", [None, torch.bfloat16])
+def test_in_the_types_of_training(compute_type):
+    """In bf16 within what rounding gives: as far from fp32 as the padded forward is, and no farther from that."""
+    model, keys = build(dtype=torch.float32)
+    exact = results(PaddedForward(model), keys)
+    if compute_type is not None:
+        from trainer.model import cast_frozen
+
+        cast_frozen(model, compute_type)
+    padded = results(PaddedForward(model), keys, compute_type=compute_type)
+    unpadded = results(PackedForward(model, keys), keys, CUTS["in two"], compute_type=compute_type)
+    if compute_type is None:
+        assert difference(padded, unpadded) < 1e-5
+    else:
+        assert difference(exact, unpadded) < 1.5 * difference(exact, padded) < 0.1
+        assert difference(padded, unpadded) < 2 * difference(exact, padded)
+
+
+# --- mistakes that the tests above would see ---
+
+
+def without_mask(layout):
+    for group in layout.groups:
+        group.bias.zero_()
+
+
+def positions_run_on(layout):
+    layout.positions.copy_(torch.arange(len(layout.positions)).clamp(max=60))
+
+
+def first_tokens_one_too_far(layout):
+    layout.starts[:-1] += 1
+
+
+@pytest.mark.parametrize("mistake", [without_mask, positions_run_on, first_tokens_one_too_far])
+def test_a_wrong_layout_would_be_seen(mistake, monkeypatch):
+    model, keys = build()
+    expected = results(PaddedForward(model), keys)
+
+    def wrong(*given):
+        layout = lay_out(*given)
+        mistake(layout)
+        return layout
+
+    monkeypatch.setattr(packed, "lay_out", wrong)
+    assert difference(expected, results(PackedForward(model, keys), keys)) > 1e-3
+
+
+def test_a_gradient_that_leaks_from_the_padding_would_be_seen(monkeypatch):
+    """Logits right and gradients wrong: what comes back to padding is added to some token's."""
+    model, keys = build()
+    expected = results(PaddedForward(model), keys)
+
+    def leaking(ctx, gradient):
+        index, _ = ctx.saved_tensors
+        return gradient.new_zeros(ctx.num_rows, *gradient.shape[1:]).index_add_(0, index, gradient + 1e-3), None, None
+
+    monkeypatch.setattr(packed._Gather, "backward", staticmethod(leaking))
+    found = results(PackedForward(model, keys), keys)
+    assert (found[0] - expected[0]).abs().max() < 1e-12
+    assert difference(expected, found) > 1e-4
+
+
+# --- the layout ---
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_layout_puts_each_token_in_one_place(seed):
+    generator = np.random.default_rng(seed)
+    lengths = np.sort(generator.integers(1, 60, generator.integers(1, 40)))[::-1].copy()
+    layout = lay_out(lengths, torch.device("cpu"))
+    assert layout.starts.tolist() == [0, *np.cumsum(lengths)[:-1]]
+    assert layout.positions.tolist() == list(itertools.chain(*map(range, lengths)))
+    assert [group.first for group in layout.groups] == [0, *np.cumsum([group.size for group in layout.groups])[:-1]]
+    assert sum(group.size for group in layout.groups) == len(lengths)
+    num_places = sum(group.size * group.longest for group in layout.groups)
+    assert num_places * packed.LIKE_LENGTH <= lengths.sum() + len(layout.groups)
+    open_places = np.concatenate([(group.bias == 0).flatten().numpy() for group in layout.groups])
+    # query and key share their places: what is open for attention are the places of tokens
+    assert np.flatnonzero(open_places).tolist() == layout.places.tolist()
+    if layout.tokens is None:
+        assert num_places == lengths.sum()
+    else:
+        assert layout.tokens[layout.places].tolist() == list(range(lengths.sum()))
+
+
+def test_what_cannot_be_packed_says_why():
+    model, _ = build()
+    decoder = copy.deepcopy(model)
+    decoder.get_base_model().config.is_decoder = True
+    assert "decoder" in why_not_packed(decoder)
+    other = copy.deepcopy(model)
+    other.get_base_model().config.position_embedding_type = "relative_key"
+    assert "relative_key" in why_not_packed(other)
+
+
+@pytest.mark.parametrize("family", ["electra", "distilbert", "modernbert", "deberta-v2", "albert"])
+def test_other_families_are_padded(family):
+    from transformers import CONFIG_MAPPING
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    distil = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
+    config = CONFIG_MAPPING[family](vocab_size=60, pad_token_id=1, **(distil if family == "distilbert" else sizes))
+    model = AutoModelForSequenceClassification.from_config(config)
+    targets = {"distilbert": ["q_lin"], "modernbert": ["Wqkv"], "deberta-v2": ["query_proj"]}.get(family, ["query"])
+    lora = peft.LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=targets)
+    assert family in why_not_packed(get_peft_model(model, lora))

@@ -1,0 +1,368 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import ROOT, write_csv
+from trainer.config import DataConfig, Source, UserError
+from trainer.data import load_corpus, load_for_prediction
+from trainer.reading import Origin
+from trainer.texts import Texts, digests
+
+ROWS = [(f"text {i} é" + " goal" * (i % 7), "abc"[i % 3]) for i in range(100)]
+AWKWARD = [
+    "x",
+    "goal " * 30_000,
+    "a\0b",
+    "\U0001f600 🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+    "e\u0301",
+    "\u202eteam",
+    "one\ntwo\r\nthree",
+    '"quoted", "a"',
+    "中文",
+    "NA",
+]
+
+
+@pytest.fixture(autouse=True)
+def keep_all(cache, monkeypatch):
+    """Keeps the rows of small sources too, and reads them in chunks that divide by nothing."""
+    monkeypatch.setattr("trainer.texts.LARGE", 0)
+    monkeypatch.setattr("trainer.reading.CHUNK", 7)
+
+
+def load(train, seed=1, **settings):
+    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), seed, quiet=True)
+
+
+def in_memory(*arguments, **settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.texts.LARGE", 2**40)
+        return load(*arguments, **settings)
+
+
+def kept_rows(cache):
+    return sorted(cache.glob("*.rows"))
+
+
+def content(corpus):
+    """All that a corpus says, for comparison."""
+    return corpus.label_names, corpus.warnings, corpus.summary(), {
+        name: (
+            list(s.texts), s.text_pairs and list(s.text_pairs), s.labels.tolist(), s.rows.tolist(), s.digests.tolist()
+        )
+        for name, s in corpus.splits.items()
+    }  # fmt: skip
+
+
+def as_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+    return path
+
+
+def as_json(path, rows):
+    path.write_text(json.dumps([{"text": text, "label": label} for text, label in rows]))
+    return path
+
+
+def as_parquet(path, rows):
+    texts, labels = zip(*rows, strict=True)
+    pq.write_table(pa.table({"text": list(texts), "label": list(labels)}), path, row_group_size=11)
+    return path
+
+
+WRITERS = {"csv": write_csv, "jsonl": as_jsonl, "json": as_json, "parquet": as_parquet}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_kept_rows_equal_those_in_memory(tmp_path, cache, kind):
+    path = WRITERS[kind](tmp_path / f"x.{kind}", ROWS)
+    plain = in_memory(path, validation_fraction=0.2)
+    assert not cache.exists()
+    first, second = load(path, validation_fraction=0.2), load(path, validation_fraction=0.2)
+    assert content(first) == content(second) == content(plain)
+    assert len(kept_rows(cache)) == 1
+    assert second.splits["train"].texts.file is not None and plain.splits["train"].texts.file is None
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_awkward_texts(tmp_path, kind):
+    path = WRITERS[kind](tmp_path / f"x.{kind}", [(text, i % 2) for i, text in enumerate(AWKWARD)])
+    for _ in range(2):
+        split = load(path).splits["train"]
+        assert split.texts == [text.strip() for text in AWKWARD]
+        assert [split.texts[i] for i in range(len(AWKWARD))] == list(split.texts)
+
+
+def test_pairs_some_of_them_awkward(tmp_path):
+    pairs = ["y", "\U0001f600", "a\0b", "z " * 50_000, "y"] * 5
+    rows = [(f"text {i}", pair, i % 2) for i, pair in enumerate(pairs)]
+    path = write_csv(tmp_path / "x.csv", rows, ("p", "q", "label"))
+    layout = {"text_columns": ["p"], "text_pair_columns": ["q"]}
+    assert content(load(path, **layout)) == content(load(path, **layout)) == content(in_memory(path, **layout))
+
+
+def test_rows_are_read_once(tmp_path, cache, monkeypatch):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    first = content(load(path))
+    monkeypatch.setattr(Origin, "chunks", lambda *_: pytest.fail("read again"))
+    assert content(load(path)) == first
+    path.rename(tmp_path / "moved.csv")  # neither name nor time counts
+    assert content(load(tmp_path / "moved.csv")) == first
+    assert load(tmp_path / "moved.csv", label_names=["c", "b", "a"]).splits["train"].labels.tolist()[:3] == [2, 1, 0]
+
+
+def test_changed_file_never_meets_old_rows(tmp_path, cache):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    before, times = load(path), path.stat()
+    write_csv(path, [("TEXT 0" + ROWS[0][0][6:], ROWS[0][1]), *ROWS[1:]])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    after = load(path)
+    assert after.splits["train"].texts[0].startswith("TEXT 0") and before.splits["train"].texts[0].startswith("text 0")
+    assert after.splits["train"].texts[1:] == before.splits["train"].texts[1:]
+    assert len(kept_rows(cache)) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"text_columns": ["t"]}, {"text_columns": ["t", "text"]}, {"label_column": "n"}, {"text_pair_columns": ["t"]},
+     {"column_names": ["a", "text", "label", "d"]}],
+)  # fmt: skip
+def test_other_layout_never_meets_old_rows(tmp_path, other):
+    rows = [(f"title {i}", f"text {i}", "ab"[i % 2], i % 3) for i in range(30)]
+    path = write_csv(tmp_path / "x.csv", rows, ("t", "text", "label", "n"))
+    load(path)
+    assert content(load(path, **other)) == content(in_memory(path, **other))
+
+
+def test_files_in_another_order_are_another_source(tmp_path):
+    write_csv(tmp_path / "a.csv", ROWS[:50])
+    write_csv(tmp_path / "b.csv", ROWS[50:])
+    first = load(tmp_path / "*.csv").splits["train"].texts
+    (tmp_path / "a.csv").rename(tmp_path / "c.csv")
+    second = load(tmp_path / "*.csv").splits["train"].texts
+    assert first == [text for text, _ in ROWS] and second == [text for text, _ in ROWS[50:] + ROWS[:50]]
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "absent"])
+def test_damaged_rows_are_made_anew(tmp_path, cache, damage):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    before = content(load(path))
+    (file,) = kept_rows(cache)
+    whole = file.read_bytes()
+    file.unlink()  # not in place: the first corpus still has it mapped
+    if damage != "absent":
+        cut = {"cut": whole[: len(whole) // 2], "cut late": whole[:-3], "empty": b"", "foreign": b"x" * 5000}
+        file.write_bytes(cut[damage])
+    assert content(load(path)) == before
+    assert kept_rows(cache) == [file] and file.read_bytes() == whole
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path, cache):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    before = content(load(path))
+    (file,) = kept_rows(cache)
+    file.rename(file.with_suffix(".part"))
+    file.with_suffix(".part").write_bytes(whole := b"half")
+    assert whole and content(load(path)) == before
+    assert kept_rows(cache) == [file] and not file.with_suffix(".part").exists()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[("", "a"), ("x", "b")], [("x", ""), ("y", "b")], [("x", "a", "b")], []],
+    ids=["text", "label", "csv", "none"],
+)
+def test_refused_rows_are_not_kept(tmp_path, cache, rows):
+    path = write_csv(tmp_path / "x.csv", rows)
+    with pytest.raises(UserError) as plain:
+        in_memory(path)
+    with pytest.raises(UserError) as kept:
+        load(path)
+    assert str(kept.value) == str(plain.value)
+    assert [file.suffix for file in cache.iterdir()] in ([], [".lock"])
+
+
+def test_what_is_wrong_far_into_a_file(tmp_path):
+    texts = [f"text {i}" for i in range(60)]
+    for row in (11, 30, 31, 44, 45, 59):
+        texts[row] = " "
+    path = write_csv(tmp_path / "x.csv", [(text, i % 2) for i, text in enumerate(texts)])
+    with pytest.raises(
+        UserError, match=r": 6 rows have an empty or missing text \(text\): row 12, 31, 32, 45, 46, \.\.\.$"
+    ):
+        load(path)
+    rows = [{"text": f"t {i}", "label": i % 2} for i in range(60)]
+    rows[33]["text"], rows[41]["text"] = "a\ud83d", ["b"]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"row 34: column 'text' holds half a character"):
+        load(tmp_path / "x.jsonl")
+    rows[33]["text"], rows[50]["note"] = "a", "only here"
+    rows[41]["text"] = "c"
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load(tmp_path / "x.jsonl").splits["train"]) == 60
+    with pytest.raises(UserError, match=r"59 rows have an empty or missing text \(note\): row 1, 2, 3, 4, 5, \.\.\."):
+        load(tmp_path / "x.jsonl", text_columns=["note"])
+
+
+def test_file_that_changes_while_it_is_read(tmp_path, cache, monkeypatch):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    contents = iter([["before"], ["after"]])
+    monkeypatch.setattr(Origin, "content", lambda _: next(contents))
+    with pytest.raises(UserError, match=rf"^data.train: {path} was changed while it was read$"):
+        load(path)
+    assert kept_rows(cache) == []
+
+
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    expected = content(load(path))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "below")
+    assert content(load(path)) == expected
+
+
+def test_prediction_keeps_ids_and_rows_without_labels(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [(f"{i:03}", f"text {i}") for i in range(30)], ("id", "text"))
+    config = DataConfig(train="x")
+    for _ in range(2):
+        split, ids, _ = load_for_prediction(Source(str(path)), config, ["a", "b"], "id")
+        assert (ids[7], split.texts[7], split.labels, len(ids)) == ("007", "text 7", None, 30)
+        assert load_for_prediction(Source(str(path)), config, ["a", "b"], None)[1][:2] == ["0", "1"]
+    with pytest.raises(UserError, match="has no column 'label'"):
+        load(path)
+
+
+def test_hub_data_set(tmp_path, cache, monkeypatch):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": [f"t {i}" for i in range(30)], "label": [0, 1, 1] * 10}, features)
+    rows.save_to_disk(tmp_path / "saved")
+    asked = []
+
+    def load_dataset(name, settings, split):
+        asked.append((name, settings, split))
+        return datasets.load_from_disk(tmp_path / "saved")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for kept in (0, 1, 1):
+        assert len(kept_rows(cache) if cache.exists() else []) == kept
+        corpus = load("owner/name/part:all")
+        assert corpus.label_names == ["no", "yes"] and corpus.splits["train"].labels.tolist() == [0, 1, 1] * 10
+        assert corpus.splits["train"].texts[29] == "t 29"
+    assert asked[0] == ("owner/name", "part", "all")
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_a_sequence():
+    words = [f"word {i}" for i in range(50)]
+    column = pa.chunked_array([words[:13], words[13:14], words[14:]], pa.large_string())
+    rows = np.array([3, 12, 13, 14, 40, 7, 49, 0])
+    texts, expected = Texts(column, rows), [words[i] for i in rows]
+    assert len(texts) == 8 and list(texts) == expected and texts == expected and texts != expected[1:]
+    assert [texts[i] for i in range(-8, 8)] == expected * 2
+    for part in (slice(2, 5), slice(None), slice(5, 5), slice(-3, None), slice(6, 99), slice(None, None, 2)):
+        assert texts[part] == expected[part]
+    with pytest.raises(IndexError):
+        texts[8]
+
+
+def test_take_keeps_texts_and_rows_together(tmp_path):
+    split = load(write_csv(tmp_path / "x.csv", ROWS)).splits["train"]
+    some = split.take("some", np.array([5, 17, 80]))
+    again = some.take("again", np.array([2, 0]))
+    assert some.texts == [ROWS[i][0] for i in (5, 17, 80)] and again.texts == [ROWS[i][0] for i in (80, 5)]
+    assert again.rows.tolist() == [80, 5] and np.array_equal(again.digests, digests(again.texts, None))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_duplicates_are_those_of_a_naive_count(tmp_path, seed):
+    chooser = np.random.default_rng(seed)
+    train, test = (
+        [
+            (" ".join(chooser.choice(["a", "b", "ab"], 3)), " ".join(chooser.choice(["a", "ab"], 2)), i % 2)
+            for i in range(n)
+        ]
+        for n in (200, 50)
+    )
+    header = ("p", "q", "label")
+    path = write_csv(tmp_path / "train.csv", train, header)
+    other = str(write_csv(tmp_path / "test.csv", test, header))
+    for layout in ({"text_columns": ["p"]}, {"text_columns": ["p"], "text_pair_columns": ["q"]}):
+        corpus = load(path, test=other, validation_fraction=0.3, **layout)
+        summary = corpus.summary()
+        rows = {
+            name: list(zip(s.texts, s.text_pairs or [None] * len(s), strict=True)) for name, s in corpus.splits.items()
+        }
+        assert summary["train"]["num_duplicates"] == len(rows["train"]) - len(set(rows["train"])) > 0
+        assert summary["test"]["num_in_train"] == sum(row in set(rows["train"]) for row in rows["test"]) > 0
+
+
+def test_half_a_digest_is_no_duplicate(tmp_path):
+    corpus = load(write_csv(tmp_path / "x.csv", ROWS))
+    split = corpus.splits["train"]
+    same = split.digests.copy()
+    same[:, 0] = 7
+    half = dataclasses.replace(corpus, splits={"train": dataclasses.replace(split, digests=same)})
+    assert half.summary()["train"]["num_duplicates"] == corpus.summary()["train"]["num_duplicates"] == 0
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def test_reading_is_quick(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.reading.CHUNK", 10_000)
+    path = write_csv(tmp_path / "x.csv", [(f"some text of row {i}", i % 4) for i in range(50_000)])
+    started = time.process_time()
+    load(path)
+    assert time.process_time() - started < 5
+
+
+PEAK = """
+import sys, datasets
+from pathlib import Path
+from trainer import texts
+from trainer.config import DataConfig
+from trainer.data import load_corpus
+
+def peak():  # of this process alone; ru_maxrss begins with that of the process that started it
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+small, large, cache = sys.argv[1:]
+datasets.config.HF_DATASETS_CACHE, texts.LARGE = Path(cache), 0
+load_corpus(DataConfig(train=small, validation_fraction=0.1), 1, quiet=True)
+before = peak()
+for _ in range(2):
+    corpus = load_corpus(DataConfig(train=large, validation_fraction=0.1), 1, quiet=True)
+    assert sum(len(text) for text in corpus.splits["train"].texts) > 40e6
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_memory_does_not_grow_with_the_texts(tmp_path):
+    """60 MB of text are read, held out and gone through, cold and warm, in less than half of that."""
+    paths = [
+        write_csv(tmp_path / f"{count}.csv", ((f"row {i} " + "goal " * 60, i % 4) for i in range(count)))
+        for count in (20_000, 200_000)
+    ]
+    assert paths[1].stat().st_size > 60e6
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *map(str, paths), str(tmp_path / "cache")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(map(int, done.stdout.split())) < 40e6, done.stdout

@@ -1,0 +1,242 @@
+import dataclasses
+import hashlib
+import os
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+
+from tests.conftest import WORDS
+from trainer.data import TextSplit
+from trainer.texts import digests
+from trainer.tokenising import Examples, tokenise
+
+
+@pytest.fixture(autouse=True)
+def kept(cache):
+    """A cache of its own for each test."""
+
+
+def split_of(texts, pairs=None):
+    labels, rows = np.zeros(len(texts), dtype=np.int64), np.arange(len(texts))
+    return TextSplit("train", "here", texts, pairs, labels, rows, digests(texts, pairs))
+
+
+def example(examples, i):
+    return examples.tokens[examples.offsets[i] : examples.offsets[i + 1]].tolist()
+
+
+def words(count, seed=0):
+    chooser = np.random.default_rng(seed)
+    return [" ".join(chooser.choice(WORDS, chooser.integers(1, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def bert_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1001, 10001])
+def test_tokenise_equals_the_tokenizer(tiny_tokenizer, count):
+    texts = words(count)
+    examples = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
+    direct = tiny_tokenizer(texts, truncation=True, max_length=16)["input_ids"]
+    assert len(examples) == count and examples.token_types is None
+    assert examples.lengths.tolist() == [len(ids) for ids in direct]
+    assert examples.tokens.tolist() == [token for ids in direct for token in ids]
+    assert examples.offsets.tolist() == [0, *np.cumsum(examples.lengths)]
+    assert max(examples.lengths) == 16 or count == 1
+    assert (examples.tokens.dtype, examples.offsets.dtype, examples.lengths.dtype) == (np.int32, np.int64, np.int64)
+
+
+def test_tokenise_pairs_with_types(bert_tokenizer):
+    left, right = words(1203, seed=1), words(1203, seed=2)
+    examples = tokenise(split_of(left, right), bert_tokenizer, 20, quiet=True)
+    direct = bert_tokenizer(left, right, truncation=True, max_length=20)
+    assert examples.tokens.tolist() == [token for ids in direct["input_ids"] for token in ids]
+    assert examples.token_types.tolist() == [kind for kinds in direct["token_type_ids"] for kind in kinds]
+    assert examples.token_types.dtype == np.int8
+    assert examples.lengths.max() == 20 and example(examples, 7) == direct["input_ids"][7]
+    assert tokenise(split_of(left), bert_tokenizer, 20, quiet=True).token_types is None
+
+
+def test_tokenise_unlabelled(tiny_tokenizer):
+    split = dataclasses.replace(split_of(["goal", "win"]), labels=None)
+    assert tokenise(split, tiny_tokenizer, 16, quiet=True).labels.tolist() == [0, 0]
+
+
+def kept_arrays(cache):
+    return sorted(path for path in cache.iterdir() if path.is_dir())
+
+
+def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
+    split = split_of(words(50))
+    first = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    (folder,) = kept_arrays(cache)
+    monkeypatch.setattr("trainer.tokenising._encoded", lambda *_: pytest.fail("tokenised again"))
+    # truncation and padding of earlier calls are no part of the tokenizer
+    tiny_tokenizer(["goal"], truncation=True, max_length=3, padding="max_length")
+    second = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    assert kept_arrays(cache) == [folder]
+    assert second.fingerprint() == first.fingerprint()
+
+
+@pytest.mark.parametrize("change", ["text", "order", "max_length", "pairs", "empty pairs", "tokenizer"])
+def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, change):
+    texts = words(50)
+    before = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
+    tokenizer, pairs, length = tiny_tokenizer, None, 16
+    if change == "text":
+        texts = [*texts[:-1], "goal"]
+    if change == "order":
+        texts = texts[::-1]
+    if change == "max_length":
+        length = 15
+    if change == "pairs":
+        pairs = texts
+    if change == "empty pairs":
+        pairs = [""] * 50
+    if change == "tokenizer":
+        tokenizer = bert_tokenizer
+    after = tokenise(split_of(texts, pairs), tokenizer, length, quiet=True)
+    assert len(kept_arrays(cache)) == 2
+    direct = tokenizer(texts, pairs, truncation=True, max_length=length)["input_ids"]
+    assert after.tokens.tolist() == [token for ids in direct for token in ids]
+    assert after.fingerprint() != before.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["tokens", "lengths", "token_types"])
+@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "longer", "absent"])
+def test_damaged_array_is_made_anew(bert_tokenizer, cache, name, damage):
+    split = split_of(words(2500), words(2500, seed=1))
+    before = tokenise(split, bert_tokenizer, 16, quiet=True).fingerprint()
+    (folder,) = kept_arrays(cache)
+    content = (folder / name).read_bytes()
+    if damage == "absent":
+        (folder / name).unlink()
+    else:
+        cut = {"cut": content[: len(content) // 2], "cut late": content[:-8], "empty": b"", "foreign": b"x" * 5000}
+        (folder / name).write_bytes(cut.get(damage, content + content))
+    again = tokenise(split, bert_tokenizer, 16, quiet=True)
+    assert again.fingerprint() == before
+    assert (folder / name).read_bytes() == content
+    assert kept_arrays(cache) == [folder]
+
+
+def test_arrays_of_other_texts_are_made_anew(tiny_tokenizer, cache):
+    split = split_of(words(2500))
+    before = tokenise(split, tiny_tokenizer, 16, quiet=True).fingerprint()
+    (folder,) = kept_arrays(cache)
+    tokenise(split_of(words(30)), tiny_tokenizer, 16, quiet=True)
+    (other,) = set(kept_arrays(cache)) - {folder}
+    shutil.rmtree(folder)
+    other.rename(folder)
+    assert tokenise(split, tiny_tokenizer, 16, quiet=True).fingerprint() == before
+
+
+def test_what_a_killed_process_left_is_removed(tiny_tokenizer, cache):
+    split = split_of(words(50))
+    tokenise(split, tiny_tokenizer, 16, quiet=True)
+    (folder,) = kept_arrays(cache)
+    folder.rename(f"{folder}.part")
+    (cache / f"{folder.name}.part" / "tokens").write_bytes(b"half")
+    examples = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    assert kept_arrays(cache) == [folder] and len(examples) == 50
+
+
+def test_an_error_leaves_nothing(tiny_tokenizer, cache, monkeypatch):
+    monkeypatch.setattr("trainer.tokenising.sync", lambda path: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        tokenise(split_of(words(50)), tiny_tokenizer, 16, quiet=True)
+    assert kept_arrays(cache) == []
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 3001])
+def test_any_number_of_workers_gives_the_same_in_the_same_order(tiny_tokenizer, tmp_path, monkeypatch, count):
+    prints = set()
+    for workers in (1, 2, 5):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / str(workers))
+        prints.add(tokenise(split_of(words(count)), tiny_tokenizer, 16, quiet=True, workers=workers).fingerprint())
+    assert len(prints) == 1
+
+
+def test_kept_arrays_are_mapped_and_equal_those_in_memory(bert_tokenizer, cache, monkeypatch):
+    split = split_of(words(1203, seed=1), words(1203, seed=2))
+    monkeypatch.setattr("trainer.tokenising.cache_folder", lambda: None)
+    loaded = tokenise(split, bert_tokenizer, 20, quiet=True)
+    monkeypatch.undo()
+    mapped = tokenise(split, bert_tokenizer, 20, quiet=True)
+    assert isinstance(mapped.tokens, np.memmap) and not isinstance(loaded.tokens, np.memmap)
+    assert mapped.fingerprint() == loaded.fingerprint()
+    assert [array.dtype for array in (mapped.tokens, mapped.token_types)] == [np.int32, np.int8]
+
+
+AWKWARD = [
+    "x",
+    "goal " * 3000,
+    "a\0b",
+    "\U0001f600 🏴󠁧󠁢󠁥󠁮󠁧󠁿 goal",
+    "e\u0301",
+    "\u202eteam",
+    "goal\n\tteam",
+    "[SEP] </s> goal",
+    "中文 goal",
+]
+
+
+@pytest.mark.parametrize("pairs", [None, ["", "y", "\0", "", "goal " * 3000, "", "\U0001f600", "", "x"]])
+def test_awkward_texts_equal_the_tokenizers_own_call(bert_tokenizer, tiny_tokenizer, cache, pairs):
+    for tokenizer in (bert_tokenizer, tiny_tokenizer):
+        examples = tokenise(split_of(AWKWARD, pairs), tokenizer, 20, quiet=True)
+        direct = tokenizer(AWKWARD, pairs, truncation=True, max_length=20)["input_ids"]
+        assert [example(examples, i) for i in range(len(AWKWARD))] == direct
+
+
+def test_fingerprint_is_that_of_the_whole_arrays(tiny_tokenizer, cache, monkeypatch):
+    monkeypatch.setattr("trainer.tokenising.BLOCK", 7)
+    examples = tokenise(split_of(words(100)), tiny_tokenizer, 16, quiet=True)
+    arrays = (examples.tokens, examples.offsets, examples.labels)
+    assert examples.fingerprint() == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+def test_cache_that_cannot_be_written(tiny_tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "below")
+    examples = tokenise(split_of(["goal", "win"]), tiny_tokenizer, 16, quiet=True)
+    assert examples.lengths.tolist() == [3, 3]
+
+
+def test_fingerprint_sees_everything_that_trains():
+    base = Examples(np.arange(4), np.array([0, 2, 4]), None, np.array([0, 1]), np.array([2, 2]))
+    others = [
+        dataclasses.replace(base, tokens=np.array([0, 1, 2, 9])),
+        dataclasses.replace(base, offsets=np.array([0, 1, 4])),
+        dataclasses.replace(base, labels=np.array([1, 0])),
+        dataclasses.replace(base, token_types=np.array([0, 0, 0, 1])),
+        dataclasses.replace(base, token_types=np.array([0, 1, 0, 1])),
+    ]
+    assert len({part.fingerprint() for part in [base, *others]}) == 6
+    assert dataclasses.replace(base, tokens=np.arange(4)).fingerprint() == base.fingerprint()
+
+
+def test_the_tokenizers_own_threads_are_back_afterwards(tiny_tokenizer, cache, monkeypatch):
+    for value in ("true", "false"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+        tokenise(split_of(["goal", "win", value]), tiny_tokenizer, 16, quiet=True)
+        assert os.environ["TOKENIZERS_PARALLELISM"] == value
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    tokenise(split_of(["goal", "win", "x"]), tiny_tokenizer, 16, quiet=True)
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
