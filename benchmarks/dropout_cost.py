@@ -155,8 +155,8 @@ def draw(keys, examples, plan, steps, with_masks):
     for part in [part for step in steps for part in plan.micro_batches(step, 0, 1)]:
         lengths = examples.lengths[part.ids]
         with keys.micro_batch(steps[0], part.ids, lengths):
-            for site in keys.sites if with_masks else []:
-                keys.drop(one.expand(len(lengths), *site.shape(int(lengths.max()))), P)
+            for (caller, _), site in keys.sites.items() if with_masks else []:
+                keys.drop(one.expand(len(lengths), *site.shape(int(lengths.max()))), P, caller)
 
 
 def quartiles(ratios):

@@ -218,7 +218,7 @@ def measure(folder):
 
 def isotrain_cut(rows, processes, max_tokens):
     lengths = np.array([len(row["input_ids"]) for row in rows])
-    plan = Plan(lengths, np.ones(NUM_EXAMPLES), NUM_EXAMPLES, seed=0, max_tokens=max_tokens)
+    plan = Plan(lengths, np.ones(NUM_EXAMPLES), NUM_EXAMPLES, seed=0, max_tokens=max_tokens, packed=True)
     parts = [plan.micro_batches(0, rank, processes) for rank in range(processes)]
     return [[len(part.ids) for part in rank if part.weights.any()] for rank in parts]
 

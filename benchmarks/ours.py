@@ -1,0 +1,234 @@
+"""Isotrain among the contenders of `compare.py`, through the code that its entry point runs."""
+
+import dataclasses
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+
+from benchmarks.workload import (
+    ALPHA,
+    DROPOUT,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    MAX_LENGTH,
+    MICRO_BATCH,
+    RANK,
+    SEED,
+    TARGETS,
+    WEIGHT_DECAY,
+    Pass,
+    clock,
+    print_memory,
+)
+from trainer import loop, pipeline
+from trainer.batching import collate, num_positions, split_by_tokens
+from trainer.data import load_corpus
+from trainer.model import find_backbone, silence_libraries
+from trainer.optim import learning_rate, set_learning_rate
+from trainer.options import parse_config
+from trainer.processes import StopRequest, Watch, start_accelerator
+from trainer.state import TrainState
+from trainer.tokenising import tokenise
+
+WIDER = 24  # positions by which the second rounding's examples are padded beyond the longest
+
+
+def arguments(task):
+    """The command line of the run."""
+    return [
+        "--model.name", str(task.folder / "backbone"), "--data.train", str(task.folder / "train.csv"),
+        "--data.validation_fraction", "0", "--data.max_length", str(MAX_LENGTH), "--model.dropout", str(DROPOUT),
+        "--batch.size", str(task.batch), "--peft.r", str(RANK), "--peft.lora_alpha", str(ALPHA),
+        "--peft.lora_dropout", str(DROPOUT), "--peft.target_modules", json.dumps(TARGETS),
+        "--optim.learning_rate", str(LEARNING_RATE), "--optim.weight_decay", str(WEIGHT_DECAY),
+        "--optim.max_grad_norm", str(MAX_GRAD_NORM), "--optim.schedule", "constant", "--run.seed", str(SEED),
+        "--run.precision", task.precision, "--run.output_dir", str(task.folder / "runs"), "--run.name", "isotrain",
+        "--run.quiet", "true", "--tracking.backends", "[]",
+    ]  # fmt: skip
+
+
+def build(task):
+    """What `trainer/run.py` would train with."""
+    silence_libraries()
+    config = parse_config(arguments(task))
+    corpus = load_corpus(config.data, config.run.seed)
+    backbone = find_backbone(config.model, corpus.label_names)
+    examples = {
+        name: tokenise(split, backbone.tokenizer, config.data.max_length, quiet=True)
+        for name, split in corpus.splits.items()
+    }
+    folder = task.folder / "runs" / "isotrain"
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = start_accelerator(task.precision, folder)
+    return pipeline._build(
+        config, folder, corpus, backbone, examples, task.precision, StopRequest(), accelerator, Watch()
+    )
+
+
+class Isotrain:
+    """A run in the hands of the benchmark; a pass does for each step what `loop.train` does."""
+
+    def __init__(self, task):
+        self.task, self.run, self.state = task, build(task), TrainState()
+        self.lengths = self.run.train.lengths
+
+    def train(self, steps):
+        run, state = self.run, dataclasses.replace(self.state, step=steps.start)
+        started = clock(self.task.device)
+        for step in steps:
+            began = time.perf_counter()
+            parts = loop.plan_in_force(run, state).micro_batches(step, 0, 1)
+            set_learning_rate(run.optimizer, learning_rate(run.config.optim, step, run.total_steps))
+            result = loop.train_step(run, step, parts)
+            if result.out_of_memory:
+                sys.exit("Isotrain ran out of memory")
+            state = loop._advanced(run, state, result, time.perf_counter() - began)
+        seconds = clock(self.task.device) - started
+        self.state = state
+        return Pass(
+            seconds,
+            examples=sum(len(run.plan.global_batch(step)) for step in steps),
+            tokens=sum(run.plan.num_tokens(step) for step in steps),
+            positions=sum(computed_positions(run, step) for step in steps),
+        )
+
+    def evaluate(self, number):
+        """Scores the first examples."""
+        examples = subset(self.run.train, np.arange(number))
+        started = clock(self.task.device)
+        loop.score(self.run, self.state, examples, "the comparison")
+        seconds = clock(self.task.device) - started
+        return Pass(seconds, number, int(examples.lengths.sum()), scored_positions(self.run, examples.lengths))
+
+
+def computed_positions(run, step):
+    """Positions that a step computes, padding included."""
+    return run.plan.num_padded_tokens(step, 1)
+
+
+def scored_positions(run, lengths):
+    """Positions that an evaluation computes, padding included."""
+    parts = split_by_tokens(lengths, run.eval_max_tokens, run.plan.packed)
+    return sum(num_positions(lengths[part], run.plan.packed) for part in parts)
+
+
+def subset(examples, ids):
+    """The examples `ids` alone, in this order."""
+    spans = [slice(examples.offsets[i], examples.offsets[i + 1]) for i in ids]
+    lengths = examples.lengths[ids]
+    return dataclasses.replace(
+        examples,
+        tokens=np.concatenate([examples.tokens[span] for span in spans]),
+        offsets=np.concatenate([[0], lengths.cumsum()]),
+        labels=examples.labels[ids],
+        lengths=lengths,
+    )
+
+
+# --- does it compute what everyone computes? --------------------------------------------------------------------------
+
+
+class Collector:
+    """Stands in for the optimizer: keeps the gradient instead of applying it."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def step(self):
+        self.gradient = taken_gradient(self.run)
+
+    def zero_grad(self, **_):
+        pass
+
+
+def taken_gradient(run):
+    """The gradient of all that trains, one vector; the tensors are left without."""
+    gradient = torch.cat([parameter.grad.flatten().double() for parameter in run.trained.values()])
+    for parameter in run.trained.values():
+        parameter.grad = None
+    return gradient
+
+
+def step_gradient(run, step):
+    """The gradient as `loop.train_step` comes by it, before clipping."""
+    optim = dataclasses.replace(run.config.optim, max_grad_norm=None)
+    collector = Collector(run)
+    probe = dataclasses.replace(run, optimizer=collector, config=dataclasses.replace(run.config, optim=optim))
+    loop.train_step(probe, step, run.plan.micro_batches(step, 0, 1))
+    if run.accelerator.scaler is not None:  # it has unscaled for an optimizer that takes no step
+        run.accelerator.scaler.update()
+    return collector.gradient
+
+
+def padded(run, ids, width):
+    """The examples as one batch, padded to `width` positions."""
+    batch = collate(run.train, ids, run.plan.weights[ids], run.pad_token_id, run.accelerator.device)
+    fill = {"input_ids": run.pad_token_id}
+    inputs = {
+        name: torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill.get(name, 0))
+        for name, tensor in batch.inputs.items()
+    }
+    return dataclasses.replace(batch, inputs=inputs)
+
+
+def padded_gradient(run, step, parts, width):
+    """The gradient by the model's own forward, the parts one after another; the same dropout masks."""
+    total = run.plan.total_weight(step)
+    scale = run.accelerator.scaler.get_scale() if run.accelerator.scaler is not None else 1.0
+    for ids in parts:
+        batch = padded(run, ids, width)
+        with run.dropout.micro_batch(step, batch.ids, batch.lengths):
+            logits = run.model(**batch.inputs).logits
+        (loop.example_losses(logits, batch, 0.0).sum() / total * scale).backward()
+    return taken_gradient(run) / scale
+
+
+@torch.no_grad()
+def padded_logits(run, parts, width):
+    run.model.eval()
+    logits = [run.model(**padded(run, ids, width).inputs).logits.double().cpu() for ids in parts]
+    run.model.train()
+    return torch.cat(logits)
+
+
+def apart(found, expected):
+    """Relative L2 difference."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def parity(run, step):
+    """How far Isotrain's gradient and logits of a step's examples are from the padded forward's.
+
+    Beside each, how far the padded forward is from itself when the examples are padded further, in another order and in
+    other parts: what rounding alone does. While it lasts, LoRA's B is not 0, so that A has a gradient.
+    """
+    ids = run.plan.global_batch(step)
+    width = int(run.train.lengths[ids].max())
+    parts = np.array_split(ids, -(-len(ids) // MICRO_BATCH))
+    others = np.array_split(ids[::-1], -(-2 * len(ids) // MICRO_BATCH))
+    kept = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        for name, parameter in run.trained.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    try:
+        expected, logits = padded_gradient(run, step, parts, width), padded_logits(run, parts, width)
+        scores, _ = loop.score(run, TrainState(), subset(run.train, ids), "the parity check")
+        return {
+            "gradient": apart(step_gradient(run, step), expected),
+            "gradient_rounding": apart(padded_gradient(run, step, others, width + WIDER), expected),
+            "logits": apart(torch.from_numpy(scores).double(), logits),
+            "logits_rounding": apart(padded_logits(run, others, width + WIDER).flip(0), logits),
+        }
+    finally:
+        with torch.no_grad():
+            for name, parameter in run.trained.items():
+                parameter.copy_(kept[name])
+
+
+if __name__ == "__main__":
+    print_memory(sys.argv[1:], Isotrain)

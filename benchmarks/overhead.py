@@ -1,0 +1,159 @@
+"""What a run of the quickstart takes besides its arithmetic: the start, and the loop around forward and backward.
+
+    python benchmarks/overhead.py                   # from the repository's root; while nothing else runs; a few minutes
+
+Start-up is measured from outside: from typing the command until metrics.jsonl has the line of the first step, with
+everything cached (files, tokens, byte code), as the median of several starts. The loop is measured inside, in this
+process: the real `loop.train` over the quickstart, whose forward, backward and optimizer are timed; what is left of the
+wall time of its steps (plan, collation, votes, logging, the progress bar) is overhead. Drawing masks is part of the
+forward. Writes benchmarks/results/overhead.json; exit code 1 above the limits.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from importlib.metadata import version
+from statistics import median
+
+import torch
+
+from benchmarks.dropout_cost import cpu_name
+from trainer import loop, pipeline
+from trainer.data import load_corpus
+from trainer.model import find_backbone, silence_libraries
+from trainer.options import parse_config
+from trainer.processes import StopRequest, Watch, choose_precision, start_accelerator
+from trainer.state import TrainState
+from trainer.tokenising import tokenise
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "overhead.json"
+LIBRARIES = ["torch", "transformers", "accelerate", "peft"]
+COMMANDS = {
+    "python trainer/run.py": [sys.executable, "trainer/run.py"],
+    "./launch.sh": ["./launch.sh"],
+}
+MOST_SECONDS, MOST_SHARE = 8.0, 0.02
+PATIENCE = 300
+
+
+def seconds_to_first_step(command, folder):
+    """From the start of a command until the first step's line is written; the command is then ended."""
+    shutil.rmtree(folder, ignore_errors=True)
+    options = ["--recipe", "quickstart", "--run.output_dir", str(folder), "--tracking.every_steps", "1"]
+    lines = folder / "quickstart" / "metrics.jsonl"
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([*command, *options], cwd=ROOT, stdout=said, stderr=said)
+        try:
+            while not (lines.is_file() and lines.stat().st_size):
+                if process.poll() is not None or time.perf_counter() - started > PATIENCE:
+                    said.seek(0)
+                    sys.exit(f"{command}: no first step\n{said.read().decode()}")
+                time.sleep(0.01)
+            return time.perf_counter() - started
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def build(folder):
+    """What `trainer/run.py --recipe quickstart` trains with."""
+    config = parse_config(["--recipe", "quickstart", "--run.output_dir", str(folder)])
+    precision = choose_precision(config.run.precision)
+    corpus = load_corpus(config.data, config.run.seed)
+    backbone = find_backbone(config.model, corpus.label_names)
+    examples = {
+        name: tokenise(split, backbone.tokenizer, config.data.max_length, quiet=True)
+        for name, split in corpus.splits.items()
+    }
+    folder.mkdir(exist_ok=True)
+    accelerator = start_accelerator(precision, folder, config.tracking.backends)
+    return precision, pipeline._build(
+        config, folder, corpus, backbone, examples, precision, StopRequest(), accelerator, Watch()
+    )
+
+
+def share_outside(run):
+    """The share of an epoch's steps that is not forward, backward or optimizer."""
+    inside = [0.0]
+
+    def timed(function, total):
+        def call(*given, **settings):
+            started = time.perf_counter()
+            try:
+                return function(*given, **settings)
+            finally:
+                total[0] += time.perf_counter() - started
+
+        return call
+
+    forward = run.forward
+    object.__setattr__(run, "forward", Timed(forward, timed(forward.__call__, inside)))
+    run.accelerator.backward = timed(run.accelerator.backward, inside)
+    run.optimizer.step = timed(run.optimizer.step, inside)
+    loop._evaluate, evaluate = (lambda run, state, best: (state, best)), loop._evaluate
+    loop.save_state, save = (lambda run, state, best: None), loop.save_state
+    run.log.open(run.config.tracking.backends, 0, 0, run.total_steps, {})
+    started = time.perf_counter()
+    try:
+        loop.train(run, TrainState(), None)
+    finally:
+        loop._evaluate, loop.save_state = evaluate, save
+        run.log.close()
+    return 1 - inside[0] / (time.perf_counter() - started)
+
+
+class Timed:
+    """A forward with another call."""
+
+    def __init__(self, forward, call):
+        self.model, self.packed, self.call = forward.model, forward.packed, call
+
+    def __call__(self, inputs, lengths):
+        return self.call(inputs, lengths)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    silence_libraries()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        starts = {
+            name: [seconds_to_first_step(command, folder / "runs") for _ in range(1 + chosen.starts)][1:]
+            for name, command in COMMANDS.items()
+        }
+        precision, run = build(folder / "loop")
+        share = share_outside(run)
+    result = {
+        "versions": {name: version(name) for name in LIBRARIES},
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "starts": starts,
+        "loop_share": share,
+    }
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    chosen.output.write_text(json.dumps(result, indent=2) + "\n")
+    for name, seconds in starts.items():
+        print(f"{name}: first step after {median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
+    print(f"loop: {share:.2%} of an epoch's steps is not forward, backward or optimizer")
+    return int(median(starts["python trainer/run.py"]) > MOST_SECONDS or share > MOST_SHARE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
