@@ -58,7 +58,7 @@ LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy",
 PENDING_SUMMARY = "summary.pending.json"
 # Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
 # GPU more than most hold, so that the first step that lacks memory finds what fits (see loop.py).
-CPU_TOKENS, GPU_TOKENS = 1024, 65536
+CPU_TOKENS, GPU_TOKENS = 2048, 65536
 
 
 def train_and_report(config: Config, folder: Path) -> int:

@@ -167,4 +167,5 @@ def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[s
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in run.py
     sys.exit(main_guard(main))

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LEAVES = {"config", "metrics", "figures", "checkpoint", "philox"}
 BELOW_THE_LOOP = LEAVES | {
-    "tracking", "data", "tokenising", "batching", "optim", "dropout", "packed", "model", "adapter", "evaluation",
-    "processes",
+    "tracking", "data", "tokenising", "batching", "optim", "dropout", "products", "attention", "packed", "model",
+    "adapter", "evaluation", "processes",
 }  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
@@ -21,7 +21,9 @@ ALLOWED = {
     "texts": {"config", "reading"},
     "data": {"config", "reading", "texts"},
     "tokenising": {"data", "texts"},
-    "packed": {"config", "dropout"},
+    "products": {"dropout"},
+    "attention": {"dropout"},
+    "packed": {"attention", "dropout", "products"},
     "model": {"config", "dropout"},
     "adapter": LEAVES | {"model"},
     "evaluation": LEAVES | {"batching", "model", "packed"},

@@ -12,8 +12,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig, XLMRobertaConfig
 
 from tests.unit.test_model import METHODS
-from trainer import dropout, packed
-from trainer.packed import PackedForward, PaddedForward, lay_out, why_not_packed
+from trainer import attention, dropout, packed, products
+from trainer.attention import LIKE_LENGTH, lay_out
+from trainer.packed import PackedForward, PaddedForward, why_not_packed
 
 PAD = 1
 FAMILIES = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
@@ -143,11 +144,34 @@ def test_whatever_lora_is_put_on(options):
     assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-12
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="a CPU without bf16 instructions")
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 32), (7, 33), (2304, 768)])
+def test_a_weight_laid_out_for_the_processor_gives_the_same_products(outputs, inputs):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in [(outputs, inputs), (outputs,)])
+    laid_out, plain = products.FrozenWeight(weight, bias, trains=True), products.FrozenWeight(weight, bias, False)
+    plain._forward = None
+    assert laid_out._forward is not None
+    for rows in (1, 5, 300):
+        x, gradient = (torch.randn(rows, n, generator=generator).bfloat16() for n in (inputs, outputs))
+        for found, expected in [
+            (laid_out.product(x), plain.product(x)),
+            (laid_out.back(gradient), plain.back(gradient)),
+        ]:
+            assert found.shape == expected.shape
+            assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
+        assert torch.equal(laid_out.product(x[:, None])[:, 0], laid_out.product(x))
+
+
+def projections(forward):
+    """Query, key and value of each layer."""
+    return [layer.projection for layer in forward._layers]
+
+
 def test_query_key_and_value_are_one_product_where_they_can_be():
-    joined = [projection.joined for projection in PackedForward(*build())._projections]
-    assert joined == [True] * 3
+    assert [projection.joined for projection in projections(PackedForward(*build()))] == [True] * 3
     dora, keys = build(options={**LORA, "use_dora": True})
-    assert not any(projection.joined for projection in PackedForward(dora, keys)._projections)
+    assert not any(projection.joined for projection in projections(PackedForward(dora, keys)))
 
 
 def test_joining_takes_no_memory_and_changes_no_weight():
@@ -158,7 +182,7 @@ def test_joining_takes_no_memory_and_changes_no_weight():
     assert all(torch.equal(before[name], after[name]) for name in before)
     kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in after.values()}
     assert sum(kept.values()) == sum(tensor.untyped_storage().nbytes() for tensor in before.values())
-    assert all(projection.weight.untyped_storage().data_ptr() in kept for projection in forward._projections)
+    assert all(joined.frozen.weight.untyped_storage().data_ptr() in kept for joined in projections(forward))
 
 
 @pytest.mark.parametrize("compute_type", [None, torch.bfloat16])
@@ -195,9 +219,27 @@ def first_tokens_one_too_far(layout):
     layout.starts[:-1] += 1
 
 
-@pytest.mark.parametrize("mistake", [without_mask, positions_run_on, first_tokens_one_too_far])
+def padding_asks(layout):
+    """Logits right and gradients wrong: what padding attends to is read by nobody, but its gradient is not 0."""
+    padding = layout.rows[1].take >= len(layout.rows[1].back)
+    assert padding.any()
+    layout.rows[1].take[padding] = 0
+
+
+def gradients_go_elsewhere(layout):
+    layout.rows[2].back.copy_(layout.rows[2].back.flip(0))
+
+
+MISTAKES = {
+    without_mask: "logits", positions_run_on: "logits", first_tokens_one_too_far: "logits",
+    padding_asks: "gradients", gradients_go_elsewhere: "gradients",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_layout_would_be_seen(mistake, monkeypatch):
-    model, keys = build()
+    # without dropout, whose masks would hide what padding asks
+    model, keys = build(options={**LORA, "lora_dropout": 0.0}, p=0.0)
     expected = results(PaddedForward(model), keys)
 
     def wrong(*given):
@@ -206,19 +248,24 @@ def test_a_wrong_layout_would_be_seen(mistake, monkeypatch):
         return layout
 
     monkeypatch.setattr(packed, "lay_out", wrong)
-    assert difference(expected, results(PackedForward(model, keys), keys)) > 1e-3
+    found = results(PackedForward(model, keys), keys)
+    assert difference(expected, found) > 1e-4
+    same_logits = (found[0] - expected[0]).abs().max() < 1e-12
+    assert same_logits == (MISTAKES[mistake] == "gradients")
 
 
-def test_a_gradient_that_leaks_from_the_padding_would_be_seen(monkeypatch):
-    """Logits right and gradients wrong: what comes back to padding is added to some token's."""
+@pytest.mark.parametrize("function", [attention._Attention, products._LoraProduct, products._Product, dropout._DropAdd])
+def test_a_wrong_gradient_would_be_seen(function, monkeypatch):
+    """Each function whose gradient is written out is in use here, and its gradient counts."""
     model, keys = build()
     expected = results(PaddedForward(model), keys)
+    right = function.backward
 
-    def leaking(ctx, gradient):
-        index, _ = ctx.saved_tensors
-        return gradient.new_zeros(ctx.num_rows, *gradient.shape[1:]).index_add_(0, index, gradient + 1e-3), None, None
+    def wrong(ctx, gradient):
+        first, *others = right(ctx, gradient)
+        return first if first is None else 1.01 * first, *others
 
-    monkeypatch.setattr(packed._Gather, "backward", staticmethod(leaking))
+    monkeypatch.setattr(function, "backward", staticmethod(wrong))
     found = results(PackedForward(model, keys), keys)
     assert (found[0] - expected[0]).abs().max() < 1e-12
     assert difference(expected, found) > 1e-4
@@ -231,20 +278,38 @@ def test_a_gradient_that_leaks_from_the_padding_would_be_seen(monkeypatch):
 def test_the_layout_puts_each_token_in_one_place(seed):
     generator = np.random.default_rng(seed)
     lengths = np.sort(generator.integers(1, 60, generator.integers(1, 40)))[::-1].copy()
-    layout = lay_out(lengths, torch.device("cpu"))
+    layout = lay_out(lengths, 1, torch.device("cpu"))
     assert layout.starts.tolist() == [0, *np.cumsum(lengths)[:-1]]
     assert layout.positions.tolist() == list(itertools.chain(*map(range, lengths)))
     assert [group.first for group in layout.groups] == [0, *np.cumsum([group.size for group in layout.groups])[:-1]]
     assert sum(group.size for group in layout.groups) == len(lengths)
     num_places = sum(group.size * group.longest for group in layout.groups)
-    assert num_places * packed.LIKE_LENGTH <= lengths.sum() + len(layout.groups)
+    assert num_places * LIKE_LENGTH <= lengths.sum() + len(layout.groups)
     open_places = np.concatenate([(group.bias == 0).flatten().numpy() for group in layout.groups])
+    outputs = layout.rows[1]
     # query and key share their places: what is open for attention are the places of tokens
-    assert np.flatnonzero(open_places).tolist() == layout.places.tolist()
-    if layout.tokens is None:
-        assert num_places == lengths.sum()
-    else:
-        assert layout.tokens[layout.places].tolist() == list(range(lengths.sum()))
+    assert np.flatnonzero(open_places).tolist() == outputs.back.tolist()
+    assert outputs.take[outputs.back].tolist() == list(range(lengths.sum()))
+    assert set(outputs.take[~torch.from_numpy(open_places)].tolist()) <= {lengths.sum()}
+
+
+@pytest.mark.parametrize("components", [1, 2, 3])
+def test_rows_go_to_groups_of_heads_and_back(components):
+    lengths, heads = np.array([5, 5, 4, 2]), 3
+    layout = lay_out(lengths, heads, torch.device("cpu"))
+    rows = layout.rows[components]
+    values = torch.arange(lengths.sum() * components * heads).view(-1, components, heads)
+    places = values.flatten()[rows.take.clamp(max=values.numel() - 1)]
+    assert torch.equal(places[rows.back], values.flatten())
+    before = 0
+    for group in layout.groups:
+        number = components * group.size * heads * group.longest
+        block = places[before : before + number].view(components, group.size, heads, group.longest)
+        for example in range(group.size):
+            start, length = int(layout.starts[group.first + example]), lengths[group.first + example]
+            own = block[:, example, :, :length].permute(2, 0, 1)
+            assert torch.equal(own, values[start : start + length])
+        before += number
 
 
 def test_what_cannot_be_packed_says_why():

@@ -1,0 +1,216 @@
+"""Attention among the tokens of each example, where the examples of a micro-batch lie end to end on one token axis.
+
+Examples of like length attend together, as a *group*, padded for that to the longest of them and for nothing else.
+Products, dropout and the way there and back are one function, whose gradient is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.dropout import Mask
+
+# Examples attend together while the shortest has at least this share of the longest's tokens.
+LIKE_LENGTH = 0.8
+
+
+@dataclass(frozen=True)
+class Group:
+    """G examples of a micro-batch that attend together, padded to the longest of them."""
+
+    first: int
+    """number of its first example in the micro-batch"""
+    size: int
+    """G"""
+    longest: int
+    """tokens, N"""
+    bias: torch.Tensor
+    """added to the scores: 0, or minus infinity where a key is padding; fp32 [G, 1, 1, N]"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The way from rows [T, C, heads, D] of tokens to groups [C, G, heads, N, D] one after another, and back.
+
+    C is 3 for queries, keys and values; 2 for keys and values; 1 for what attention gives.
+    """
+
+    take: torch.Tensor
+    """row at each place of the groups, int64; at a place of padding any for C > 1, and for C = 1 row T, to be 0"""
+    back: torch.Tensor
+    """place of each row, int64 [T * C * heads]"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the T tokens of B examples lie."""
+
+    groups: tuple[Group, ...]
+    starts: torch.Tensor
+    """first token of each example, int64 [B]"""
+    positions: torch.Tensor
+    """place of each token within its example, int64 [T]"""
+    rows: dict[int, Rows]
+    """by C"""
+
+
+def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device) -> Layout:
+    """The layout of examples of these lengths [B], on the device."""
+    starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
+    groups, tokens = [], []
+    first = 0
+    while first < len(lengths):
+        rest = lengths[first:]
+        alike = np.minimum.accumulate(rest) >= LIKE_LENGTH * np.maximum.accumulate(rest)
+        size = len(rest) if alike.all() else int(alike.argmin())
+        longest = int(rest[:size].max())
+        real = np.arange(longest) < rest[:size, None]
+        tokens.append(np.where(real, starts[first : first + size, None] + np.arange(longest), num_tokens))
+        bias = np.where(real, np.float32(0), np.float32(-np.inf))[:, None, None]
+        groups.append(Group(first, size, longest, _on(device, bias)))
+        first += size
+    return Layout(
+        groups=tuple(groups),
+        starts=_on(device, starts),
+        positions=_on(device, np.arange(num_tokens) - np.repeat(starts, lengths)),
+        rows={c: _rows(tokens, num_tokens, c, num_heads, device) for c in (1, 2, 3)},
+    )
+
+
+def _rows(tokens: list[np.ndarray], num_tokens: int, components: int, num_heads: int, device: torch.device) -> Rows:
+    """`tokens`: by group, the token at each place, [G, N]; `num_tokens` at one of padding."""
+    component = np.arange(components)[:, None, None, None]
+    head = np.arange(num_heads)[:, None]
+    take = np.concatenate([((t[:, None] * components + component) * num_heads + head).ravel() for t in tokens])
+    back = np.empty(num_tokens * components * num_heads, dtype=np.int64)
+    real = np.flatnonzero(take < len(back))
+    back[take[real]] = real
+    if components > 1:
+        take[take >= len(back)] = 0
+    return Rows(_on(device, take), _on(device, back))
+
+
+def attend(
+    projected: torch.Tensor,
+    query: torch.Tensor | None,
+    layout: Layout,
+    num_heads: int,
+    scaling: float,
+    draw: Callable[[torch.Tensor, int], Mask | None],
+) -> torch.Tensor:
+    """What each token attends to, [T, H]; with a `query` of the first tokens [B, 1, H], what each of these does.
+
+    Args:
+        projected: query, key and value of every token, [T, 3 H]; with a `query`, key and value.
+        query: see above.
+        layout: of the tokens.
+        num_heads: H = heads D.
+        scaling: factor on the scores.
+        draw: gives dropout's mask, if any, of shares [G, heads, queries, N] and the number of the first example.
+    """
+    attended: torch.Tensor = _Attention.apply(projected, query, layout, num_heads, scaling, draw)
+    return attended
+
+
+class _Attention(torch.autograd.Function):
+    """See `attend`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: torch.Tensor,
+        query: torch.Tensor | None,
+        layout: Layout,
+        num_heads: int,
+        scaling: float,
+        draw: Callable[[torch.Tensor, int], Mask | None],
+    ) -> torch.Tensor:
+        components = 3 if query is None else 2
+        size = projected.shape[-1] // components // num_heads
+        gathered = projected.reshape(-1, size).index_select(0, layout.rows[components].take)
+        if query is not None:
+            query = query.reshape(-1, size)
+        outputs = torch.empty_like(gathered[: len(gathered) // components] if query is None else query)
+        kept, masks = [], []
+        for group, q, k, v, output in _by_group(layout, num_heads, gathered, query, outputs):
+            bias = group.bias.to(q.dtype).expand(-1, num_heads, -1, -1).flatten(0, 1)
+            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scaling)
+            wide = torch.promote_types(q.dtype, torch.float32)
+            shares = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+            mask = draw(shares.unflatten(0, (group.size, num_heads)), group.first)
+            if mask is not None:
+                mask = Mask(mask.keep.flatten(0, 1), mask.scale)
+            _product_into(output, _masked(shares, mask), v, _scale(mask))
+            kept.append(shares)
+            masks.append(mask)
+        ctx.save_for_backward(gathered, query, *kept)
+        ctx.layout, ctx.num_heads, ctx.scaling, ctx.masks = layout, num_heads, scaling, masks
+        if query is None:
+            outputs = outputs.index_select(0, layout.rows[1].back)
+            return outputs.view(len(projected), -1)
+        return outputs.view(len(layout.starts), 1, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gathered, query, *kept = ctx.saved_tensors
+        layout, num_heads, scaling, size = ctx.layout, ctx.num_heads, ctx.scaling, gathered.shape[-1]
+        if query is None:
+            with_zeros = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # for queries of padding
+            of_outputs = with_zeros.view(-1, size).index_select(0, layout.rows[1].take)
+        else:
+            of_outputs = gradient.reshape(-1, size)
+        of_gathered = torch.empty_like(gathered)
+        of_query = None if query is None else torch.empty_like(query)
+        inputs = _by_group(layout, num_heads, gathered, query, of_outputs)
+        results = _by_group(layout, num_heads, of_gathered, of_query, of_outputs)
+        each = zip(inputs, results, kept, ctx.masks, strict=True)
+        for (_, q, k, v, of_output), (_, of_q, of_k, of_v, _), shares, mask in each:
+            _product_into(of_v, _masked(shares, mask).transpose(1, 2), of_output, _scale(mask))
+            of_shares = _masked(torch.bmm(of_output, v.transpose(1, 2)), mask).mul_(_scale(mask) * scaling)
+            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            _product_into(of_q, of_scores, k)
+            _product_into(of_k, of_scores.transpose(1, 2), q)
+        of_projected = of_gathered.index_select(0, layout.rows[3 if query is None else 2].back)
+        if of_query is not None:
+            of_query = of_query.view_as(gradient)
+        return of_projected.view(layout.positions.shape[0], -1), of_query, None, None, None, None
+
+
+def _by_group(
+    layout: Layout, num_heads: int, gathered: torch.Tensor, query: torch.Tensor | None, outputs: torch.Tensor
+) -> Iterator[tuple[Group, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each group with its part of the inputs and of the outputs: q, k, v and output, [G * heads, N or 1, D] each."""
+    components, before = (3 if query is None else 2), 0
+    for group in layout.groups:
+        number = group.size * num_heads
+        span = slice(before, before + number * group.longest)
+        block = gathered[components * span.start : components * span.stop]
+        *own, k, v = block.view(components, number, group.longest, -1).unbind()
+        if query is None:
+            yield group, own[0], k, v, outputs[span].view_as(k)
+        else:
+            asking = slice(group.first * num_heads, group.first * num_heads + number)
+            yield group, query[asking].unsqueeze(1), k, v, outputs[asking].unsqueeze(1)
+        before = span.stop
+
+
+def _product_into(output: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> None:
+    output.baddbmm_(one, other, beta=0, alpha=scale)
+
+
+def _masked(shares: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    return shares if mask is None else mask.apply(shares)
+
+
+def _scale(mask: Mask | None) -> float:
+    return 1.0 if mask is None else mask.scale
+
+
+def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

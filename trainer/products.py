@@ -1,0 +1,172 @@
+"""Products with frozen weights, and LoRA beside them: all modules that read the same input in one product.
+
+Always holds: outputs and gradients are those of the modules one by one, up to rounding. The gradients are written out,
+so that a frozen weight can be kept as the processor wants it and no product is computed that nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+from trainer.dropout import KeyedDropout, Mask
+
+LAID_OUT_FOR = 1024  # rows of a product; oneDNN's layout is the same for most numbers
+
+
+class FrozenWeight:
+    """A weight [O, H] and its bias [O] that never change.
+
+    On a CPU with bf16 instructions also as oneDNN lays a weight out for them, for each direction: else it would do so
+    in every product, which costs a tenth of its time. The price is the weight's memory once more for each.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, trains: bool) -> None:
+        """`trains`: whether `back` is called."""
+        self.weight, self.bias = weight, bias
+        self._forward = self._back = None
+        if _has_layout_of_its_own(weight):
+            self._forward = torch.ops.mkldnn._reorder_linear_weight(weight, LAID_OUT_FOR)
+            if trains:
+                self._back = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), LAID_OUT_FOR)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x weight^T + bias: [..., H] -> [..., O]."""
+        if self._forward is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return _laid_out_product(x, self._forward, self.bias)
+
+    def back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """gradient weight: [..., O] -> [..., H]."""
+        if self._back is None:
+            return gradient @ self.weight
+        return _laid_out_product(gradient, self._back, None)
+
+
+def _laid_out_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _has_layout_of_its_own(weight: torch.Tensor) -> bool:
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.cpu._is_avx512_bf16_supported()
+
+
+class Projection:
+    """Linear modules of one input in a single product: frozen ones, with plain LoRA or without; others one by one.
+
+    The frozen weights become parts of one tensor, [outputs of all, H], so that they take no more memory than before.
+    """
+
+    def __init__(self, *modules: Any, trains: bool) -> None:
+        self.modules = modules
+        self.joined = all(_is_joinable(module) for module in modules)
+        if self.joined:
+            linears = [_base(module) for module in modules]
+            self.sizes = [linear.out_features for linear in linears]
+            weight = torch.cat([linear.weight.data for linear in linears])
+            bias = torch.cat([linear.bias.data for linear in linears])
+            for linear, own, its_bias in zip(linears, weight.split(self.sizes), bias.split(self.sizes), strict=True):
+                linear.weight.data, linear.bias.data = own, its_bias
+            self.frozen = FrozenWeight(weight, bias, trains)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of all modules side by side: [..., H] -> [..., outputs of all]."""
+        if not self.joined:
+            return torch.cat([module(x) for module in self.modules], dim=-1)
+        if torch.is_autocast_enabled(x.device.type):  # once, not for each product
+            x = x.to(self.frozen.weight.dtype)
+        down, up, parts = [], [], []
+        for position, module in enumerate(self.modules):
+            if isinstance(module, LoraLinear):
+                dropout: Any = module.lora_dropout["default"]
+                mask = dropout.mask(x) if isinstance(dropout, KeyedDropout) else None
+                scale = module.scaling["default"] * (mask.scale if mask is not None else 1)
+                before = sum(self.sizes[:position])
+                behind = sum(self.sizes) - before - self.sizes[position]
+                adapter: Any = module
+                down.append(adapter.lora_A["default"].weight)
+                up.append(nn.functional.pad(adapter.lora_B["default"].weight * scale, (0, 0, before, behind)))
+                parts.append((adapter.r["default"], mask))
+        if not down:
+            return _Product.apply(x, self.frozen)
+        joined_down, joined_up = torch.cat(down).to(x.dtype), torch.cat(up, dim=-1).to(x.dtype)
+        return _LoraProduct.apply(x, joined_down, joined_up, self.frozen, parts)
+
+
+def _is_joinable(module: Any) -> bool:
+    linear = _base(module)
+    if type(linear) is not nn.Linear or linear.bias is None or any(p.requires_grad for p in linear.parameters()):
+        return False
+    return module is linear or (
+        type(module) is LoraLinear
+        and module.active_adapters == ["default"]
+        and not (module.merged or module.disable_adapters or module.lora_variant or module.lora_bias["default"])
+    )
+
+
+def _base(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, LoraLinear) else module
+
+
+class _Product(torch.autograd.Function):
+    """x weight^T + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, frozen: FrozenWeight) -> torch.Tensor:
+        ctx.frozen = frozen
+        return frozen.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.frozen.back(gradient), None
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x weight^T + bias + low up^T, where low [..., R] are the products of x, its units dropped, with the rows of down.
+
+    down [R, H] and up [O, R] hold the adapters of several modules; `parts` gives the rank of each, and what it drops.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        frozen: FrozenWeight,
+        parts: Sequence[tuple[int, Mask | None]],
+    ) -> torch.Tensor:
+        ranks = [rank for rank, _ in parts]
+        each = zip(down.split(ranks), parts, strict=True)
+        low = torch.cat([_masked(x, mask) @ rows.t() for rows, (_, mask) in each], dim=-1)
+        ctx.save_for_backward(x, down, up, low)
+        ctx.frozen, ctx.parts, ctx.ranks = frozen, parts, ranks
+        output = frozen.product(x)
+        output.flatten(0, -2).addmm_(low.flatten(0, -2), up.t())
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, None, None]:
+        x, down, up, low = ctx.saved_tensors
+        of_x = ctx.frozen.back(gradient) if ctx.needs_input_grad[0] else None
+        of_up = gradient.flatten(0, -2).t() @ low.flatten(0, -2)
+        of_low = (gradient @ up).split(ctx.ranks, dim=-1)
+        of_down = []
+        for rows, one, (_, mask) in zip(down.split(ctx.ranks), of_low, ctx.parts, strict=True):
+            of_down.append(one.flatten(0, -2).t() @ _masked(x, mask).flatten(0, -2))
+            if of_x is not None:
+                of_x += _masked(one @ rows, mask)
+        return of_x, torch.cat(of_down), of_up, None, None
+
+
+def _masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    return x if mask is None else mask.apply(x)
