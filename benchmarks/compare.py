@@ -192,7 +192,7 @@ def measure(task, num_passes, num_steps, num_scored):
         with turn(settings, name):
             contender.train(range(1 if task.device == "cpu" else 8))
             if name in (LOOP, OURS):
-                contender.evaluate(workload.EVALUATION_BATCH)
+                contender.evaluate(range(workload.EVALUATION_BATCH))
 
     def peak():
         return workload.matrix_peak(task.device, workload.COMPUTE_TYPES[task.precision])
@@ -200,8 +200,11 @@ def measure(task, num_passes, num_steps, num_scored):
     def steps(i):
         return range(i * num_steps, (i + 1) * num_steps)
 
+    def ids(i):
+        return np.arange(i * num_scored, (i + 1) * num_scored) % len(ours.lengths)
+
     trained = {name: lambda i, one=one: one.train(steps(i)) for name, one in contenders.items()}
-    scored = {name: lambda _, one=one: one.evaluate(num_scored) for name, one in ((EVALUATION, others), (OURS, ours))}
+    scored = {name: lambda i, one=one: one.evaluate(ids(i)) for name, one in ((EVALUATION, others), (OURS, ours))}
     settings[EVALUATION] = settings[LOOP]
     return {
         "parity": found,

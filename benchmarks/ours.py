@@ -95,13 +95,13 @@ class Isotrain:
             positions=sum(computed_positions(run, step) for step in steps),
         )
 
-    def evaluate(self, number):
-        """Scores the first examples."""
-        examples = subset(self.run.train, np.arange(number))
+    def evaluate(self, ids):
+        """Scores these examples."""
+        examples = subset(self.run.train, ids)
         started = clock(self.task.device)
         loop.score(self.run, self.state, examples, "the comparison")
         seconds = clock(self.task.device) - started
-        return Pass(seconds, number, int(examples.lengths.sum()), scored_positions(self.run, examples.lengths))
+        return Pass(seconds, len(ids), int(examples.lengths.sum()), scored_positions(self.run, examples.lengths))
 
 
 def computed_positions(run, step):

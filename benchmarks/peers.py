@@ -214,10 +214,10 @@ class AcceleratePeer(Peer):
         return self.collator.counted(clock(self.task.device) - started)
 
     @torch.no_grad()
-    def evaluate(self, number):
-        """Scores the first examples in padded batches, unsorted, as Trainer.evaluate does."""
+    def evaluate(self, ids):
+        """Scores these examples in padded batches, unsorted, as Trainer.evaluate does."""
         model = self.model.eval()
-        loader = self.batches(self.features[:number], EVALUATION_BATCH, shuffle=False)
+        loader = self.batches([self.features[i] for i in ids], EVALUATION_BATCH, shuffle=False)
         started = clock(self.task.device)
         torch.cat([model(**inputs).logits.float() for inputs in loader]).cpu()
         return self.collator.counted(clock(self.task.device) - started)

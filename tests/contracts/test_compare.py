@@ -102,7 +102,7 @@ def test_the_same_tensors_train_from_the_same_start(task, isotrain):
 
 def test_everyone_scores_the_same_examples(task, isotrain):
     loop = peers.AcceleratePeer(task)
-    found, other = isotrain.evaluate(40), loop.evaluate(40)
+    found, other = isotrain.evaluate(range(40)), loop.evaluate(range(40))
     assert loop.collator.ids == list(range(40))
     assert (found.examples, found.tokens) == (other.examples, other.tokens) == (40, int(loop.lengths[:40].sum()))
     assert isotrain.run.model.training
