@@ -62,8 +62,9 @@ class Layout:
 def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device) -> Layout:
     """The layout of examples of these lengths [B], on the device."""
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
-    groups, tokens = [], []
-    first = 0
+    positions = np.arange(num_tokens) - np.repeat(starts, lengths)
+    groups, tokens, homes = [], [], []
+    first, num_places = 0, 0
     while first < len(lengths):
         rest = lengths[first:]
         alike = np.minimum.accumulate(rest) >= LIKE_LENGTH * np.maximum.accumulate(rest)
@@ -71,28 +72,43 @@ def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device) -> Layout
         longest = int(rest[:size].max())
         real = np.arange(longest) < rest[:size, None]
         tokens.append(np.where(real, starts[first : first + size, None] + np.arange(longest), num_tokens))
+        homes.append(np.stack(np.broadcast_arrays(num_places, size, longest, np.arange(size)), axis=-1))
         bias = np.where(real, np.float32(0), np.float32(-np.inf))[:, None, None]
         groups.append(Group(first, size, longest, _on(device, bias)))
-        first += size
+        first, num_places = first + size, num_places + size * longest
+    of_tokens = np.column_stack([np.repeat(np.concatenate(homes), lengths, axis=0), positions])
+    facts = _on(device, of_tokens), _on(device, np.concatenate([each.ravel() for each in tokens]))
     return Layout(
         groups=tuple(groups),
         starts=_on(device, starts),
-        positions=_on(device, np.arange(num_tokens) - np.repeat(starts, lengths)),
-        rows={c: _rows(tokens, num_tokens, c, num_heads, device) for c in (1, 2, 3)},
+        positions=_on(device, positions),
+        rows={c: _rows(groups, *facts, c, num_heads) for c in (1, 2, 3)},
     )
 
 
-def _rows(tokens: list[np.ndarray], num_tokens: int, components: int, num_heads: int, device: torch.device) -> Rows:
-    """`tokens`: by group, the token at each place, [G, N]; `num_tokens` at one of padding."""
-    component = np.arange(components)[:, None, None, None]
-    head = np.arange(num_heads)[:, None]
-    take = np.concatenate([((t[:, None] * components + component) * num_heads + head).ravel() for t in tokens])
-    back = np.empty(num_tokens * components * num_heads, dtype=np.int64)
-    real = np.flatnonzero(take < len(back))
-    back[take[real]] = real
-    if components > 1:
-        take[take >= len(back)] = 0
-    return Rows(_on(device, take), _on(device, back))
+def _rows(groups: list[Group], of_tokens: torch.Tensor, tokens: torch.Tensor, components: int, num_heads: int) -> Rows:
+    """Made on the device: there are `components` times heads as many as tokens.
+
+    Args:
+        groups: of the layout.
+        of_tokens: of each token, the places before its group, G, N, the number of its example in the group, and its
+            position in the example; int64 [T, 5].
+        tokens: the token at each place, T where it is padding; int64 [places].
+        components: C.
+        num_heads: of attention.
+    """
+    component = torch.arange(components, device=tokens.device)[:, None]
+    head = torch.arange(num_heads, device=tokens.device)
+    before, size, longest, example, position = of_tokens[:, :, None, None].unbind(1)
+    block = (before * components + component * size * longest) * num_heads
+    back = block + (example * num_heads + head) * longest + position
+    num_rows = back.numel()
+    take = [
+        (part.view(group.size, 1, group.longest) * components + component[..., None, None]) * num_heads + head[:, None]
+        for group, part in zip(groups, tokens.split([g.size * g.longest for g in groups]), strict=True)
+    ]
+    joined = torch.cat([part.flatten() for part in take])
+    return Rows(joined if components == 1 else joined.where(joined < num_rows, 0), back.flatten())
 
 
 def attend(
