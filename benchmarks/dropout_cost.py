@@ -31,8 +31,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Roberta
 
 from trainer import dropout
 from trainer.batching import Plan, collate
+from trainer.building import CPU_TOKENS
 from trainer.model import COMPUTE_TYPES, cast_frozen, silence_libraries
-from trainer.pipeline import CPU_TOKENS
 from trainer.processes import choose_precision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ NUM_WARMUP = 2
 
 
 def build(name, precision, kind):
-    """A model as `pipeline._build` makes it, with dropout of one of the DROPOUTS; its keys and its optimizer."""
+    """A model as `building.build` makes it, with dropout of one of the DROPOUTS; its keys and its optimizer."""
     p = 0.0 if kind == "none" else P
     rates = {"num_labels": 4, "hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
     if name == "roberta-base":

@@ -23,15 +23,13 @@ from benchmarks.workload import (
     clock,
     print_memory,
 )
-from trainer import loop, pipeline
+from trainer import building, loop
 from trainer.batching import collate, num_positions, split_by_tokens
-from trainer.data import load_corpus
-from trainer.model import find_backbone, silence_libraries
+from trainer.model import silence_libraries
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.options import parse_config
 from trainer.processes import StopRequest, Watch, start_accelerator
 from trainer.state import TrainState
-from trainer.tokenising import tokenise
 
 WIDER = 24  # positions by which the second rounding's examples are padded beyond the longest
 
@@ -54,18 +52,10 @@ def build(task):
     """What `trainer/run.py` would train with."""
     silence_libraries()
     config = parse_config(arguments(task))
-    corpus = load_corpus(config.data, config.run.seed)
-    backbone = find_backbone(config.model, corpus.label_names)
-    examples = {
-        name: tokenise(split, backbone.tokenizer, config.data.max_length, quiet=True)
-        for name, split in corpus.splits.items()
-    }
     folder = task.folder / "runs" / "isotrain"
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator(task.precision, folder)
-    return pipeline._build(
-        config, folder, corpus, backbone, examples, task.precision, StopRequest(), accelerator, Watch()
-    )
+    return building.build(building.prepare(config, folder, task.precision), accelerator, StopRequest(), Watch())
 
 
 class Isotrain:

@@ -28,13 +28,11 @@ from statistics import median
 import torch
 
 from benchmarks.dropout_cost import cpu_name
-from trainer import loop, pipeline
-from trainer.data import load_corpus
-from trainer.model import find_backbone, silence_libraries
+from trainer import building, loop
+from trainer.model import silence_libraries
 from trainer.options import parse_config
 from trainer.processes import StopRequest, Watch, choose_precision, start_accelerator
 from trainer.state import TrainState
-from trainer.tokenising import tokenise
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "overhead.json"
@@ -71,17 +69,9 @@ def build(folder):
     """What `trainer/run.py --recipe quickstart` trains with."""
     config = parse_config(["--recipe", "quickstart", "--run.output_dir", str(folder)])
     precision = choose_precision(config.run.precision)
-    corpus = load_corpus(config.data, config.run.seed)
-    backbone = find_backbone(config.model, corpus.label_names)
-    examples = {
-        name: tokenise(split, backbone.tokenizer, config.data.max_length, quiet=True)
-        for name, split in corpus.splits.items()
-    }
     folder.mkdir(exist_ok=True)
     accelerator = start_accelerator(precision, folder, config.tracking.backends)
-    return precision, pipeline._build(
-        config, folder, corpus, backbone, examples, precision, StopRequest(), accelerator, Watch()
-    )
+    return precision, building.build(building.prepare(config, folder, precision), accelerator, StopRequest(), Watch())
 
 
 def share_outside(run):

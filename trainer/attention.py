@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.dropout import Mask
+from trainer.devices import on_device
+from trainer.masks import Mask, masked
 
-# Examples attend together while the shortest has at least this share of the longest's tokens.
-LIKE_LENGTH = 0.8
+# Examples attend together while the shortest has at least this share of the longest's tokens. A GPU computes padding
+# in less time than it takes to start the operations of one more group.
+LIKE_LENGTH, LIKE_LENGTH_ON_GPU = 0.8, 0.5
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Group:
     longest: int
     """tokens, N"""
     bias: torch.Tensor
-    """added to the scores: 0, or minus infinity where a key is padding; fp32 [G, 1, 1, N]"""
+    """added to the scores: 0, or minus infinity where a key is padding; [G * heads, 1, N]"""
 
 
 @dataclass(frozen=True)
@@ -59,29 +61,30 @@ class Layout:
     """by C"""
 
 
-def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device) -> Layout:
-    """The layout of examples of these lengths [B], on the device."""
+def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype) -> Layout:
+    """The layout of examples of these lengths [B], on the device; `dtype` is that of the scores."""
+    like_length = LIKE_LENGTH if device.type == "cpu" else LIKE_LENGTH_ON_GPU
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     groups, tokens, homes = [], [], []
     first, num_places = 0, 0
     while first < len(lengths):
         rest = lengths[first:]
-        alike = np.minimum.accumulate(rest) >= LIKE_LENGTH * np.maximum.accumulate(rest)
+        alike = np.minimum.accumulate(rest) >= like_length * np.maximum.accumulate(rest)
         size = len(rest) if alike.all() else int(alike.argmin())
         longest = int(rest[:size].max())
         real = np.arange(longest) < rest[:size, None]
         tokens.append(np.where(real, starts[first : first + size, None] + np.arange(longest), num_tokens))
         homes.append(np.stack(np.broadcast_arrays(num_places, size, longest, np.arange(size)), axis=-1))
-        bias = np.where(real, np.float32(0), np.float32(-np.inf))[:, None, None]
-        groups.append(Group(first, size, longest, _on(device, bias)))
+        bias = on_device(np.where(real, np.float32(0), np.float32(-np.inf)), device).to(dtype)
+        groups.append(Group(first, size, longest, bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
         first, num_places = first + size, num_places + size * longest
     of_tokens = np.column_stack([np.repeat(np.concatenate(homes), lengths, axis=0), positions])
-    facts = _on(device, of_tokens), _on(device, np.concatenate([each.ravel() for each in tokens]))
+    facts = on_device(of_tokens, device), on_device(np.concatenate([each.ravel() for each in tokens]), device)
     return Layout(
         groups=tuple(groups),
-        starts=_on(device, starts),
-        positions=_on(device, positions),
+        starts=on_device(starts, device),
+        positions=on_device(positions, device),
         rows={c: _rows(groups, *facts, c, num_heads) for c in (1, 2, 3)},
     )
 
@@ -154,14 +157,11 @@ class _Attention(torch.autograd.Function):
         outputs = torch.empty_like(gathered[: len(gathered) // components] if query is None else query)
         kept, masks = [], []
         for group, q, k, v, output in _by_group(layout, num_heads, gathered, query, outputs):
-            bias = group.bias.to(q.dtype).expand(-1, num_heads, -1, -1).flatten(0, 1)
-            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scaling)
-            wide = torch.promote_types(q.dtype, torch.float32)
-            shares = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+            shares = _softmax(torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=scaling))
             mask = draw(shares.unflatten(0, (group.size, num_heads)), group.first)
             if mask is not None:
                 mask = Mask(mask.keep.flatten(0, 1), mask.scale)
-            _product_into(output, _masked(shares, mask), v, _scale(mask))
+            _product_into(output, masked(shares, mask), v, _scale(mask))
             kept.append(shares)
             masks.append(mask)
         ctx.save_for_backward(gathered, query, *kept)
@@ -186,9 +186,10 @@ class _Attention(torch.autograd.Function):
         results = _by_group(layout, num_heads, of_gathered, of_query, of_outputs)
         each = zip(inputs, results, kept, ctx.masks, strict=True)
         for (_, q, k, v, of_output), (_, of_q, of_k, of_v, _), shares, mask in each:
-            _product_into(of_v, _masked(shares, mask).transpose(1, 2), of_output, _scale(mask))
-            of_shares = _masked(torch.bmm(of_output, v.transpose(1, 2)), mask).mul_(_scale(mask) * scaling)
-            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            _product_into(of_v, masked(shares, mask).transpose(1, 2), of_output, _scale(mask))
+            of_shares = torch.empty_like(shares)
+            _product_into(of_shares, of_output, v.transpose(1, 2), _scale(mask) * scaling)
+            of_scores = torch.ops.aten._softmax_backward_data(masked(of_shares, mask), shares, -1, shares.dtype)
             _product_into(of_q, of_scores, k)
             _product_into(of_k, of_scores.transpose(1, 2), q)
         of_projected = of_gathered.index_select(0, layout.rows[3 if query is None else 2].back)
@@ -215,18 +216,17 @@ def _by_group(
         before = span.stop
 
 
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last axis, in the type of the scores but computed in at least fp32."""
+    if scores.device.type != "cpu":  # this one does so by itself; a CPU's takes longer for it
+        shares: torch.Tensor = torch.ops.aten._softmax(scores, -1, False)
+        return shares
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
 def _product_into(output: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> None:
     output.baddbmm_(one, other, beta=0, alpha=scale)
 
 
-def _masked(shares: torch.Tensor, mask: Mask | None) -> torch.Tensor:
-    return shares if mask is None else mask.apply(shares)
-
-
 def _scale(mask: Mask | None) -> float:
     return 1.0 if mask is None else mask.scale
-
-
-def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -4,8 +4,10 @@ Always holds: the global batch of a step is a pure function of (number of exampl
 micro-batches only share it out: together they compute each of its examples exactly once, and every rank runs the same
 number of micro-batches. So resuming is an index, and another number of processes changes nothing but who works.
 
-The epoch's order is a permutation drawn from Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-2011) keyed by (seed, epoch); balancing is longest-processing-time-first (Graham, 1969).
+The epoch's order is a permutation that is computed where it is asked for and never held: a Feistel network (Luby &
+Rackoff, 1988) of 24 rounds, as Mitchell et al. shuffle on GPUs (arXiv 2106.06161), walked until it ends inside the
+range (Black & Rogaway, 2002). Its round keys are Philox's (Salmon et al., 2011) for the key (seed, epoch), its round
+function is the mixing of SplitMix64 (Steele et al., 2014). Balancing is longest-processing-time-first (Graham, 1969).
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
+
+from trainer.devices import on_device
+
+AT_ONCE = 64  # batches whose examples are drawn together: it takes hardly longer than for one
+ROUNDS = 24
+MIX = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)
 
 
 class Tokenised(Protocol):
@@ -68,8 +76,11 @@ class Plan:
     def global_batch(self, step: int) -> np.ndarray:
         """Example ids of step `step` (counted from 0), int64 [batch_size or, at an epoch's end, fewer]."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = epoch_permutation(self.seed, epoch, len(self.lengths))
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        before = position % AT_ONCE
+        start = (position - before) * self.batch_size
+        stop = min(start + AT_ONCE * self.batch_size, len(self.lengths))
+        order = shuffled(start, stop, len(self.lengths), self.seed, epoch)
+        return order[before * self.batch_size : (before + 1) * self.batch_size]
 
     def total_weight(self, step: int) -> float:
         """Sum of the weights of the global batch: what the summed loss is divided by, on every rank.
@@ -127,11 +138,31 @@ class Batch:
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """Order of the examples in one epoch, int64 [num_examples]; read-only, since it is shared."""
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
-    order.setflags(write=False)
-    return order
+def shuffled(start: int, stop: int, num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The examples at places `start` to `stop` of an epoch's order, int64 [stop - start]; read-only, since shared.
+
+    Time and memory are those of these places alone, whatever the number of examples and wherever they begin.
+    """
+    keys = np.random.Philox(key=[seed, epoch]).random_raw(ROUNDS)
+    num_bits = max(2, (num_examples - 1).bit_length())
+    order = _permuted(np.arange(start, stop, dtype=np.uint64), num_bits, keys)
+    while (outside := order >= num_examples).any():
+        order[outside] = _permuted(order[outside], num_bits, keys)
+    examples = order.astype(np.int64)
+    examples.setflags(write=False)
+    return examples
+
+
+def _permuted(x: np.ndarray, num_bits: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers of so many bits: uint64 -> uint64."""
+    sizes = num_bits - num_bits // 2, num_bits // 2
+    left, right = x >> sizes[1], x & ((1 << sizes[1]) - 1)
+    for i, key in enumerate(keys):
+        mixed = right + key
+        mixed = (mixed ^ (mixed >> 30)) * MIX[0]
+        mixed = (mixed ^ (mixed >> 27)) * MIX[1]
+        left, right = right, left ^ ((mixed ^ (mixed >> 31)) & ((1 << sizes[i % 2]) - 1))
+    return (left << sizes[1]) | right
 
 
 def share_out(lengths: np.ndarray, world_size: int) -> list[np.ndarray]:
@@ -237,9 +268,9 @@ def collate(
     return Batch(
         ids=ids,
         lengths=lengths,
-        inputs={name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
-        labels=torch.from_numpy(examples.labels[ids]).to(device),
-        weights=torch.from_numpy(weights).to(device),
+        inputs={name: on_device(array, device) for name, array in arrays.items()},
+        labels=on_device(examples.labels[ids], device),
+        weights=on_device(weights, device),
     )
 
 

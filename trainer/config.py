@@ -104,6 +104,9 @@ class ModelConfig:
     """dropout of the backbone's own layers, in [0, 1); null = the backbone's own"""
     packed: Literal["auto"] | bool = "auto"
     """compute without padding; auto = where this backbone's layers are known (BERT, RoBERTa), true = or refuse"""
+    compile: Literal["auto"] | bool = "auto"
+    """compile the drawing of dropout's masks, on a GPU one operation instead of 400; auto = if it works, true = or
+    refuse"""
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ NOT_IDENTITY = {
     "run": {"name", "output_dir", "resume", "quiet"},
     "data": {"train", "validation", "test"},
     "batch": {"max_tokens", "eval_max_tokens"},
-    "model": {"name", "revision", "packed"},
+    "model": {"name", "revision", "packed", "compile"},
     "peft": {"max_trainable_parameters"},
     "checkpoint": {"every_steps", "keep_last"},
     "tracking": {"every_steps", "backends"},

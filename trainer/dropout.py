@@ -1,25 +1,16 @@
 """Dropout whose masks are a pure function of (seed, step, example id, site).
 
-Always holds: which units of an example are dropped does not depend on its rank, its padding or its place in a batch; so
-one process or eight, resumed or not, padded or packed, drop the same units. A *site* is one dropout call of the
-forward, counted in the order of execution; `install` finds them by one forward over two dummy examples.
-
-Masks come from numpy's counter-based Philox4x64-10 (Salmon et al., 2011): key (seed, step), counter (0, example id,
-1, 0), one bulk draw per example and step; the 1 keeps it apart from the order of epoch `step`, which has the same key.
-Every site takes a run of 64-bit words: the first decides the threshold, the others give one byte a unit. A byte below
-the threshold drops its unit. 256 p is rarely whole (p = 0.1: 25.6), so the threshold is 25 or 26, drawn so that a
-unit's probability to be dropped is p to within 2**-53.
+Always holds: one process or eight, resumed or not, padded or packed, drop the same units of an example. A *site* is one
+dropout call of the forward, counted in the order of execution; `install` finds them by one forward over two dummy
+examples and puts our dropout in the place of the model's own. What a site drops is drawn in masks.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -30,38 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trainer.philox import random_blocks
+from trainer import philox
+from trainer.masks import DeviceMasks, HostMasks, Mask, Site, unkeyed_mask
 
 ATTENTION = "isotrain"
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
-DRAWN_AT_ONCE = 16384  # words; they stay in a core's cache
 PROBE_BATCH, PROBE_LENGTH = 2, 11
 # What a site drops, by which of the axes behind the example's are as long as the example.
 KINDS = {(False,): "pooled", (True, False): "tokens", (False, True, True): "attention"}
-
-
-@dataclass(frozen=True)
-class Site:
-    """One dropout call: what it drops, as a function of an example's length n in tokens.
-
-    `tokens`: [n, width]; `attention`: [width heads, n, n]; `pooled`: [width].
-    """
-
-    kind: str
-    width: int
-
-    def shape(self, length: int) -> tuple[int, ...]:
-        """Units of one example of `length` tokens."""
-        if self.kind == "tokens":
-            return (length, self.width)
-        if self.kind == "attention":
-            return (self.width, length, length)
-        return (self.width,)
-
-    def words(self, lengths: np.ndarray) -> np.ndarray:
-        """64-bit words this site takes from the stream of each example, int64 [B]."""
-        num_units = self.width * lengths ** (len(self.shape(1)) - 1)
-        return 1 + -(-num_units // 8)
 
 
 class DropoutKeys:
@@ -75,31 +41,33 @@ class DropoutKeys:
         """random operations of the forward that are not ours"""
         self._recording = False
         self._calls: Counter[Hashable] = Counter()
-        self._step = 0
-        self._ids = self._lengths = np.zeros(0, dtype=np.int64)
-        self._words = np.zeros(0, dtype=np.uint64)  # kept: fresh memory costs as much as drawing
-        self._streams: list[np.ndarray] = []
-        self._starts: dict[tuple[Hashable, int], np.ndarray] = {}
+        self._numbers: dict[tuple[Hashable, int], int] = {}
+        self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+        self._masks: HostMasks | DeviceMasks | None = None
+        self._rounds: philox.Rounds = philox.rounds
+        self._memory = np.zeros(0, dtype=np.uint64)  # of the host's words, kept: fresh memory costs as much as drawing
         self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
+
+    def compile(self, device: torch.device) -> None:
+        """From now on draws masks on the device by compiled code. The bits are the same.
+
+        Raises:
+            Exception: of many kinds, where that cannot be.
+        """
+        self._rounds = philox.compiled_rounds(device)
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
         """Inside, the model's forward over these examples [B] drops their units."""
         global _current
-        self._step, self._ids, self._lengths = step, ids, lengths
-        num_words = np.zeros(len(lengths), dtype=np.int64)
-        for key, site in self.sites.items():
-            if site is not None:
-                self._starts[key] = num_words.copy()
-                num_words += site.words(lengths)
-        self._num_words = num_words
+        self._micro_batch = (step, ids, lengths)
         self._calls.clear()
         _current = self
         try:
             yield
         finally:
             _current = None
-            self._streams = []
+            self._masks = None
 
     def drop(self, x: torch.Tensor, p: float, caller: Hashable) -> torch.Tensor:
         """Drops units of `x` with probability p and scales the others by 1 / (1 - p); `x` and `caller` as in `mask`."""
@@ -111,7 +79,7 @@ class DropoutKeys:
 
         Args:
             x: a unit of the site, for examples on the first axis; or for tokens end to end, [T, width]. Of an example
-                it may have more than its units (padding, which is dropped) or only the first ones along each axis.
+                it may have more than its units (padding) or only the first ones along each axis.
                 Only its shape and device matter.
             p: probability.
             caller: whose call this is: the module.
@@ -120,70 +88,27 @@ class DropoutKeys:
         self._calls[caller] += first == 0
         key = (caller, self._calls[caller])
         if self._recording:
-            self.sites[key] = _site_of(x.shape)
+            self.sites[key] = _site_of(x.shape, p)
             return None if self.sites[key] is not None else unkeyed_mask(x, p)
         site = self.sites[key]
         if site is None:
             return unkeyed_mask(x, p)
-        make = self._keep if x.device.type == "cpu" else self._keep_on_device
-        return Mask(make(site, self._starts[key], x, p, first), 1 / (1 - p))
+        assert p == site.p, "dropout has changed since the sites were recorded"
+        if self._masks is None:
+            self._masks = self._masks_on(x.device)
+        return Mask(self._masks.keep(self._numbers[key], tuple(x.shape), first), 1 / (1 - p))
 
-    def _keep(self, site: Site, starts: np.ndarray, x: torch.Tensor, p: float, first: int) -> torch.Tensor:
-        """The `Mask.keep` of x."""
-        if not self._streams:
-            ends = self._num_words.cumsum()
-            if len(self._words) < ends[-1]:
-                self._words = np.empty(ends[-1], dtype=np.uint64)
-            self._streams = np.split(self._words[: ends[-1]], ends[:-1])
-            list(self._pool.map(draw_stream, repeat(self.seed), repeat(self._step), self._ids.tolist(), self._streams))
-        shape = tuple(x.shape)
-        keep = np.zeros(shape, dtype=bool)
-        if site.kind == "tokens" and len(shape) == 2:
-            regions = np.split(keep, np.cumsum(self._lengths)[:-1])
-        else:
-            regions = list(keep)
-        for row, region in enumerate(regions, first):
-            stream, start = self._streams[row], int(starts[row])
-            own = site.shape(int(self._lengths[row]))
-            units = stream[start + 1 :].view(np.uint8)[: math.prod(own)].reshape(own)
-            units = units[tuple(map(slice, region.shape))]
-            threshold = int(p * 256 + (int(stream[start]) >> 11) * 2.0**-53)
-            np.greater_equal(units, threshold, out=region[tuple(map(slice, units.shape))])
-        bits = keep.view(np.int8)
-        return torch.from_numpy(np.negative(bits, out=bits))
-
-    def _keep_on_device(self, site: Site, starts: np.ndarray, x: torch.Tensor, p: float, first: int) -> torch.Tensor:
-        """`_keep` by the device that has x, which draws the words of this site itself, in whole blocks of four."""
-        flat = site.kind == "tokens" and x.dim() == 2
-        rows = slice(first, first + (len(self._lengths) if flat else len(x)))
-        starts, lengths = starts[rows], self._lengths[rows]
-        first_block = starts // 4
-        num_blocks = (starts + site.words(lengths) + 3) // 4 - first_block
-        before = num_blocks.cumsum() - num_blocks
-        head = 4 * (before - first_block) + starts  # where a row's first word, of its threshold, lies among all
-        facts = np.stack([num_blocks, first_block - before, self._ids[rows], head, lengths, lengths.cumsum() - lengths])
-        blocks, shift, ids, head, n, token = torch.from_numpy(facts).to(x.device, non_blocking=True)
-        row = torch.repeat_interleave(blocks, output_size=int(num_blocks.sum()))
-        counter = torch.arange(len(row), device=x.device) + shift[row]
-        words = random_blocks((self.seed, self._step), counter, ids[row], 1).flatten()
-        uniform = ((words[head] >> 11) & (2**53 - 1)).double() * 2.0**-53
-        threshold, base = (p * 256 + uniform).to(torch.int16), 8 * (head + 1)
-        axes = [torch.arange(size, device=x.device) for size in x.shape]
-        if flat:
-            row = torch.repeat_interleave(n, output_size=len(x))
-            unit = (base - token * site.width)[row, None] + axes[0][:, None] * site.width + axes[1]
-            return -(words.view(torch.uint8)[unit] >= threshold[row, None]).view(torch.int8)
-        behind = (-1, *[1] * (x.dim() - 1))
-        n, base, threshold = n.view(behind), base.view(behind), threshold.view(behind)
-        if site.kind == "pooled":
-            unit, real = base + axes[1], torch.ones_like(n, dtype=torch.bool)
-        elif site.kind == "tokens":
-            unit, real = base + axes[1][:, None] * site.width + axes[2], axes[1][:, None] < n
-        else:
-            head_, query, key = axes[1][:, None, None], axes[2][:, None], axes[3]
-            unit, real = base + (head_ * n + query) * n + key, (query < n) & (key < n)
-        keep = (words.view(torch.uint8)[torch.where(real, unit, 0)] >= threshold) & real
-        return -keep.view(torch.int8)
+    def _masks_on(self, device: torch.device) -> HostMasks | DeviceMasks:
+        """The masks of the micro-batch, where they are wanted."""
+        step, ids, lengths = self._micro_batch
+        found = {key: site for key, site in self.sites.items() if site is not None}
+        self._numbers = {key: number for number, key in enumerate(found)}
+        sites = list(found.values())
+        if device.type != "cpu":
+            return DeviceMasks(sites, (self.seed, step), ids, lengths, device, self._rounds)
+        masks = HostMasks(sites, (self.seed, step), ids, lengths, self._memory, self._pool)
+        self._memory = masks.memory
+        return masks
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -200,24 +125,6 @@ class DropoutKeys:
 
 
 _current: DropoutKeys | None = None
-
-
-@dataclass(frozen=True)
-class Mask:
-    """What one dropout call drops."""
-
-    keep: torch.Tensor
-    """int8, of the shape of what is masked: all bits set where a unit stays, none where it is dropped or padding"""
-    scale: float
-    """by which the units that stay are multiplied, 1 / (1 - p)"""
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x with the dropped units 0 and the others as they are, not scaled.
-
-        By its bits: several times faster than a product or a choice, on a CPU.
-        """
-        bits = BITS[x.element_size()]
-        return (x.view(bits) & self.keep.to(bits)).view(x.dtype)
 
 
 class _Drop(torch.autograd.Function):
@@ -272,20 +179,6 @@ class KeyedDropout(nn.Module):
     def extra_repr(self) -> str:
         """Shown in `print(model)`."""
         return f"p={self.p}"
-
-
-def unkeyed_mask(x: torch.Tensor, p: float) -> Mask:
-    """The mask that torch's own dropout would draw now."""
-    keep = nn.functional.dropout(torch.ones(x.shape, device=x.device), p) != 0
-    return Mask(-keep.view(torch.int8), 1 / (1 - p))
-
-
-def draw_stream(seed: int, step: int, example: int, words: np.ndarray) -> None:
-    """Fills `words`, uint64 [W], with the random words of one example in one step."""
-    stream = np.random.Philox(key=[seed, step], counter=[0, example, 1, 0])
-    for start in range(0, len(words), DRAWN_AT_ONCE):
-        part = words[start : start + DRAWN_AT_ONCE]
-        part[:] = stream.random_raw(len(part))
 
 
 def install(model: nn.Module, seed: int) -> DropoutKeys:
@@ -359,11 +252,11 @@ def keyed_attention(
     return torch.matmul(attended, value).transpose(1, 2).contiguous(), None
 
 
-def _site_of(shape: torch.Size) -> Site | None:
+def _site_of(shape: torch.Size, p: float) -> Site | None:
     along = tuple(size == PROBE_LENGTH for size in shape[1:])
     if shape[0] != PROBE_BATCH or along not in KINDS:
         return None
-    return Site(KINDS[along], next(size for size in shape[1:] if size != PROBE_LENGTH))
+    return Site(KINDS[along], next(size for size in shape[1:] if size != PROBE_LENGTH), p)
 
 
 def _probe(model: nn.Module, keys: DropoutKeys, end_token: Any) -> None:

@@ -9,11 +9,9 @@ logits; `outputs.loss` is never used.
 from __future__ import annotations
 
 import dataclasses
-import resource
 import signal
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from accelerate.utils import gather_object
 from trainer.adapter import adapter_tensors
 from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate
 from trainer.config import UserError
+from trainer.devices import on_device, peak_memory_bytes
 from trainer.evaluation import score_split
 from trainer.metrics import METRICS, classification_metrics, confusion, is_better, metric_value
 from trainer.optim import learning_rate, set_learning_rate
@@ -138,10 +137,10 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
             break
         loss_sum += losses.detach().sum() / total_weight
         finite.append(torch.isfinite(losses.detach()))
-    # the one place of a step where the host waits for the device
+    # Here the host waits for the device, and once more in `_update`: what is not sound is never applied, on any rank.
     broken = ~torch.cat(finite)
     mean_loss, num_broken, num_short, *signals = _summed(
-        run, [loss_sum, broken.sum(), out_of_memory, *run.stop.counts()]
+        run, [loss_sum, broken.sum()], [out_of_memory, *run.stop.counts()]
     )
     if num_short:
         run.optimizer.zero_grad(set_to_none=True)
@@ -179,7 +178,7 @@ def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> t
     def check(out_of_memory: bool) -> None:
         if out_of_memory and run.sharded:  # the others are in a collective of this forward
             raise UserError(f"out of memory while scoring {name}; try a lower batch.eval_max_tokens")
-        num_short, *signals = _summed(run, [out_of_memory, *run.stop.counts()])
+        num_short, *signals = _summed(run, [], [out_of_memory, *run.stop.counts()])
         if num_short:
             raise OutOfMemory
         if _signal(signals):
@@ -211,10 +210,11 @@ def _due(every_steps: int | None, step: int, steps_per_epoch: int) -> bool:
     return step > 0 and step % (every_steps or steps_per_epoch) == 0
 
 
-def _summed(run: Training, values: list[Any]) -> list[float]:
-    """Sums a few numbers over all ranks."""
-    parts = [torch.as_tensor(value, dtype=torch.float64, device=run.accelerator.device) for value in values]
-    return list(run.accelerator.reduce(torch.stack(parts), "sum").tolist())
+def _summed(run: Training, found: list[torch.Tensor], known: list[int]) -> list[float]:
+    """Sums a few numbers over all ranks: those that are on the device, and those that the host knows."""
+    parts = [number.double().unsqueeze(0) for number in found]
+    numbers = torch.cat([*parts, on_device(np.array(known, dtype=np.float64), run.accelerator.device)])
+    return list(run.accelerator.reduce(numbers, "sum").tolist())
 
 
 def _signal(counts: list[float]) -> int:
@@ -362,10 +362,3 @@ def _evaluate(
         return state, adapter_tensors(run.model)
     state = dataclasses.replace(state, num_worse=state.num_worse + 1)
     return dataclasses.replace(state, stopped=state.num_worse == run.config.evaluation.patience), best
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: on the device, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

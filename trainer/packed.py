@@ -20,7 +20,8 @@ from transformers import BertForSequenceClassification, RobertaForSequenceClassi
 from transformers import XLMRobertaForSequenceClassification as XLMRoberta
 
 from trainer.attention import Layout, attend, lay_out
-from trainer.dropout import DropoutKeys, KeyedDropout, Mask
+from trainer.dropout import DropoutKeys, KeyedDropout
+from trainer.masks import Mask
 from trainer.products import Projection
 
 ROBERTA = (RobertaForSequenceClassification, XLMRoberta)
@@ -72,6 +73,7 @@ class PackedForward:
         self._keys = keys
         classifier: Any = model.get_base_model()
         self._classifier, self._encoder = classifier, classifier.base_model
+        self._dtype = classifier.dtype
         # positions of RoBERTa start behind the padding id
         self._first_position = classifier.config.pad_token_id + 1 if type(classifier) in ROBERTA else 0
         layers = self._encoder.encoder.layer
@@ -84,7 +86,9 @@ class PackedForward:
             inputs: input_ids and, where segments are told apart, token_type_ids; int64 [T] each.
             lengths: tokens of each example, on the host, int64 [B]; best in descending order.
         """
-        layout = lay_out(lengths, self._classifier.config.num_attention_heads, inputs["input_ids"].device)
+        device = inputs["input_ids"].device
+        computes_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self._dtype
+        layout = lay_out(lengths, self._classifier.config.num_attention_heads, device, computes_in)
         x = self._embed(inputs, layout)
         for layer in self._layers:
             x = layer(x, layout, self._keys)

@@ -5,18 +5,27 @@ Always holds: word i of a stream is that of `numpy.random.Philox(key, counter).r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
+
+from trainer.devices import on_device
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 LOW = 2**32 - 1
+Rounds = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def random_blocks(key: tuple[int, int], blocks: torch.Tensor, second: torch.Tensor, third: int) -> torch.Tensor:
+def random_blocks(
+    key: tuple[int, int],
+    blocks: torch.Tensor,
+    second: torch.Tensor,
+    third: int,
+    draw: Rounds,
+) -> torch.Tensor:
     """Words 4 b to 4 b + 3 of the streams that start at counter (0, second, third, 0).
 
     Args:
@@ -24,23 +33,37 @@ def random_blocks(key: tuple[int, int], blocks: torch.Tensor, second: torch.Tens
         blocks: b of each block, int64 [N].
         second: second word of its stream's counter, int64 [N].
         third: third word of all counters.
+        draw: `rounds` or `compiled_rounds`.
 
     Returns:
         the words, as the int64 with the same bits, [N, 4].
     """
     keys = [[_signed(k + i * step) for k, step in zip(key, KEY_STEPS, strict=True)] for i in range(ROUNDS)]
+    round_keys = on_device(np.array(keys, dtype=np.int64), blocks.device)
     # numpy counts up before it draws
-    return _rounds_on(blocks.device.type)(blocks + 1, second, third, torch.tensor(keys, device=blocks.device))
+    return draw(blocks + 1, second, torch.full_like(second, third), round_keys)
 
 
-@functools.cache
-def _rounds_on(device: str) -> Callable[..., torch.Tensor]:
-    """On a GPU some 250 operations become one kernel, which reads and writes each word once."""
-    return torch.compile(_rounds, dynamic=True) if device == "cuda" else _rounds
+def compiled_rounds(device: torch.device) -> Rounds:
+    """`rounds` in one operation instead of 400, for a device that takes long to start one; for 2 blocks and more.
+
+    Compiled, and compared with `rounds`, when this returns.
+
+    Raises:
+        Exception: of many kinds, where there is no compiler, it fails, or the words are others.
+    """
+    compiled: Rounds = torch.compile(rounds, dynamic=True, fullgraph=True)
+    for number in (2, 3, 1000):  # after another number than the first it is compiled for any
+        first, second, third = (torch.arange(3 * number, device=device) * _signed(KEY_STEPS[0])).split(number)
+        keys = (torch.arange(2 * ROUNDS, device=device) * _signed(KEY_STEPS[1])).view(ROUNDS, 2)
+        if not torch.equal(compiled(first, second, third, keys), rounds(first, second, third, keys)):
+            raise RuntimeError("the compiled random numbers are not the same")
+    return compiled
 
 
-def _rounds(first: torch.Tensor, second: torch.Tensor, third: int, keys: torch.Tensor) -> torch.Tensor:
-    words = [first, second, torch.full_like(first, third), torch.zeros_like(first)]
+def rounds(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The words [N, 4] of blocks whose counters are (first, second, third, 0), [N] each; keys [10, 2]."""
+    words = [first, second, third, torch.zeros_like(first)]
     for i in range(ROUNDS):
         high_0, low_0 = _product(words[0], MULTIPLIERS[0])
         high_2, low_2 = _product(words[2], MULTIPLIERS[1])

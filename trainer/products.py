@@ -13,7 +13,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from trainer.dropout import KeyedDropout, Mask
+from trainer.dropout import KeyedDropout
+from trainer.masks import Mask, masked
 
 LAID_OUT_FOR = 1024  # rows of a product; oneDNN's layout is the same for most numbers
 
@@ -145,7 +146,7 @@ class _LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ranks = [rank for rank, _ in parts]
         each = zip(down.split(ranks), parts, strict=True)
-        low = torch.cat([_masked(x, mask) @ rows.t() for rows, (_, mask) in each], dim=-1)
+        low = torch.cat([masked(x, mask) @ rows.t() for rows, (_, mask) in each], dim=-1)
         ctx.save_for_backward(x, down, up, low)
         ctx.frozen, ctx.parts, ctx.ranks = frozen, parts, ranks
         output = frozen.product(x)
@@ -162,11 +163,7 @@ class _LoraProduct(torch.autograd.Function):
         of_low = (gradient @ up).split(ctx.ranks, dim=-1)
         of_down = []
         for rows, one, (_, mask) in zip(down.split(ctx.ranks), of_low, ctx.parts, strict=True):
-            of_down.append(one.flatten(0, -2).t() @ _masked(x, mask).flatten(0, -2))
+            of_down.append(one.flatten(0, -2).t() @ masked(x, mask).flatten(0, -2))
             if of_x is not None:
-                of_x += _masked(one @ rows, mask)
+                of_x += masked(one @ rows, mask)
         return of_x, torch.cat(of_down), of_up, None, None
-
-
-def _masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
-    return x if mask is None else mask.apply(x)

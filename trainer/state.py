@@ -87,8 +87,6 @@ class Training:
     """on its device, its forward under autocast; of several ranks each has all of it, or a share of what is frozen"""
     forward: Forward
     """how the model computes a batch: padded or packed"""
-    padded_because: str | None
-    """why it is padded, "" where that was asked for; None where it is packed"""
     optimizer: Any
     """the prepared optimizer"""
     trained: dict[str, torch.nn.Parameter]
@@ -110,6 +108,10 @@ class Training:
     watch: Watch
     sharded: bool
     """the frozen weights are shared out over the ranks, so that a forward needs all of them"""
+    compile_seconds: float | None
+    """what compiling took; None where nothing is compiled"""
+    notes: tuple[str, ...]
+    """what the user should know of how it will train"""
 
 
 def save_state(run: Training, state: TrainState, best: dict[str, torch.Tensor] | None) -> None:
@@ -151,8 +153,7 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
     for what, value in run.fingerprints.items():
         if state["fingerprints"].get(what) != value:
             raise UserError(
-                f"{run.folder} was begun with another {what} (its content has changed); restore it, or start a new run "
-                "with --run.name NAME"
+                f"{run.folder} was begun with another {what}; restore that, or start a new run with --run.name NAME"
             )
     load_adapter_tensors(run.model, checkpoint.adapter, str(run.folder))
     try:

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from accelerate.state import GradientState
 from transformers import RobertaConfig
 
 from benchmarks import compare, ours, peers, workload
-from tests.conftest import AGNEWS
+from tests.conftest import AGNEWS, ROOT
 
 LENGTHS = {0: 5, 0.5: 12, 0.9: 20, 1: 45}
 STEPS = range(1, 3)
@@ -191,10 +193,15 @@ def test_real_texts_come_with_the_tokenizer_beside_them():
     assert (len(tokenizer), tokenizer.pad_token_id, max(lengths)) == (50265, 1, 184)
 
 
-def test_the_peak_of_a_process_is_at_least_what_it_holds():
-    before = workload.peak_of_process()
-    held = np.ones(2**24)
-    assert workload.peak_of_process() >= before + held.nbytes / 2
+def test_the_peak_of_a_process_is_its_own_and_what_it_holds():
+    """In a process of its own: this one may have held far more than it does."""
+    import_it = "import numpy; from benchmarks.workload import peak_of_process as peak; before = peak(); "
+    done = subprocess.run(
+        [sys.executable, "-c", import_it + "held = numpy.ones(2**24); print(before, peak())"],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    before, after = map(int, done.stdout.split())
+    assert before + 2**26 < after < before + 2**28
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------

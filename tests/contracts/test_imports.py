@@ -8,28 +8,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAVES = {"config", "metrics", "figures", "checkpoint", "philox"}
+LEAVES = {"config", "metrics", "figures", "checkpoint", "devices"}
 BELOW_THE_LOOP = LEAVES | {
-    "tracking", "data", "tokenising", "batching", "optim", "dropout", "products", "attention", "packed", "model",
-    "adapter", "evaluation", "processes",
+    "tracking", "data", "tokenising", "batching", "optim", "philox", "masks", "dropout", "products", "attention",
+    "packed", "model", "adapter", "evaluation", "processes",
 }  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
     "tracking": {"figures"},
-    **{module: {"config"} for module in ("options", "reading", "batching", "optim", "processes")},
-    "dropout": {"philox"},
+    **{module: {"config"} for module in ("options", "reading", "optim", "processes")},
+    "batching": {"config", "devices"},
+    "philox": {"devices"},
+    "masks": {"devices", "philox"},
+    "dropout": {"masks", "philox"},
     "texts": {"config", "reading"},
     "data": {"config", "reading", "texts"},
     "tokenising": {"data", "texts"},
-    "products": {"dropout"},
-    "attention": {"dropout"},
-    "packed": {"attention", "dropout", "products"},
+    "products": {"dropout", "masks"},
+    "attention": {"devices", "masks"},
+    "packed": {"attention", "dropout", "masks", "products"},
     "model": {"config", "dropout"},
     "adapter": LEAVES | {"model"},
     "evaluation": LEAVES | {"batching", "model", "packed"},
     "state": BELOW_THE_LOOP,
     "loop": BELOW_THE_LOOP | {"state"},
-    "pipeline": BELOW_THE_LOOP | {"loop", "options", "state"},
+    "building": BELOW_THE_LOOP | {"state"},
+    "pipeline": BELOW_THE_LOOP | {"building", "loop", "options", "state"},
     "run": {"config", "options", "pipeline"},
     "predict": BELOW_THE_LOOP | {"options"},
     "export": BELOW_THE_LOOP | {"options"},

@@ -87,29 +87,22 @@ def _rank(end, rank, world_size, port, function, arguments):
 
 def build(arguments, double=False):
     """What `run.py` with these arguments would train with; in fp64 with `double`."""
-    from trainer import model, pipeline
-    from trainer.data import load_corpus
+    from trainer import building, model
     from trainer.options import parse_config
     from trainer.processes import StopRequest, Watch, start_accelerator
-    from trainer.tokenising import tokenise
 
     model.silence_libraries()
     config = parse_config(list(map(str, arguments)))
-    corpus = load_corpus(config.data, config.run.seed)
-    backbone = model.find_backbone(config.model, corpus.label_names)
-    examples = {
-        name: tokenise(split, backbone.tokenizer, config.data.max_length, True) for name, split in corpus.splits.items()
-    }
     folder = Path(config.run.output_dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator("no", folder)
-    plain = pipeline.build_model
+    plain = building.build_model
     if double:
-        pipeline.build_model = lambda *given: plain(*given).double()
+        building.build_model = lambda *given: plain(*given).double()
     try:
-        return pipeline._build(config, folder, corpus, backbone, examples, "no", StopRequest(), accelerator, Watch())
+        return building.build(building.prepare(config, folder, "no"), accelerator, StopRequest(), Watch())
     finally:
-        pipeline.build_model = plain
+        building.build_model = plain
 
 
 # --- one step's gradient ----------------------------------------------------------------------------------------------

@@ -34,14 +34,6 @@ CUTS = {
 LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False, "lora_dropout": 0.1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(family="roberta", method="LORA", options=LORA, p=0.1, dtype=torch.float64):
     """A model in training mode, all of whose trained tensors are away from their start; and its dropout keys."""
     torch.manual_seed(0)
@@ -278,7 +270,7 @@ def test_a_wrong_gradient_would_be_seen(function, monkeypatch):
 def test_the_layout_puts_each_token_in_one_place(seed):
     generator = np.random.default_rng(seed)
     lengths = np.sort(generator.integers(1, 60, generator.integers(1, 40)))[::-1].copy()
-    layout = lay_out(lengths, 1, torch.device("cpu"))
+    layout = lay_out(lengths, 1, torch.device("cpu"), torch.float32)
     assert layout.starts.tolist() == [0, *np.cumsum(lengths)[:-1]]
     assert layout.positions.tolist() == list(itertools.chain(*map(range, lengths)))
     assert [group.first for group in layout.groups] == [0, *np.cumsum([group.size for group in layout.groups])[:-1]]
@@ -296,7 +288,7 @@ def test_the_layout_puts_each_token_in_one_place(seed):
 @pytest.mark.parametrize("components", [1, 2, 3])
 def test_rows_go_to_groups_of_heads_and_back(components):
     lengths, heads = np.array([5, 5, 4, 2]), 3
-    layout = lay_out(lengths, heads, torch.device("cpu"))
+    layout = lay_out(lengths, heads, torch.device("cpu"), torch.float32)
     rows = layout.rows[components]
     values = torch.arange(lengths.sum() * components * heads).view(-1, components, heads)
     places = values.flatten()[rows.take.clamp(max=values.numel() - 1)]

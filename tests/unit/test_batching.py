@@ -2,16 +2,18 @@
 
 import csv
 import dataclasses
+import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from trainer.batching import MicroBatch, Plan, collate, epoch_permutation, share_out, split_by_tokens
+from trainer.batching import MicroBatch, Plan, collate, share_out, shuffled, split_by_tokens
 
 CPU = torch.device("cpu")
-SIZES = [(1, 1), (1, 8), (7, 3), (8, 8), (9, 8), (17, 5), (64, 16), (101, 32), (5, 100)]
+SIZES = [(300, 2), (1, 1), (1, 8), (7, 3), (8, 8), (9, 8), (17, 5), (64, 16), (101, 32), (5, 100)]
 
 
 def plan_of(num_examples, batch_size, seed=3, max_tokens=64, longest=40):
@@ -55,14 +57,18 @@ def test_an_epoch_has_every_example_once_and_keeps_its_tail(num_examples, batch_
         assert len(batches[-1]) == num_examples - batch_size * (plan.steps_per_epoch - 1) > 0
 
 
+def order_of(seed, epoch, num_examples):
+    return shuffled(0, num_examples, num_examples, seed, epoch).tolist()
+
+
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
-    order = epoch_permutation(5, 2, 50).tolist()
-    epoch_permutation.cache_clear()
+    order = order_of(5, 2, 50)
+    shuffled.cache_clear()
     np.random.seed(1)  # noqa: NPY002 - the global state must not matter
     torch.manual_seed(1)
-    assert epoch_permutation(5, 2, 50).tolist() == order
-    assert epoch_permutation(6, 2, 50).tolist() != order
-    assert epoch_permutation(5, 3, 50).tolist() != order
+    assert order_of(5, 2, 50) == order
+    assert order_of(6, 2, 50) != order
+    assert order_of(5, 3, 50) != order
     one, other = plan_of(50, 8), plan_of(50, 8, max_tokens=41)
     assert [one.global_batch(s).tolist() for s in range(9)] == [other.global_batch(s).tolist() for s in range(9)]
     wide = Plan(one.lengths[::-1].copy(), np.ones(50), 5, one.seed, 1)
@@ -72,22 +78,70 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
 
 def test_the_order_is_shared_and_so_cannot_be_written():
     with pytest.raises(ValueError, match="read-only"):
-        epoch_permutation(0, 0, 4)[0] = 1
+        shuffled(0, 4, 4, 0, 0)[0] = 1
+
+
+@pytest.mark.parametrize("num_examples", [*range(1, 70), 1000, 2**16 - 1, 2**16, 2**16 + 1])
+def test_the_order_is_a_permutation(num_examples):
+    assert sorted(order_of(3, 1, num_examples)) == list(range(num_examples))
+
+
+def test_any_stretch_of_a_long_order_is_found_alone():
+    num_examples = 2**40 + 12345
+    whole = shuffled(10**12, 10**12 + 1000, num_examples, 3, 1)
+    assert len(set(whole.tolist())) == 1000
+    assert (whole.min() >= 0) and (whole.max() < num_examples)
+    parts = [shuffled(10**12 + start, 10**12 + start + 100, num_examples, 3, 1) for start in range(0, 1000, 100)]
+    assert np.concatenate(parts).tolist() == whole.tolist()
+    # uniform: in the mean within five standard deviations of half
+    assert abs(whole.mean() / num_examples - 0.5) < 5 / np.sqrt(12 * 1000)
+
+
+def test_the_order_stays_what_it_was():
+    """A run continues with the batches it began with, so another version must draw the same."""
+    assert order_of(42, 0, 10) == [2, 3, 7, 9, 0, 8, 4, 1, 5, 6]
+    assert shuffled(5, 8, 120_000, 42, 2).tolist() == [74083, 48005, 24604]
+
+
+def chi_squared(counts):
+    expected = counts.sum() / counts.size
+    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def test_places_in_the_order_are_uniform():
     counts = np.zeros((6, 6))
     for epoch in range(3000):
-        counts[np.arange(6), epoch_permutation(11, epoch, 6)] += 1
-    chi_squared = ((counts - 500) ** 2 / 500).sum()
-    assert chi_squared < 60, "25 degrees of freedom: above 60 has a chance below 1e-4"
+        counts[np.arange(6), order_of(11, epoch, 6)] += 1
+    assert chi_squared(counts) < 60, "25 degrees of freedom: above 60 has a chance below 1e-4"
+
+
+def test_all_orders_are_equally_likely():
+    orders = Counter(tuple(order_of(seed, 1, 5)) for seed in range(12_000))
+    counts = np.array([orders[order] for order in itertools.permutations(range(5))])
+    assert chi_squared(counts) < 183, "119 degrees of freedom: above 183 has a chance below 1e-4"
+
+
+@pytest.mark.parametrize("num_examples", [1000, 4096, 5000])
+def test_neighbours_in_the_order_are_strangers(num_examples):
+    """In place and in bits: neither an example's place nor the example before it says anything about it."""
+    order = np.array(order_of(5, 0, num_examples)) / num_examples
+    bound = 5 / np.sqrt(num_examples)
+    for shift in (1, 2, 32):
+        assert abs(np.corrcoef(order, np.roll(order, shift))[0, 1]) < bound
+    assert abs(np.corrcoef(order, np.arange(num_examples))[0, 1]) < bound
+    other = np.array(order_of(5, 1, num_examples)) / num_examples
+    assert abs(np.corrcoef(order, other)[0, 1]) < bound
+    assert np.mean(order == other) < 10 / num_examples
+    # halves of the epoch have their share of each tenth of the examples
+    counts = np.histogram(order[: num_examples // 2], bins=10, range=(0, 1))[0]
+    assert np.abs(counts - num_examples / 20).max() < 5 * np.sqrt(num_examples / 40)
 
 
 def test_any_step_is_found_without_the_steps_before_it():
     walked = plan_of(23, 4)
     batches = [walked.global_batch(step).tolist() for step in range(20)]
     for step in (19, 0, 13, 6, 5):
-        epoch_permutation.cache_clear()
+        shuffled.cache_clear()
         fresh = plan_of(23, 4)
         assert fresh.global_batch(step).tolist() == batches[step]
         parts = zip(fresh.micro_batches(step, 1, 3), walked.micro_batches(step, 1, 3), strict=True)

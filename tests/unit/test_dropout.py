@@ -21,9 +21,9 @@ from transformers import (
     SqueezeBertConfig,
 )
 
-from trainer import dropout
-from trainer.batching import epoch_permutation
-from trainer.dropout import DropoutKeys, KeyedDropout, Site, draw_stream, install
+from trainer import dropout, masks
+from trainer.dropout import DropoutKeys, KeyedDropout, install
+from trainer.masks import DeviceMasks, Site, draw_stream
 
 PAD, END, SEED = 1, 2, 7
 SIZE = {"vocab_size": 60, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": END, "num_labels": 3}
@@ -58,15 +58,6 @@ UNREACHED = {
 }
 TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
 LENGTHS = [9, 4, 13, 1, 11]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only get into one another's way on tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -214,39 +205,64 @@ def test_installing_changes_no_weight_and_no_mode():
 
 # --- drawn by the device that drops ---
 
+CPU = torch.device("cpu")
 DRAWN = {
-    "tokens": (Site("tokens", 12), [(18, 12), (4, 9, 12), (4, 11, 12), (4, 1, 12)]),
-    "tokens, not in whole words": (Site("tokens", 5), [(18, 5), (4, 9, 5), (4, 1, 5)]),
-    "attention": (Site("attention", 3), [(4, 3, 9, 9), (4, 3, 1, 9)]),
-    "pooled": (Site("pooled", 10), [(4, 10)]),
+    "tokens": (Site("tokens", 32, 0.3), [(18, 32), (4, 9, 32), (4, 11, 32), (4, 1, 32)]),
+    "tokens, not in whole blocks": (Site("tokens", 5, 0.3), [(18, 5), (4, 9, 5), (4, 1, 5)]),
+    "attention": (Site("attention", 3, 0.3), [(4, 3, 9, 9), (4, 3, 1, 9)]),
+    "pooled": (Site("pooled", 10, 0.3), [(4, 10)]),
 }
+
+
+def real_units(site, shape, lengths):
+    """Where a shape holds units, rather than padding."""
+    real = torch.zeros(shape, dtype=torch.bool)
+    for row, length in zip(real, lengths, strict=True) if len(shape) != 2 or site.kind == "pooled" else [(real, 99)]:
+        row[tuple(map(slice, site.shape(length)))] = True
+    return real
 
 
 @pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("seed", [SEED, 2**63 - 1])
-def test_a_device_draws_the_masks_that_the_host_draws(kind, seed):
+@pytest.mark.parametrize("at_once", [1, 30, 2**23])
+def test_a_device_draws_the_masks_that_the_host_draws(kind, seed, at_once, monkeypatch):
     """Run on the CPU: it stands for the device, whose integers are the same."""
     site, shapes = DRAWN[kind]
+    sites = [Site("pooled", 3, 0.5), site, Site("tokens", 7, 0.1), site, Site("attention", 2, 0.2)]
+    lengths = np.array([5, 3, 9, 1])
     keys = DropoutKeys(seed)
-    keys.sites = {("before", 1): Site("pooled", 3), ("caller", 1): site}
-    with keys.micro_batch(2**40, np.array([0, 7, 3, 10**9]), np.array([5, 3, 9, 1])):
-        starts = keys._starts["caller", 1]
-        for shape in shapes:
-            x = torch.zeros(shape)
-            host, device = (make(site, starts, x, 0.3, 0) for make in (keys._keep, keys._keep_on_device))
-            assert torch.equal(host, device), shape
-            assert set(host.unique().tolist()) == {-1, 0}
+    keys.sites = {(number, 1): each for number, each in enumerate(sites)}
+    monkeypatch.setattr(masks, "DEVICE_AT_ONCE", at_once)
+    with keys.micro_batch(2**40, np.array([0, 7, 3, 10**9]), lengths):
+        host = keys._masks_on(CPU)
+        device = DeviceMasks(sites, (seed, 2**40), *keys._micro_batch[1:], CPU)
+        for number, shape in itertools.product([1, 3, 1], shapes):  # forward, and back once more
+            parts = {0: shape}
             if len(shape) > 2 or kind == "pooled":  # a group of examples
-                x = x[1:3]
-                host, device = (make(site, starts, x, 0.3, 1) for make in (keys._keep, keys._keep_on_device))
-                assert torch.equal(host, device), shape
+                parts[1] = (2, *shape[1:])
+            for first, part in parts.items():
+                real = real_units(site, part, lengths[first:][: part[0]])
+                expected, found = (drawn.keep(number, part, first) for drawn in (host, device))
+                assert torch.equal(expected[real] == -1, found[real]), part
+                assert set(expected[real].unique().tolist()) == {-1, 0}
+                assert not expected[~real].any()
 
 
 def test_training_with_masks_drawn_by_the_device_is_the_same(texts, monkeypatch):
     model, keys = build("roberta")
     expected = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
-    monkeypatch.setattr(keys, "_keep", keys._keep_on_device)
+    drawn = []
+
+    def on_device(where):
+        step, ids, lengths = keys._micro_batch
+        host(where)  # numbers the sites
+        drawn.append(DeviceMasks([*filter(None, keys.sites.values())], (SEED, step), ids, lengths, where))
+        return drawn[-1]
+
+    host = keys._masks_on
+    monkeypatch.setattr(keys, "_masks_on", on_device)
     assert difference(expected, logits_and_gradients(model, keys, texts, [[0, 2], [1, 3, 4]])) < 1e-12
+    assert len(drawn) == 2
 
 
 # --- evaluation, and outside of a keyed micro-batch ---
@@ -315,9 +331,9 @@ def test_any_other_random_operation_is_found():
 @pytest.mark.parametrize(
     ("shape", "site"),
     [
-        ((2, 16), Site("pooled", 16)),
-        ((2, 11, 16), Site("tokens", 16)),
-        ((2, 4, 11, 11), Site("attention", 4)),
+        ((2, 16), Site("pooled", 16, 0.1)),
+        ((2, 11, 16), Site("tokens", 16, 0.1)),
+        ((2, 4, 11, 11), Site("attention", 4, 0.1)),
         ((3, 11, 16), None),  # examples are not on the first axis
         ((2, 11), None),
         ((2, 16, 11), None),
@@ -328,7 +344,7 @@ def test_any_other_random_operation_is_found():
 )
 def test_a_site_is_known_by_its_shape(shape, site):
     assert (dropout.PROBE_BATCH, dropout.PROBE_LENGTH) == (2, 11)
-    assert dropout._site_of(torch.Size(shape)) == site
+    assert dropout._site_of(torch.Size(shape), 0.1) == site
 
 
 # --- random all the same ---
@@ -337,7 +353,7 @@ def test_a_site_is_known_by_its_shape(shape, site):
 def keep_masks(p, num_examples, step=0, seed=SEED, num_sites=1, width=500):
     """Which units stay, bool [sites, examples, width], of `pooled` sites."""
     keys = DropoutKeys(seed)
-    keys.sites = {("caller", 1 + call): Site("pooled", width) for call in range(num_sites)}
+    keys.sites = {("caller", 1 + call): Site("pooled", width, p) for call in range(num_sites)}
     ones = torch.ones(num_examples, width)
     with keys.micro_batch(step, np.arange(num_examples), np.full(num_examples, 4)):
         return torch.stack([keys.drop(ones, p, "caller") != 0 for _ in range(num_sites)]).numpy()
@@ -365,7 +381,7 @@ def test_the_threshold_is_drawn_so_that_the_rate_is_exact_on_average():
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
 def test_the_expectation_is_kept(p):
     keys = DropoutKeys(SEED)
-    keys.sites = {("caller", 1): Site("tokens", 32)}
+    keys.sites = {("caller", 1): Site("tokens", 32, p)}
     x = torch.linspace(0.5, 1.5, 20 * 32, dtype=torch.float64).reshape(20, 32)
     with keys.micro_batch(0, np.arange(3000), np.full(3000, 20)):
         dropped = keys.drop(x.expand(3000, 20, 32), p, "caller")
@@ -388,13 +404,13 @@ def correlation(one, other):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_sites_examples_steps_and_seeds_are_independent(p):
     by_site = keep_masks(p, num_examples=400, num_sites=3)
-    masks = {f"site {i}": by_site[i] for i in range(3)}
-    masks |= {f"step {step}": keep_masks(p, 400, step=step)[0] for step in (1, 2, 400)}
-    masks |= {f"seed {seed}": keep_masks(p, 400, seed=seed)[0] for seed in (0, SEED + 1)}
-    masks["next example"] = np.roll(by_site[0], 1, axis=0)
-    masks["next unit"] = np.roll(by_site[0], 1, axis=1)
+    found = {f"site {i}": by_site[i] for i in range(3)}
+    found |= {f"step {step}": keep_masks(p, 400, step=step)[0] for step in (1, 2, 400)}
+    found |= {f"seed {seed}": keep_masks(p, 400, seed=seed)[0] for seed in (0, SEED + 1)}
+    found["next example"] = np.roll(by_site[0], 1, axis=0)
+    found["next unit"] = np.roll(by_site[0], 1, axis=1)
     bound = 5 / np.sqrt(by_site[0].size) + 0.25 / 256**2 / (p * (1 - p))
-    for (name, one), (other_name, other) in itertools.combinations(masks.items(), 2):
+    for (name, one), (other_name, other) in itertools.combinations(found.items(), 2):
         assert correlation(one, other) < bound, (name, other_name)
 
 
@@ -412,14 +428,13 @@ def test_streams_of_examples_and_steps_do_not_overlap():
 def test_masks_are_not_made_of_the_numbers_that_order_the_epoch():
     """Both come from Philox with the key (seed, step or epoch)."""
     raw = np.random.Philox(key=[SEED, 3]).random_raw(1000)
-    expected = np.random.Generator(np.random.Philox(key=[SEED, 3])).permutation(50)
-    assert (epoch_permutation(SEED, 3, 50) == expected).all()
     assert not np.isin(drawn(SEED, 3, 0, 1000), raw).any()
 
 
 def test_masks_stay_what_they_were():
     """A run continues with the masks it began with, so another version must draw the same."""
-    raw = np.random.Philox(key=[42, 1], counter=[0, 2, 1, 0]).random_raw(2)
-    assert drawn(42, 1, 2, 2).tolist() == raw.tolist()
+    raw = np.random.Philox(key=[SEED, 0], counter=[0, 0, 1, 0]).random_raw(8)
+    assert drawn(SEED, 0, 0, 8).tolist() == raw.tolist()
     kept = keep_masks(0.5, num_examples=1, width=16)[0, 0]
-    assert "".join("01"[int(unit)] for unit in kept) == "1111110101010111"
+    assert (kept == (raw[4:6].view(np.uint8) >= 128)).all(), "the first block has the threshold"
+    assert "".join("01"[int(unit)] for unit in kept) == "1011111111110010"

@@ -60,15 +60,6 @@ SHAPE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only get into one another's way on tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def backbone(tiny_backbone):
     return find_backbone(ModelConfig(name=str(tiny_backbone)), NAMES)

@@ -1,0 +1,178 @@
+"""One training step on a GPU that is not there: fake tensors, so nothing is computed, but all is asked for.
+
+    python tests/gpu/step.py SHIM LAYERS [mistake, or "transformers": a step of its own forward, padded, in two halves]
+
+Prints as JSON how many operations a GPU would be given (views and allocations aside), and how often the host would wait
+for it. An operation among tensors of two devices is an error.
+"""
+
+import ctypes
+import importlib.util
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+torch_libraries = Path(importlib.util.find_spec("torch").origin).with_name("lib")
+for library in (torch_libraries / "libc10.so", torch_libraries / "libtorch_cpu.so", sys.argv[1]):
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+import numpy as np
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForSequenceClassification, RobertaConfig
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+from trainer import attention, devices, dropout, loop
+from trainer.batching import Plan
+from trainer.config import Config
+from trainer.model import cast_frozen
+from trainer.optim import build_optimizer
+from trainer.packed import PackedForward
+from trainer.processes import StopRequest
+from trainer.tokenising import Examples
+
+NO_KERNEL = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",
+    "lift_fresh", "new_empty", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
+    "unbind", "unsqueeze", "view",
+}  # fmt: skip
+SIZE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 90, "num_labels": 4}
+LENGTHS = np.array([120, 90, 83, 71, 66, 62, 60, 58, 55, 54, 52, 50, 49, 47, 44, 43, 40, 39, 36, 30])
+CUDA = torch.device("cuda")
+
+
+class Requests(TorchDispatchMode):
+    """Counts what the GPU is asked for, by operation, and how often an answer is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.waits = Counter(), 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        name = function.overloadpacket.__name__
+        if name == "_local_scalar_dense":
+            self.waits += 1
+            return 0.5
+        result = function(*arguments, **(settings or {}))
+        if name == "_to_copy" and arguments[0].device.type == "cpu" and result.device.type == "cuda":
+            self.waits += not settings.get("non_blocking")
+        tensors = [part for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, torch.Tensor)]
+        if name not in NO_KERNEL and any(tensor.device.type == "cuda" for tensor in tensors):
+            self.operations[name] += 1
+        return result
+
+
+class Accelerator:
+    """What `loop.train_step` asks of accelerate's, for one process."""
+
+    device, num_processes, process_index, scaler = CUDA, 1, 0, None
+
+    def __init__(self, requests):
+        self.requests = requests
+
+    def autocast(self):
+        return torch.autocast("cuda", torch.bfloat16)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def reduce(self, numbers, how):
+        def wait():
+            self.requests.waits += 1
+            return [0.0] * len(numbers)
+
+        return SimpleNamespace(tolist=wait)
+
+    def clip_grad_norm_(self, parameters, limit):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def place(model, device):
+    """Gives the model fake weights on a device."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None:
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    tensors[name] = torch.nn.Parameter(new, old.requires_grad) if tensors is module._parameters else new
+
+
+def ours(model, requests):
+    place(model, "cpu")
+    keys = dropout.install(model, seed=1)  # on the CPU, as `building.build` does it
+    place(model, CUDA)
+    optimizer, trained = build_optimizer(model.named_parameters(), Config().optim)
+    optimizer.step = lambda: None  # one kernel on a GPU, many on a fake of it
+    num_examples = len(LENGTHS)
+    run = SimpleNamespace(
+        config=Config(),
+        accelerator=Accelerator(requests),
+        forward=PackedForward(model, keys),
+        optimizer=optimizer,
+        trained=trained,
+        dropout=keys,
+        plan=Plan(LENGTHS, np.ones(num_examples), num_examples, 0, 65536, packed=True),
+        train=Examples(
+            tokens=np.ones(LENGTHS.sum(), dtype=np.int32),
+            offsets=np.concatenate([[0], LENGTHS.cumsum()]),
+            token_types=None,
+            labels=np.zeros(num_examples, dtype=np.int64),
+            lengths=LENGTHS,
+        ),
+        stop=StopRequest(),
+    )
+    micro_batches = run.plan.micro_batches(0, 0, 1)
+    with requests:
+        loop.train_step(run, 0, micro_batches)
+
+
+def theirs(model, requests):
+    """What `transformers.Trainer` does with a batch in two micro-batches, without what it logs."""
+    place(model, CUDA)
+    with requests:
+        for part in np.split(LENGTHS, 2):
+            ids = torch.ones(len(part), part.max(), dtype=torch.long, device=CUDA)
+            labels = torch.zeros(len(part), dtype=torch.long, device=CUDA)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            (loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def main():
+    num_layers, mistake = int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None
+    # torch's own questions for a device; answered where there is none
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.current_device = lambda: 0
+    torch.Tensor.pin_memory = lambda tensor: tensor
+    if mistake == "many groups":
+        attention.LIKE_LENGTH_ON_GPU = 0.99
+    if mistake == "left on the host":
+        attention.on_device = lambda array, device: devices.on_device(array, torch.device("cpu"))
+    if mistake == "copies and waits":
+        attention.on_device = lambda array, device: torch.from_numpy(array).to(device)
+    if mistake == "asks for a number":
+        softmax = attention._softmax
+        attention._softmax = lambda scores: softmax(scores * scores.max().item())
+    requests = Requests()
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(RobertaConfig(**SIZE, num_hidden_layers=num_layers))
+        lora = LoraConfig(TaskType.SEQ_CLS, r=8, lora_dropout=0.1, target_modules=["query", "value"])
+        model = get_peft_model(model, lora).train()
+    if mistake == "transformers":
+        step = theirs
+    else:
+        step = ours
+        cast_frozen(model, torch.bfloat16)
+    with FakeTensorMode():
+        step(model, requests)
+    print(json.dumps({"operations": sum(requests.operations.values()), "waits": requests.waits}))
+
+
+if __name__ == "__main__":
+    main()

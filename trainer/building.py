@@ -1,0 +1,203 @@
+"""From a configuration to what a run trains with: data, backbone, model, optimizer and plan.
+
+Always holds: whatever a user can get wrong is found before a weight is loaded; nothing is drawn but from the seed, so
+every process builds the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from trainer import dropout
+from trainer.batching import Plan
+from trainer.config import Config, UserError
+from trainer.data import Corpus, load_corpus
+from trainer.metrics import METRICS
+from trainer.model import COMPUTE_TYPES, Backbone, build_model, check_fit, find_backbone, shard_frozen
+from trainer.optim import build_optimizer
+from trainer.packed import PackedForward, PaddedForward, why_not_packed
+from trainer.processes import StopRequest, Watch
+from trainer.state import Training
+from trainer.tokenising import Examples, tokenise
+from trainer.tracking import RunLog
+
+# Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
+# GPU more than most hold, so that the first step that lacks memory finds what fits (see loop.py).
+CPU_TOKENS, GPU_TOKENS = 2048, 65536
+DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such a run is not to be continued
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from."""
+
+    config: Config
+    folder: Path
+    """of the run"""
+    corpus: Corpus
+    backbone: Backbone
+    examples: dict[str, Examples]
+    """the corpus, tokenised, by split"""
+    precision: str
+    """no, bf16 or fp16"""
+
+
+def prepare(config: Config, folder: Path, precision: str) -> Inputs:
+    """Reads the data, finds the backbone, and checks that they fit together and the configuration; loads no weight.
+
+    Raises:
+        UserError: they do not, or are not there.
+    """
+    corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
+    _check_names(config, corpus)
+    backbone = find_backbone(config.model, corpus.label_names)
+    pairs = corpus.splits["train"].text_pairs is not None
+    _why_padded(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
+    examples = {
+        name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
+        for name, split in corpus.splits.items()
+    }
+    return Inputs(config, folder, corpus, backbone, examples, precision)
+
+
+def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch) -> Training:
+    """Everything a run trains with, on its device.
+
+    Raises:
+        UserError: weights that cannot be read, or what the configuration asks for is not to be had.
+    """
+    config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
+    if device.type == "cuda":  # a rerun must give the same bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    model = build_model(inputs.backbone, config.peft, config.run.seed, COMPUTE_TYPES[inputs.precision])
+    with accelerator.autocast():
+        keys = dropout.install(model, config.run.seed)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
+    if sharded:
+        shard_frozen(model, device, accelerator.num_processes)
+    else:
+        model.to(device)
+    model.train()
+    because = _why_padded(config, model, sharded)
+    compile_seconds, why_not_compiled = _compile_masks(config, keys, device)
+    notes = {
+        "padded, in batches sorted by length": because,
+        "masks are drawn by code that is not compiled": why_not_compiled,
+        "exact up to dropout; out of reach this backbone draws": ", ".join(keys.unreached),
+    }
+    optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
+    default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    plan = Plan(
+        lengths=examples["train"].lengths,
+        weights=_example_weights(config, examples["train"].labels, corpus.label_names),
+        batch_size=config.batch.size,
+        seed=config.run.seed,
+        max_tokens=config.batch.max_tokens or default_tokens,
+        packed=because is None,
+    )
+    # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    return Training(
+        config=config,
+        folder=inputs.folder,
+        accelerator=accelerator,
+        model=prepared,
+        forward=PackedForward(prepared, keys) if plan.packed else PaddedForward(prepared),
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        trained=trained,
+        dropout=keys,
+        plan=plan,
+        train=examples["train"],
+        train_rows=corpus.splits["train"].rows,
+        validation=examples.get("validation"),
+        label_names=corpus.label_names,
+        pad_token_id=inputs.backbone.tokenizer.pad_token_id,
+        total_steps=config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch,
+        eval_max_tokens=config.batch.eval_max_tokens or default_tokens,
+        fingerprints={
+            "way of drawing batches and masks": DRAWN,
+            "backbone": inputs.backbone.fingerprint,
+            **{f"{name} split": split.fingerprint() for name, split in examples.items()},
+        },
+        log=RunLog(inputs.folder, accelerator, config.run.quiet),
+        stop=stop,
+        watch=watch,
+        sharded=sharded,
+        compile_seconds=compile_seconds,
+        notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
+    )
+
+
+def _why_padded(config: Config, model: PeftModel, sharded: bool) -> str | None:
+    """Why examples are padded, in words; "" where that was asked for, None where they are packed.
+
+    Raises:
+        UserError: packing was asked for and cannot be.
+    """
+    if config.model.packed is False:
+        return ""
+    because = "the frozen weights are sharded" if sharded else why_not_packed(model)
+    if because and config.model.packed is True:
+        raise UserError(f"model.packed: true is not to be had: {because}; auto pads where it must")
+    return because
+
+
+def _compile_masks(config: Config, keys: dropout.DropoutKeys, device: torch.device) -> tuple[float | None, str | None]:
+    """Seconds that compiling took, None where nothing is compiled; and why not, where it was tried.
+
+    Raises:
+        UserError: it was asked for and cannot be.
+    """
+    if config.model.compile is False or (config.model.compile == "auto" and device.type == "cpu"):
+        return None, None
+    started, reason = time.perf_counter(), None
+    try:
+        if device.type == "cpu":
+            raise RuntimeError("on a CPU masks are numpy's, and compiled already")
+        keys.compile(device)
+    except Exception as error:  # of many kinds: no compiler, no Triton, one that fails or errs
+        reason = " ".join(str(error).split())[:200]
+    if reason and config.model.compile is True:
+        raise UserError(f"model.compile: true is not to be had: {reason}; auto goes without where it must")
+    return (None, reason) if reason else (time.perf_counter() - started, None)
+
+
+def _example_weights(config: Config, labels: np.ndarray, label_names: list[str]) -> np.ndarray:
+    """Weight of each example in the loss, float64 [N]."""
+    weights = config.optim.class_weights
+    if weights is None:
+        return np.ones(len(labels))
+    if weights == "balanced":
+        counts = np.bincount(labels, minlength=len(label_names))
+        return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[labels]
+    return np.array([float(weights.get(name, 1.0)) for name in label_names])[labels]
+
+
+def _check_names(config: Config, corpus: Corpus) -> None:
+    """Classes and metrics named in the configuration must exist.
+
+    Raises:
+        UserError: a name that does not.
+    """
+    metric, weights = config.evaluation.metric, config.optim.class_weights
+    allowed = [*METRICS, *(f"f1/{name}" for name in corpus.label_names)]
+    if metric not in allowed:
+        raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}")
+    if isinstance(weights, dict):
+        unknown = set(weights) - set(corpus.label_names)
+        if unknown:
+            raise UserError(f"optim.class_weights: {sorted(unknown)[0]!r} is no class; classes: {corpus.label_names}")
+        if any(not 0 <= weight < float("inf") for weight in weights.values()):
+            raise UserError("optim.class_weights: weights must be at least 0")
+        if sum(weights.get(name, 1.0) > 0 for name in corpus.label_names) < 2:
+            raise UserError("optim.class_weights: at least two classes need a weight above 0")

@@ -1,0 +1,230 @@
+"""Which units dropout drops: masks drawn from the numbers of (seed, step, example), by the host or by a device.
+
+Always holds: a mask is a pure function of (seed, step, example id, site); which units of an example stay does not
+depend on its rank, its padding, its place in a batch, or on who draws.
+
+The numbers come from numpy's counter-based Philox4x64-10 (Salmon et al., 2011): key (seed, step), counter (0, example
+id, 1, 0); the 1 keeps them apart from those that order epoch `step`, which have the same key. The first words of an
+example's stream are the thresholds of its sites, one a site. Then each site takes whole blocks of four words, that is
+of 32 units, for a unit takes a byte: below the threshold it is dropped. 256 p is rarely whole (p = 0.1: 25.6), so the
+threshold is 25 or 26, drawn so that a unit's probability to be dropped is p to within 2**-53.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+import torch
+
+from trainer.devices import on_device
+from trainer.philox import Rounds, random_blocks, rounds
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
+HOST_AT_ONCE = 16384  # words; they stay in a core's cache
+DEVICE_AT_ONCE = 2**23  # blocks, 256 MiB of them
+BLOCK = 32  # units of a block
+
+
+@dataclass(frozen=True)
+class Site:
+    """One dropout call: what it drops, as a function of an example's length n in tokens.
+
+    `tokens`: [n, width]; `attention`: [width heads, n, n]; `pooled`: [width].
+    """
+
+    kind: str
+    width: int
+    p: float
+    """probability of a unit to be dropped"""
+
+    def shape(self, length: int) -> tuple[int, ...]:
+        """Units of one example of `length` tokens."""
+        if self.kind == "tokens":
+            return (length, self.width)
+        if self.kind == "attention":
+            return (self.width, length, length)
+        return (self.width,)
+
+    def blocks(self, lengths: np.ndarray) -> np.ndarray:
+        """Blocks that this site takes of the stream of each example, int64 [B]."""
+        num_units = self.width * lengths ** (len(self.shape(1)) - 1)
+        return -(-num_units // BLOCK)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What one dropout call drops."""
+
+    keep: torch.Tensor
+    """of the shape of what is masked: where a unit stays; of padding it may say anything.
+
+    On a CPU int8, with all bits set or none: there bits are several times faster to apply than a product or a choice.
+    Elsewhere bool."""
+    scale: float
+    """by which the units that stay are multiplied, 1 / (1 - p)"""
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x with the dropped units 0 and the others as they are, not scaled."""
+        if self.keep.dtype == torch.bool:
+            return x * self.keep
+        bits = BITS[x.element_size()]
+        return (x.view(bits) & self.keep.to(bits)).view(x.dtype)
+
+
+def masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    """`mask.apply(x)`; x itself where there is no mask."""
+    return x if mask is None else mask.apply(x)
+
+
+def unkeyed_mask(x: torch.Tensor, p: float) -> Mask:
+    """The mask that torch's own dropout would draw now."""
+    keep = torch.nn.functional.dropout(torch.ones(x.shape, device=x.device), p) != 0
+    return Mask(-keep.view(torch.int8) if x.device.type == "cpu" else keep, 1 / (1 - p))
+
+
+def draw_stream(seed: int, step: int, example: int, words: np.ndarray) -> None:
+    """Fills `words`, uint64 [W], with the random words of one example in one step."""
+    stream = np.random.Philox(key=[seed, step], counter=[0, example, 1, 0])
+    for start in range(0, len(words), HOST_AT_ONCE):
+        part = words[start : start + HOST_AT_ONCE]
+        part[:] = stream.random_raw(len(part))
+
+
+class HostMasks:
+    """The masks of a micro-batch, all of whose words are drawn when this is made, by numpy."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        key: tuple[int, int],
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        memory: np.ndarray,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """`memory`: uint64, taken for the words if it is large enough; `pool`: the threads that draw them."""
+        self._sites, self._lengths = sites, lengths
+        self._starts = _starts(sites, lengths)
+        ends = 4 * self._starts[-1].cumsum()
+        self.memory = memory if len(memory) >= ends[-1] else np.empty(ends[-1], dtype=np.uint64)
+        self._streams = np.split(self.memory[: ends[-1]], ends[:-1])
+        list(pool.map(draw_stream, repeat(key[0]), repeat(key[1]), ids.tolist(), self._streams))
+
+    def keep(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
+        """`Mask.keep` of this shape for site `number`, on the CPU; 0 for padding.
+
+        Args:
+            number: of the site.
+            shape: see `DropoutKeys.mask`.
+            first: number of the first example in the micro-batch.
+        """
+        site, keep = self._sites[number], np.zeros(shape, dtype=bool)
+        if _end_to_end(site, shape):
+            regions = np.split(keep, np.cumsum(self._lengths)[:-1])
+        else:
+            regions = list(keep)
+        for row, region in enumerate(regions, first):
+            stream, start = self._streams[row], 4 * int(self._starts[number, row])
+            own = site.shape(int(self._lengths[row]))
+            units = stream[start:].view(np.uint8)[: math.prod(own)].reshape(own)
+            units = units[tuple(map(slice, region.shape))]
+            threshold = int(site.p * 256 + (int(stream[number]) >> 11) * 2.0**-53)
+            np.greater_equal(units, threshold, out=region[tuple(map(slice, units.shape))])
+        bits = keep.view(np.int8)
+        return torch.from_numpy(np.negative(bits, out=bits))
+
+
+class DeviceMasks:
+    """The masks of a micro-batch, whose words a device draws itself: those of many sites at once, in few operations."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        key: tuple[int, int],
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        device: torch.device,
+        rounds: Rounds = rounds,
+    ) -> None:
+        """`rounds`: as `philox.rounds`, perhaps compiled."""
+        self._sites, self._key, self._ids, self._lengths, self._device = sites, key, ids, lengths, device
+        self._rounds = rounds
+        self._starts = _starts(sites, lengths)
+        self._drawn = range(0)
+        self._units: tuple[torch.Tensor, ...] = ()
+        self._places: dict[tuple[str, int, tuple[int, ...], int], torch.Tensor] = {}
+
+    def keep(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
+        """`Mask.keep` on the device; as `HostMasks.keep`, but for padding it may say anything."""
+        if number not in self._drawn:
+            self._draw(number)
+        site, units = self._sites[number], self._units[number - self._drawn.start]
+        if _end_to_end(site, shape) and site.width % BLOCK == 0:
+            return units.view(shape)
+        geometry = (site.kind, site.width, shape, first)
+        if geometry not in self._places:  # sites of one kind have their units in the same places
+            self._places[geometry] = self._places_of(number, shape, first)
+        return units[self._places[geometry]]
+
+    def _draw(self, number: int) -> None:
+        """Decides on all units of site `number`, and of as many after it as may be drawn at once."""
+        num_examples = len(self._ids)
+        blocks = np.diff(self._starts, axis=0)
+        fitting = int(np.searchsorted(blocks[number:].sum(axis=1).cumsum(), DEVICE_AT_ONCE, side="right"))
+        self._drawn = range(number, number + max(1, fitting))
+        drawn = slice(self._drawn.start, self._drawn.stop)
+        # runs of blocks: first of each example those of the thresholds, then each site's of each example
+        counts = np.concatenate([self._starts[0], blocks[drawn].ravel()])
+        begins = np.concatenate([np.zeros_like(self._starts[0]), self._starts[drawn].ravel()])
+        ids = np.tile(self._ids, 1 + len(self._drawn))
+        rates = np.array([256 * site.p for site in self._sites[drawn]])
+        runs = self._on_device(np.stack([counts, begins - (counts.cumsum() - counts), ids]))
+        run = torch.repeat_interleave(runs[0], output_size=int(counts.sum()))
+        shift, example = runs[1:, run]
+        words = random_blocks(self._key, torch.arange(len(run), device=self._device) + shift, example, 1, self._rounds)
+        thresholds = words[: int(self._starts[0].sum())].view(num_examples, -1)[:, drawn].t()
+        uniform = ((thresholds >> 11) & (2**53 - 1)).double() * 2.0**-53
+        limit = (self._on_device(rates)[:, None] + uniform).to(torch.int16).flatten()
+        limit = torch.cat([limit[:num_examples], limit])[run]
+        keep = words.view(torch.uint8) >= limit[:, None]
+        sizes = np.concatenate([[self._starts[0].sum()], blocks[drawn].sum(axis=1)])
+        self._units = keep.flatten().split((BLOCK * sizes).tolist())[1:]
+
+    def _places_of(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
+        """Where the units of a shape are among those of site `number`, int64."""
+        site, blocks = self._sites[number], np.diff(self._starts[number : number + 2], axis=0)[0]
+        base = BLOCK * (blocks.cumsum() - blocks)
+        axes = [torch.arange(size, device=self._device) for size in shape]
+        if _end_to_end(site, shape):
+            starts = self._lengths.cumsum() - self._lengths
+            shift = self._on_device(np.repeat(base - starts * site.width, self._lengths))
+            return shift[:, None] + axes[0][:, None] * site.width + axes[1]
+        rows = slice(first, first + shape[0])
+        behind = (-1, *[1] * (len(shape) - 1))
+        bases, lengths = (part.view(behind) for part in self._on_device(np.stack([base[rows], self._lengths[rows]])))
+        if site.kind == "pooled":
+            return bases + axes[1]
+        if site.kind == "tokens":
+            places = axes[1][:, None] * site.width + axes[2]
+        else:
+            places = (axes[1][:, None, None] * lengths + axes[2][:, None]) * lengths + axes[3]
+        units = self._on_device(BLOCK * blocks[rows]).view(behind)
+        return bases + torch.minimum(places, units - 1)  # of padding: some unit of its example
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return on_device(array, self._device)
+
+
+def _starts(sites: Sequence[Site], lengths: np.ndarray) -> np.ndarray:
+    """First block of each site in the stream of each example, and behind the last all that it has; int64 [S + 1, B]."""
+    thresholds = np.full(len(lengths), -(-len(sites) // 4))
+    return np.cumsum([thresholds, *(site.blocks(lengths) for site in sites)], axis=0)
+
+
+def _end_to_end(site: Site, shape: tuple[int, ...]) -> bool:
+    return site.kind == "tokens" and len(shape) == 2
