@@ -42,8 +42,8 @@ from benchmarks import workload
 from benchmarks.dropout_cost import cpu_name
 from benchmarks.ours import Isotrain, parity
 from benchmarks.peers import PEERS
+from trainer.backbone import silence_libraries
 from trainer.config import main_guard
-from trainer.model import silence_libraries
 from trainer.processes import choose_precision
 
 ROOT = workload.ROOT

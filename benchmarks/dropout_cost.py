@@ -30,9 +30,10 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
 
 from trainer import dropout
+from trainer.backbone import silence_libraries
 from trainer.batching import Plan, collate
 from trainer.building import CPU_TOKENS
-from trainer.model import COMPUTE_TYPES, cast_frozen, silence_libraries
+from trainer.model import COMPUTE_TYPES, cast_frozen
 from trainer.processes import choose_precision
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,8 +24,8 @@ from benchmarks.workload import (
     print_memory,
 )
 from trainer import building, loop
+from trainer.backbone import silence_libraries
 from trainer.batching import collate, num_positions, split_by_tokens
-from trainer.model import silence_libraries
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.options import parse_config
 from trainer.processes import StopRequest, Watch, start_accelerator

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.dropout_cost import cpu_name
 from trainer import building, loop
-from trainer.model import silence_libraries
+from trainer.backbone import silence_libraries
 from trainer.options import parse_config
 from trainer.processes import StopRequest, Watch, choose_precision, start_accelerator
 from trainer.state import TrainState

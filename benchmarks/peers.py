@@ -43,7 +43,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def silence():
-    """As `trainer.model.silence_libraries`, whose module no peer's process loads."""
+    """As `trainer.backbone.silence_libraries`, whose module no peer's process loads."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"transformers\.")

@@ -19,9 +19,10 @@ import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from trainer.backbone import Backbone, load_weights
 from trainer.checkpoint import replace_folder
 from trainer.config import Config, UserError
-from trainer.model import Backbone, cast_frozen, load_weights
+from trainer.model import cast_frozen
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:

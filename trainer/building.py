@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from trainer import dropout
+from trainer.backbone import Backbone, find_backbone
 from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.data import Corpus, load_corpus
 from trainer.metrics import METRICS
-from trainer.model import COMPUTE_TYPES, Backbone, build_model, check_fit, find_backbone, shard_frozen
+from trainer.model import COMPUTE_TYPES, build_model, check_fit, shard_frozen
 from trainer.optim import build_optimizer
 from trainer.packed import PackedForward, PaddedForward, why_not_packed
 from trainer.processes import StopRequest, Watch

@@ -59,7 +59,7 @@ def export(run: Path, output: Path) -> int:
     from transformers import AutoModelForSequenceClassification
 
     from trainer.adapter import load_plain
-    from trainer.model import find_backbone, silence_libraries
+    from trainer.backbone import find_backbone, silence_libraries
 
     silence_libraries()
     backbone = find_backbone(config.model, label_names)

@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from trainer.adapter import check_adapter, load_adapter_tensors, model_card, save_adapter
+from trainer.backbone import silence_libraries
 from trainer.batching import collate, split_by_tokens
 from trainer.building import Inputs, build, prepare
 from trainer.checkpoint import load_newest, remove_unfinished, write_atomic
@@ -36,7 +37,6 @@ from trainer.loop import Interrupted, Stopped, plan_in_force, score, train
 from trainer.model import (
     COMPUTE_TYPES,
     parameter_table,
-    silence_libraries,
 )
 from trainer.options import config_text
 from trainer.processes import StopRequest, Watch, agree, choose_precision, together

