@@ -88,8 +88,8 @@ def load(chosen):
 
 
 def tokenizer_of(chosen):
+    from trainer.backbone import find_backbone, silence_libraries
     from trainer.config import ModelConfig
-    from trainer.model import find_backbone, silence_libraries
 
     silence_libraries()
     return find_backbone(ModelConfig(name=chosen["model"]), LABELS).tokenizer

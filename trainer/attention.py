@@ -1,7 +1,8 @@
 """Attention among the tokens of each example, where the examples of a micro-batch lie end to end on one token axis.
 
 Examples of like length attend together, as a *group*, padded for that to the longest of them and for nothing else.
-Products, dropout and the way there and back are one function, whose gradient is written out.
+Products, dropout and the way there and back are one function, whose gradient is written out: torch's own attention for
+packed examples (varlen_attn, flex_attention) has no dropout.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from trainer.devices import on_device
 from trainer.masks import Mask, masked
 
 # Examples attend together while the shortest has at least this share of the longest's tokens. A GPU computes padding
-# in less time than it takes to start the operations of one more group.
+# in less time than it takes to start the operations of one more group: there a whole micro-batch attends together, as
+# long as it has no more scores than this.
 LIKE_LENGTH, LIKE_LENGTH_ON_GPU = 0.8, 0.5
+SCORES_OF_ONE_GROUP = 2**24
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ class Layout:
 
 def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype) -> Layout:
     """The layout of examples of these lengths [B], on the device; `dtype` is that of the scores."""
-    like_length = LIKE_LENGTH if device.type == "cpu" else LIKE_LENGTH_ON_GPU
+    like_length = LIKE_LENGTH
+    if device.type != "cpu":
+        num_scores = len(lengths) * num_heads * int(lengths.max()) ** 2
+        like_length = 0.0 if num_scores <= SCORES_OF_ONE_GROUP else LIKE_LENGTH_ON_GPU
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     groups, tokens, homes = [], [], []

@@ -151,7 +151,7 @@ def main():
     torch.cuda.current_device = lambda: 0
     torch.Tensor.pin_memory = lambda tensor: tensor
     if mistake == "many groups":
-        attention.LIKE_LENGTH_ON_GPU = 0.99
+        attention.LIKE_LENGTH_ON_GPU, attention.SCORES_OF_ONE_GROUP = 0.99, 0
     if mistake == "left on the host":
         attention.on_device = lambda array, device: devices.on_device(array, torch.device("cpu"))
     if mistake == "copies and waits":
