@@ -120,41 +120,35 @@ def _rows(groups: list[Group], of_tokens: torch.Tensor, tokens: torch.Tensor, co
     return Rows(joined if components == 1 else joined.where(joined < num_rows, 0), back.flatten())
 
 
-def attend(
-    projected: torch.Tensor,
-    query: torch.Tensor | None,
-    layout: Layout,
-    num_heads: int,
-    scaling: float,
-    draw: Callable[[torch.Tensor, int], Mask | None],
-) -> torch.Tensor:
-    """What each token attends to, [T, H]; with a `query` of the first tokens [B, 1, H], what each of these does.
+@dataclass(frozen=True)
+class Attention:
+    """How the tokens of a layout attend to one another."""
 
-    Args:
-        projected: query, key and value of every token, [T, 3 H]; with a `query`, key and value.
-        query: see above.
-        layout: of the tokens.
-        num_heads: H = heads D.
-        scaling: factor on the scores.
-        draw: gives dropout's mask, if any, of shares [G, heads, queries, N] and the number of the first example.
-    """
-    attended: torch.Tensor = _Attention.apply(projected, query, layout, num_heads, scaling, draw)
-    return attended
+    layout: Layout
+    num_heads: int
+    """H = heads D"""
+    scaling: float
+    """factor on the scores"""
+    draw: Callable[[torch.Tensor, int], Mask | None]
+    """gives dropout's mask, if any, of shares [G, heads, queries, N] and the number of their first example"""
+
+    def __call__(self, projected: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
+        """What each token attends to, [T, H]; with a `query` of the first tokens [B, 1, H], what each of these does.
+
+        Args:
+            projected: query, key and value of every token, [T, 3 H]; with a `query`, key and value.
+            query: see above.
+        """
+        attended: torch.Tensor = _Attention.apply(projected, query, self)
+        return attended
 
 
 class _Attention(torch.autograd.Function):
-    """See `attend`."""
+    """See `Attention`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        projected: torch.Tensor,
-        query: torch.Tensor | None,
-        layout: Layout,
-        num_heads: int,
-        scaling: float,
-        draw: Callable[[torch.Tensor, int], Mask | None],
-    ) -> torch.Tensor:
+    def forward(ctx: Any, projected: torch.Tensor, query: torch.Tensor | None, how: Attention) -> torch.Tensor:
+        layout, num_heads = how.layout, how.num_heads
         components = 3 if query is None else 2
         size = projected.shape[-1] // components // num_heads
         gathered = projected.reshape(-1, size).index_select(0, layout.rows[components].take)
@@ -163,15 +157,15 @@ class _Attention(torch.autograd.Function):
         outputs = torch.empty_like(gathered[: len(gathered) // components] if query is None else query)
         kept, masks = [], []
         for group, q, k, v, output in _by_group(layout, num_heads, gathered, query, outputs):
-            shares = _softmax(torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=scaling))
-            mask = draw(shares.unflatten(0, (group.size, num_heads)), group.first)
+            shares = _softmax(torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=how.scaling))
+            mask = how.draw(shares.unflatten(0, (group.size, num_heads)), group.first)
             if mask is not None:
                 mask = Mask(mask.keep.flatten(0, 1), mask.scale)
             _product_into(output, masked(shares, mask), v, _scale(mask))
             kept.append(shares)
             masks.append(mask)
         ctx.save_for_backward(gathered, query, *kept)
-        ctx.layout, ctx.num_heads, ctx.scaling, ctx.masks = layout, num_heads, scaling, masks
+        ctx.how, ctx.masks = how, masks
         if query is None:
             outputs = outputs.index_select(0, layout.rows[1].back)
             return outputs.view(len(projected), -1)
@@ -180,7 +174,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gathered, query, *kept = ctx.saved_tensors
-        layout, num_heads, scaling, size = ctx.layout, ctx.num_heads, ctx.scaling, gathered.shape[-1]
+        layout, num_heads, size = ctx.how.layout, ctx.how.num_heads, gathered.shape[-1]
         if query is None:
             with_zeros = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # for queries of padding
             of_outputs = with_zeros.view(-1, size).index_select(0, layout.rows[1].take)
@@ -194,14 +188,14 @@ class _Attention(torch.autograd.Function):
         for (_, q, k, v, of_output), (_, of_q, of_k, of_v, _), shares, mask in each:
             _product_into(of_v, masked(shares, mask).transpose(1, 2), of_output, _scale(mask))
             of_shares = torch.empty_like(shares)
-            _product_into(of_shares, of_output, v.transpose(1, 2), _scale(mask) * scaling)
+            _product_into(of_shares, of_output, v.transpose(1, 2), _scale(mask) * ctx.how.scaling)
             of_scores = torch.ops.aten._softmax_backward_data(masked(of_shares, mask), shares, -1, shares.dtype)
             _product_into(of_q, of_scores, k)
             _product_into(of_k, of_scores.transpose(1, 2), q)
         of_projected = of_gathered.index_select(0, layout.rows[3 if query is None else 2].back)
         if of_query is not None:
             of_query = of_query.view_as(gradient)
-        return of_projected.view(layout.positions.shape[0], -1), of_query, None, None, None, None
+        return of_projected.view(layout.positions.shape[0], -1), of_query, None
 
 
 def _by_group(

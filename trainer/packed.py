@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import BertForSequenceClassification, RobertaForSequenceClassification
 from transformers import XLMRobertaForSequenceClassification as XLMRoberta
 
-from trainer.attention import Layout, attend, lay_out
+from trainer.attention import Attention, Layout, lay_out
 from trainer.dropout import DropoutKeys, KeyedDropout
 from trainer.masks import Mask
 from trainer.products import Projection
@@ -135,8 +135,8 @@ class _Layer:
         if self.query is not None:
             x = x[layout.starts].unsqueeze(1)
             query = self.query(x)
-        attended = attend(projected, query, layout, attention.num_attention_heads, attention.scaling, draw)
-        x = _add_and_norm(self.attention_output, self.join(attended), x)
+        attend = Attention(layout, attention.num_attention_heads, attention.scaling, draw)
+        x = _add_and_norm(self.attention_output, self.join(attend(projected, query)), x)
         return _add_and_norm(self.output, self.down(self.intermediate.intermediate_act_fn(self.up(x))), x)
 
 

@@ -13,7 +13,7 @@ import torch
 from obedient import announce_a_closed_port, die_before_the_line, heed_signals, meet_among_strangers, ranks_in
 from torch.distributed import HashStore
 
-from trainer import meeting, processes
+from trainer import meeting
 from trainer.config import UserError
 from trainer.processes import choose_precision, start_accelerator
 
@@ -229,7 +229,7 @@ def test_the_interface_of_an_address():
 def test_the_host_of_the_rendezvous_gives_the_address_that_others_reach(monkeypatch, ways, address):
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setenv("MASTER_PORT", "1234")
-    monkeypatch.setattr(processes, "_way_to", lambda host, port: ways[host])
+    monkeypatch.setattr(meeting, "_way_to", lambda host, port: ways[host])
     store = HashStore()
     for key, value in (("address/1", '"10.0.0.2"'), ("address/1 has read", "")):
         store.set(key, value)
