@@ -20,7 +20,7 @@ from trainer.masks import Mask, masked
 # Examples attend together while the shortest has at least this share of the longest's tokens. A GPU computes padding
 # in less time than it takes to start the operations of one more group: there a whole micro-batch attends together, as
 # long as it has no more scores than this.
-LIKE_LENGTH, LIKE_LENGTH_ON_GPU = 0.8, 0.5
+LIKE_LENGTH, LIKE_LENGTH_ON_GPU = 0.7, 0.5
 SCORES_OF_ONE_GROUP = 2**24
 
 

@@ -73,7 +73,7 @@ class Mask:
         if self.keep.dtype == torch.bool:
             return x * self.keep
         bits = BITS[x.element_size()]
-        return (x.view(bits) & self.keep.to(bits)).view(x.dtype)
+        return self.keep.to(bits, copy=True).bitwise_and_(x.view(bits)).view(x.dtype)
 
 
 def masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ so that a frozen weight can be kept as the processor wants it and no product is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,22 +84,21 @@ class Projection:
             return torch.cat([module(x) for module in self.modules], dim=-1)
         if torch.is_autocast_enabled(x.device.type):  # once, not for each product
             x = x.to(self.frozen.weight.dtype)
-        down, up, parts = [], [], []
-        for position, module in enumerate(self.modules):
+        parts, weights, end = [], [], 0
+        for module, size in zip(self.modules, self.sizes, strict=True):
+            end += size
             if isinstance(module, LoraLinear):
-                dropout: Any = module.lora_dropout["default"]
-                mask = dropout.mask(x) if isinstance(dropout, KeyedDropout) else None
-                scale = module.scaling["default"] * (mask.scale if mask is not None else 1)
-                before = sum(self.sizes[:position])
-                behind = sum(self.sizes) - before - self.sizes[position]
                 adapter: Any = module
-                down.append(adapter.lora_A["default"].weight)
-                up.append(nn.functional.pad(adapter.lora_B["default"].weight * scale, (0, 0, before, behind)))
-                parts.append((adapter.r["default"], mask))
-        if not down:
-            return _Product.apply(x, self.frozen)
-        joined_down, joined_up = torch.cat(down).to(x.dtype), torch.cat(up, dim=-1).to(x.dtype)
-        return _LoraProduct.apply(x, joined_down, joined_up, self.frozen, parts)
+                dropout = adapter.lora_dropout["default"]
+                mask = dropout.mask(x) if isinstance(dropout, KeyedDropout) else None
+                scale = adapter.scaling["default"] * (mask.scale if mask is not None else 1)
+                parts.append(_Part(slice(end - size, end), scale, mask))
+                weights += [adapter.lora_A["default"].weight, adapter.lora_B["default"].weight]
+        if not parts:
+            plain: torch.Tensor = _Product.apply(x, self.frozen)
+            return plain
+        product: torch.Tensor = _LoraProduct.apply(x, self.frozen, parts, *weights)
+        return product
 
 
 def _is_joinable(module: Any) -> bool:
@@ -129,41 +129,45 @@ class _Product(torch.autograd.Function):
         return ctx.frozen.back(gradient), None
 
 
-class _LoraProduct(torch.autograd.Function):
-    """x weight^T + bias + low up^T, where low [..., R] are the products of x, its units dropped, with the rows of down.
+@dataclass(frozen=True)
+class _Part:
+    """The adapter of one module."""
 
-    down [R, H] and up [O, R] hold the adapters of several modules; `parts` gives the rank of each, and what it drops.
-    """
+    outputs: slice
+    """its module's, among those of all"""
+    scale: float
+    mask: Mask | None
+    """what it drops of x"""
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x weight^T + bias; to the outputs of each part is added: x, its units dropped, times A^T B^T times the scale."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        frozen: FrozenWeight,
-        parts: Sequence[tuple[int, Mask | None]],
+        ctx: Any, x: torch.Tensor, frozen: FrozenWeight, parts: Sequence[_Part], *weights: torch.Tensor
     ) -> torch.Tensor:
-        ranks = [rank for rank, _ in parts]
-        each = zip(down.split(ranks), parts, strict=True)
-        low = torch.cat([masked(x, mask) @ rows.t() for rows, (_, mask) in each], dim=-1)
-        ctx.save_for_backward(x, down, up, low)
-        ctx.frozen, ctx.parts, ctx.ranks = frozen, parts, ranks
+        """`weights`: A [R, H] and B [outputs of the part, R] of each part."""
         output = frozen.product(x)
-        output.flatten(0, -2).addmm_(low.flatten(0, -2), up.t())
+        flat, cast, lows = output.flatten(0, -2), [weight.to(x.dtype) for weight in weights], []
+        for part, a, b in zip(parts, cast[::2], cast[1::2], strict=True):
+            low = masked(x, part.mask).flatten(0, -2) @ a.t()
+            flat[:, part.outputs].addmm_(low, b.t(), alpha=part.scale)
+            lows.append(low)
+        ctx.save_for_backward(x, *cast, *lows)
+        ctx.frozen, ctx.parts, ctx.dtypes = frozen, parts, [weight.dtype for weight in weights]
         return output
 
     @staticmethod
-    def backward(
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, None, None]:
-        x, down, up, low = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        cast, lows = saved[: 2 * len(ctx.parts)], saved[2 * len(ctx.parts) :]
         of_x = ctx.frozen.back(gradient) if ctx.needs_input_grad[0] else None
-        of_up = gradient.flatten(0, -2).t() @ low.flatten(0, -2)
-        of_low = (gradient @ up).split(ctx.ranks, dim=-1)
-        of_down = []
-        for rows, one, (_, mask) in zip(down.split(ctx.ranks), of_low, ctx.parts, strict=True):
-            of_down.append(one.flatten(0, -2).t() @ masked(x, mask).flatten(0, -2))
+        of_weights = []
+        for part, a, b, low in zip(ctx.parts, cast[::2], cast[1::2], lows, strict=True):
+            own = gradient.flatten(0, -2)[:, part.outputs]
+            of_low = (own @ b).mul_(part.scale)
+            of_weights += [of_low.t() @ masked(x, part.mask).flatten(0, -2), (low.t() @ own).t().mul_(part.scale)]
             if of_x is not None:
-                of_x += masked(one @ rows, mask)
-        return of_x, torch.cat(of_down), of_up, None, None
+                of_x += masked((of_low @ a).view_as(x), part.mask)
+        return of_x, None, None, *(of.to(dtype) for of, dtype in zip(of_weights, ctx.dtypes, strict=True))
