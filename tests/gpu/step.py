@@ -1,11 +1,13 @@
-"""One training step on a GPU that is not there: fake tensors, so nothing is computed, but all is asked for.
+"""Training steps on a GPU that is not there: fake tensors, so nothing is computed, but all is asked for.
 
-    python tests/gpu/step.py SHIM LAYERS [mistake, or "transformers": a step of its own forward, padded, in two halves]
+    python tests/gpu/step.py SHIM "2 ours" "4 ours" "4 transformers" ...    (number of layers, and whose step)
 
-Prints as JSON how many operations a GPU would be given (views and allocations aside), and how often the host would wait
-for it. An operation among tensors of two devices is an error.
+Prints as JSON, for each step, how many operations a GPU would be given (views and allocations aside) and how often the
+host would wait for it, or the error: operations among tensors of two devices are one. Besides "ours" there are its
+MISTAKES, and "transformers": a step of its own forward, padded, in two halves.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -13,6 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 torch_libraries = Path(importlib.util.find_spec("torch").origin).with_name("lib")
 for library in (torch_libraries / "libc10.so", torch_libraries / "libtorch_cpu.so", sys.argv[1]):
@@ -26,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
-from trainer import attention, devices, dropout, loop
+from trainer import attention, dropout, loop
 from trainer.batching import Plan
 from trainer.config import Config
 from trainer.model import cast_frozen
@@ -143,35 +146,58 @@ def theirs(model, requests):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 
+def copied_and_waited_for(array, device):
+    return torch.from_numpy(array).to(device)
+
+
+def left_on_the_host(array, device):
+    return torch.from_numpy(array)
+
+
+def asks_for_a_number(scores):
+    return torch.ops.aten._softmax(scores * scores.max().item(), -1, False)
+
+
+MISTAKES = {
+    "many groups": {"LIKE_LENGTH_ON_GPU": 0.99, "SCORES_OF_ONE_GROUP": 0},
+    "left on the host": {"on_device": left_on_the_host},
+    "copied and waited for": {"on_device": copied_and_waited_for},
+    "asks for a number": {"_softmax": asks_for_a_number},
+    "ours": {},
+}
+
+
+def counted(num_layers, whose):
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(RobertaConfig(**SIZE, num_hidden_layers=num_layers))
+        lora = LoraConfig(TaskType.SEQ_CLS, r=8, lora_dropout=0.1, target_modules=["query", "value"])
+        model = get_peft_model(model, lora).train()
+    step = theirs
+    if whose != "transformers":
+        step = ours
+        cast_frozen(model, torch.bfloat16)
+    requests = Requests()
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        for name, mistaken in MISTAKES.get(whose, {}).items():
+            stack.enter_context(patch.object(attention, name, mistaken))
+        try:
+            step(model, requests)
+        except RuntimeError as error:
+            return {"error": str(error)}
+    return {"operations": sum(requests.operations.values()), "waits": requests.waits}
+
+
 def main():
-    num_layers, mistake = int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None
     # torch's own questions for a device; answered where there is none
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.current_device = lambda: 0
     torch.Tensor.pin_memory = lambda tensor: tensor
-    if mistake == "many groups":
-        attention.LIKE_LENGTH_ON_GPU, attention.SCORES_OF_ONE_GROUP = 0.99, 0
-    if mistake == "left on the host":
-        attention.on_device = lambda array, device: devices.on_device(array, torch.device("cpu"))
-    if mistake == "copies and waits":
-        attention.on_device = lambda array, device: torch.from_numpy(array).to(device)
-    if mistake == "asks for a number":
-        softmax = attention._softmax
-        attention._softmax = lambda scores: softmax(scores * scores.max().item())
-    requests = Requests()
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(RobertaConfig(**SIZE, num_hidden_layers=num_layers))
-        lora = LoraConfig(TaskType.SEQ_CLS, r=8, lora_dropout=0.1, target_modules=["query", "value"])
-        model = get_peft_model(model, lora).train()
-    if mistake == "transformers":
-        step = theirs
-    else:
-        step = ours
-        cast_frozen(model, torch.bfloat16)
-    with FakeTensorMode():
-        step(model, requests)
-    print(json.dumps({"operations": sum(requests.operations.values()), "waits": requests.waits}))
+    steps = {}
+    for case in sys.argv[2:]:
+        num_layers, _, whose = case.partition(" ")
+        steps[case] = counted(int(num_layers), whose)
+    print(json.dumps(steps))
 
 
 if __name__ == "__main__":
