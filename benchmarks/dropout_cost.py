@@ -7,8 +7,8 @@ them: keyed dropout, torch's own, and none at all. Dropout is 0.1 in the hidden 
 models are built from their configurations: the weights are random, for time does not depend on them. A step is what
 `loop.train_step` does: collate, forward, backward, AdamW. Of the rounds, the half counts beside which other processes
 had the least processor time; with --threads 1, this process's own processor time is measured, which they disturb less.
-Besides, without a model: the masks of an example, their random bits alone (Philox), and with the masks made of them and
-multiplied into tensors. Writes benchmarks/results/dropout_cost.json.
+Besides, without a model: the masks of an example, drawn and applied to tensors. Writes
+benchmarks/results/dropout_cost.json.
 """
 
 import argparse
@@ -131,10 +131,7 @@ def measure(name, precision, batch_size, num_rounds):
     seconds, loads = take_turns(calls, num_rounds)
     ratios = seconds[:, :1] / seconds[:, 1:]
     steps = range(10)
-    calls = [
-        lambda with_masks=with_masks: draw(keys, examples, plan, steps, with_masks) for with_masks in (False, True)
-    ]
-    drawn, mask_loads = take_turns(calls, num_rounds)
+    drawn, mask_loads = take_turns([lambda: draw(keys, examples, plan, steps)], num_rounds)
     drawn *= 1e3 / (len(steps) * batch_size)
     return {
         "model": name,
@@ -145,18 +142,17 @@ def measure(name, precision, batch_size, num_rounds):
         "keyed_to_torch": quartiles(ratios[:, 0]),
         "keyed_to_none": quartiles(ratios[:, 1]),
         "mask_loads": mask_loads,
-        "bits_ms_per_example": median(drawn[:, 0].tolist()),
-        "masks_ms_per_example": median(drawn[:, 1].tolist()),
+        "masks_ms_per_example": median(drawn[:, 0].tolist()),
     }
 
 
-def draw(keys, examples, plan, steps, with_masks):
-    """Draws the random bits of all examples of these steps; `with_masks` also drops units of every site with them."""
+def draw(keys, examples, plan, steps):
+    """Draws the masks of all examples of these steps, and drops units of every site with them."""
     one = torch.ones(1)  # stands for each tensor that is dropped from, expanded to its shape
     for part in [part for step in steps for part in plan.micro_batches(step, 0, 1)]:
         lengths = examples.lengths[part.ids]
         with keys.micro_batch(steps[0], part.ids, lengths):
-            for (caller, _), site in keys.sites.items() if with_masks else []:
+            for (caller, _), site in keys.sites.items():
                 keys.drop(one.expand(len(lengths), *site.shape(int(lengths.max()))), P, caller)
 
 
@@ -166,13 +162,13 @@ def quartiles(ratios):
 
 def markdown(rows):
     lines = [
-        "| | keyed dropout | torch's dropout | no dropout | keyed / torch's | keyed / none | random bits | masks |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | keyed dropout | torch's dropout | no dropout | keyed / torch's | keyed / none | masks |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         steps = " | ".join(f"{milliseconds:.0f} ms" for milliseconds in row["step_ms"].values())
         ratios = " | ".join("{1:.3f} ({0:.3f} to {2:.3f})".format(*row[f"keyed_to_{other}"]) for other in DROPOUTS[1:])
-        masks = f"{row['bits_ms_per_example']:.2f} | {row['masks_ms_per_example']:.2f} ms an example"
+        masks = f"{row['masks_ms_per_example']:.2f} ms an example"
         lines.append(f"| {row['model']}, step of {row['batch_size']} | {steps} | {ratios} | {masks} |")
     return "\n".join(lines)
 
