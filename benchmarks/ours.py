@@ -55,7 +55,8 @@ def build(task):
     folder = task.folder / "runs" / "isotrain"
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator(task.precision, folder)
-    return building.build(building.prepare(config, folder, task.precision), accelerator, StopRequest(), Watch())
+    inputs = building.prepare(config, folder, task.precision, accelerator.device)
+    return building.build(inputs, accelerator, StopRequest(), Watch())
 
 
 class Isotrain:

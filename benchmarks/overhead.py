@@ -71,7 +71,8 @@ def build(folder):
     precision = choose_precision(config.run.precision)
     folder.mkdir(exist_ok=True)
     accelerator = start_accelerator(precision, folder, config.tracking.backends)
-    return precision, building.build(building.prepare(config, folder, precision), accelerator, StopRequest(), Watch())
+    inputs = building.prepare(config, folder, precision, accelerator.device)
+    return precision, building.build(inputs, accelerator, StopRequest(), Watch())
 
 
 def share_outside(run):

@@ -33,6 +33,7 @@ from trainer.tracking import RunLog
 # Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
 # GPU more than most hold, so that the first step that lacks memory finds what fits (see loop.py).
 CPU_TOKENS, GPU_TOKENS = 2048, 65536
+NOT_COMPILED = "model.compile: true is not to be had"
 DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such a run is not to be continued
 
 
@@ -51,12 +52,14 @@ class Inputs:
     """no, bf16 or fp16"""
 
 
-def prepare(config: Config, folder: Path, precision: str) -> Inputs:
+def prepare(config: Config, folder: Path, precision: str, device: torch.device) -> Inputs:
     """Reads the data, finds the backbone, and checks that they fit together and the configuration; loads no weight.
 
     Raises:
         UserError: they do not, or are not there.
     """
+    if config.model.compile is True and device.type == "cpu":
+        raise UserError(f"{NOT_COMPILED}: on a CPU masks are numpy's, and compiled already; auto compiles on a GPU")
     corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
     _check_names(config, corpus)
     backbone = find_backbone(config.model, corpus.label_names)
@@ -163,13 +166,11 @@ def _compile_masks(config: Config, keys: dropout.DropoutKeys, device: torch.devi
         return None, None
     started, reason = time.perf_counter(), None
     try:
-        if device.type == "cpu":
-            raise RuntimeError("on a CPU masks are numpy's, and compiled already")
         keys.compile(device)
     except Exception as error:  # of many kinds: no compiler, no Triton, one that fails or errs
         reason = " ".join(str(error).split())[:200]
     if reason and config.model.compile is True:
-        raise UserError(f"model.compile: true is not to be had: {reason}; auto goes without where it must")
+        raise UserError(f"{NOT_COMPILED}: {reason}; auto goes without where it must")
     return (None, reason) if reason else (time.perf_counter() - started, None)
 
 

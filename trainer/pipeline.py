@@ -60,7 +60,7 @@ def train_and_report(config: Config, folder: Path) -> int:
     same = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
     with together(precision, same, folder, config.tracking.backends) as (accelerator, watch):
         watch.position = "the preparation of the data"
-        inputs = prepare(config, folder, precision)
+        inputs = prepare(config, folder, precision, accelerator.device)
         with _locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
             try:
                 _train(inputs, accelerator, stop, watch)

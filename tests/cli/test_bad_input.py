@@ -263,6 +263,12 @@ def test_packing_that_cannot_be(attempt, backbone):
     assert said == "model.packed: true is not to be had: this backbone is a decoder; auto pads where it must"
 
 
+def test_compiling_where_there_is_nothing_to_compile(attempt):
+    assert attempt("--model.compile", "true") == (
+        "model.compile: true is not to be had: on a CPU masks are numpy's, and compiled already; auto compiles on a GPU"
+    )
+
+
 def test_pickled_weights(attempt, backbone):
     (backbone / "model.safetensors").rename(backbone / "pytorch_model.bin")
     assert attempt("--model.name", backbone) == (

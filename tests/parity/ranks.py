@@ -100,7 +100,9 @@ def build(arguments, double=False):
     if double:
         building.build_model = lambda *given: plain(*given).double()
     try:
-        return building.build(building.prepare(config, folder, "no"), accelerator, StopRequest(), Watch())
+        return building.build(
+            building.prepare(config, folder, "no", accelerator.device), accelerator, StopRequest(), Watch()
+        )
     finally:
         building.build_model = plain
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.building import _compile_masks
+from trainer.building import _compile_masks, prepare
 from trainer.config import Config, ModelConfig, UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -43,5 +43,10 @@ def test_true_compiles_or_refuses():
     assert compiled(True, GPU)[2] == [GPU]
     with pytest.raises(UserError, match=r"model\.compile: true is not to be had: no compiler; auto goes without"):
         compiled(True, GPU, RuntimeError("no compiler"))
+
+
+def test_nothing_to_compile_is_said_before_anything_is_read(tmp_path):
+    config = dataclasses.replace(Config(), model=ModelConfig(compile=True))
     with pytest.raises(UserError, match=r"model\.compile: true is not to be had: on a CPU masks are numpy's"):
-        compiled(True, CPU)
+        prepare(config, tmp_path / "run", "no", CPU)
+    assert not list(tmp_path.iterdir())
