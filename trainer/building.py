@@ -79,10 +79,8 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         UserError: weights that cannot be read, or what the configuration asks for is not to be had.
     """
     config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
-    if device.type == "cuda":  # a rerun must give the same bits
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    if device.type == "cuda":
+        _ask_for_equal_bits()
     model = build_model(inputs.backbone, config.peft, config.run.seed, COMPUTE_TYPES[inputs.precision])
     with accelerator.autocast():
         keys = dropout.install(model, config.run.seed)
@@ -101,14 +99,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     }
     optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
     default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
-    plan = Plan(
-        lengths=examples["train"].lengths,
-        weights=_example_weights(config, examples["train"].labels, corpus.label_names),
-        batch_size=config.batch.size,
-        seed=config.run.seed,
-        max_tokens=config.batch.max_tokens or default_tokens,
-        packed=because is None,
-    )
+    plan = _plan(inputs, config.batch.max_tokens or default_tokens, packed=because is None)
     # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     return Training(
@@ -139,6 +130,25 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         sharded=sharded,
         compile_seconds=compile_seconds,
         notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
+    )
+
+
+def _ask_for_equal_bits() -> None:
+    """A rerun must give the same bits: a GPU has faster kernels that do not."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+
+
+def _plan(inputs: Inputs, max_tokens: int, packed: bool) -> Plan:
+    config, train = inputs.config, inputs.examples["train"]
+    return Plan(
+        lengths=train.lengths,
+        weights=_example_weights(config, train.labels, inputs.corpus.label_names),
+        batch_size=config.batch.size,
+        seed=config.run.seed,
+        max_tokens=max_tokens,
+        packed=packed,
     )
 
 

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trainer import philox
-from trainer.masks import DeviceMasks, HostMasks, Mask, Site, unkeyed_mask
+from trainer.masks import DeviceMasks, Draw, HostMasks, Mask, Site, unkeyed_mask
 
 ATTENTION = "isotrain"
 PROBE_BATCH, PROBE_LENGTH = 2, 11
@@ -103,10 +103,10 @@ class DropoutKeys:
         step, ids, lengths = self._micro_batch
         found = {key: site for key, site in self.sites.items() if site is not None}
         self._numbers = {key: number for number, key in enumerate(found)}
-        sites = list(found.values())
+        draw = Draw(list(found.values()), (self.seed, step), ids, lengths)
         if device.type != "cpu":
-            return DeviceMasks(sites, (self.seed, step), ids, lengths, device, self._rounds)
-        masks = HostMasks(sites, (self.seed, step), ids, lengths, self._memory, self._pool)
+            return DeviceMasks(draw, device, self._rounds)
+        masks = HostMasks(draw, self._memory, self._pool)
         self._memory = masks.memory
         return masks
 

@@ -95,25 +95,34 @@ def draw_stream(seed: int, step: int, example: int, words: np.ndarray) -> None:
         part[:] = stream.random_raw(len(part))
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What the masks of a micro-batch are a function of."""
+
+    sites: Sequence[Site]
+    key: tuple[int, int]
+    """seed and step"""
+    ids: np.ndarray
+    """of its examples, int64 [B]"""
+    lengths: np.ndarray
+    """their tokens, int64 [B]"""
+
+    def starts(self) -> np.ndarray:
+        """First block of each site in each example's stream, and behind the last all that it has; int64 [S + 1, B]."""
+        thresholds = np.full(len(self.lengths), -(-len(self.sites) // 4))
+        return np.cumsum([thresholds, *(site.blocks(self.lengths) for site in self.sites)], axis=0)
+
+
 class HostMasks:
     """The masks of a micro-batch, all of whose words are drawn when this is made, by numpy."""
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        key: tuple[int, int],
-        ids: np.ndarray,
-        lengths: np.ndarray,
-        memory: np.ndarray,
-        pool: ThreadPoolExecutor,
-    ) -> None:
+    def __init__(self, draw: Draw, memory: np.ndarray, pool: ThreadPoolExecutor) -> None:
         """`memory`: uint64, taken for the words if it is large enough; `pool`: the threads that draw them."""
-        self._sites, self._lengths = sites, lengths
-        self._starts = _starts(sites, lengths)
+        self._sites, self._lengths, self._starts = draw.sites, draw.lengths, draw.starts()
         ends = 4 * self._starts[-1].cumsum()
         self.memory = memory if len(memory) >= ends[-1] else np.empty(ends[-1], dtype=np.uint64)
         self._streams = np.split(self.memory[: ends[-1]], ends[:-1])
-        list(pool.map(draw_stream, repeat(key[0]), repeat(key[1]), ids.tolist(), self._streams))
+        list(pool.map(draw_stream, repeat(draw.key[0]), repeat(draw.key[1]), draw.ids.tolist(), self._streams))
 
     def keep(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
         """`Mask.keep` of this shape for site `number`, on the CPU; 0 for padding.
@@ -142,19 +151,10 @@ class HostMasks:
 class DeviceMasks:
     """The masks of a micro-batch, whose words a device draws itself: those of many sites at once, in few operations."""
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        key: tuple[int, int],
-        ids: np.ndarray,
-        lengths: np.ndarray,
-        device: torch.device,
-        rounds: Rounds = rounds,
-    ) -> None:
+    def __init__(self, draw: Draw, device: torch.device, rounds: Rounds = rounds) -> None:
         """`rounds`: as `philox.rounds`, perhaps compiled."""
-        self._sites, self._key, self._ids, self._lengths, self._device = sites, key, ids, lengths, device
-        self._rounds = rounds
-        self._starts = _starts(sites, lengths)
+        self._sites, self._key, self._ids, self._lengths = draw.sites, draw.key, draw.ids, draw.lengths
+        self._starts, self._device, self._rounds = draw.starts(), device, rounds
         self._drawn = range(0)
         self._units: tuple[torch.Tensor, ...] = ()
         self._places: dict[tuple[str, int, tuple[int, ...], int], torch.Tensor] = {}
@@ -218,12 +218,6 @@ class DeviceMasks:
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return on_device(array, self._device)
-
-
-def _starts(sites: Sequence[Site], lengths: np.ndarray) -> np.ndarray:
-    """First block of each site in the stream of each example, and behind the last all that it has; int64 [S + 1, B]."""
-    thresholds = np.full(len(lengths), -(-len(sites) // 4))
-    return np.cumsum([thresholds, *(site.blocks(lengths) for site in sites)], axis=0)
 
 
 def _end_to_end(site: Site, shape: tuple[int, ...]) -> bool:

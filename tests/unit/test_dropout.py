@@ -23,7 +23,7 @@ from transformers import (
 
 from trainer import dropout, masks
 from trainer.dropout import DropoutKeys, KeyedDropout, install
-from trainer.masks import DeviceMasks, Site, draw_stream
+from trainer.masks import DeviceMasks, Draw, Site, draw_stream
 
 PAD, END, SEED = 1, 2, 7
 SIZE = {"vocab_size": 60, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": END, "num_labels": 3}
@@ -235,7 +235,7 @@ def test_a_device_draws_the_masks_that_the_host_draws(kind, seed, at_once, monke
     monkeypatch.setattr(masks, "DEVICE_AT_ONCE", at_once)
     with keys.micro_batch(2**40, np.array([0, 7, 3, 10**9]), lengths):
         host = keys._masks_on(CPU)
-        device = DeviceMasks(sites, (seed, 2**40), *keys._micro_batch[1:], CPU)
+        device = DeviceMasks(Draw(sites, (seed, 2**40), *keys._micro_batch[1:]), CPU)
         for number, shape in itertools.product([1, 3, 1], shapes):  # forward, and back once more
             parts = {0: shape}
             if len(shape) > 2 or kind == "pooled":  # a group of examples
@@ -256,7 +256,7 @@ def test_training_with_masks_drawn_by_the_device_is_the_same(texts, monkeypatch)
     def on_device(where):
         step, ids, lengths = keys._micro_batch
         host(where)  # numbers the sites
-        drawn.append(DeviceMasks([*filter(None, keys.sites.values())], (SEED, step), ids, lengths, where))
+        drawn.append(DeviceMasks(Draw([*filter(None, keys.sites.values())], (SEED, step), ids, lengths), where))
         return drawn[-1]
 
     host = keys._masks_on
