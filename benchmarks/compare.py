@@ -118,7 +118,8 @@ def default_tokenizer(options):
 def memory_of(task, name):
     """Bytes at most, measured in a process of its own: {libraries, process and, on a GPU, device}."""
     module, own = ("benchmarks.ours", []) if name == OURS else ("benchmarks.peers", [name])
-    command = [sys.executable, "-m", module, task.folder, str(task.batch), task.precision, task.device, *own]
+    command = [sys.executable, "-m", module, task.folder, str(task.batch), task.precision, task.device]
+    command += [task.compile, *own]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{name} failed in a process of its own")
@@ -324,6 +325,7 @@ def parsed(arguments=None):
     parser.add_argument("--batch", type=int, default=32, help="examples of a step, a multiple of 16")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="as run.precision")
+    parser.add_argument("--compile", choices=["auto", "true", "false"], default="auto", help="as model.compile")
     parser.add_argument("--texts", type=Path, help="csv with the columns text and label; default: made-up words")
     parser.add_argument("--tokenizer", type=Path, help="folder with the tokenizer of the texts")
     parser.add_argument("--passes", type=int, default=PASSES)
@@ -361,7 +363,7 @@ def run(options, device):
     """All that is measured, as the JSON has it."""
     precision = choose_precision(options.precision)
     with tempfile.TemporaryDirectory() as folder:
-        task = workload.Task(Path(folder), options.batch, precision, device)
+        task = workload.Task(Path(folder), options.batch, precision, device, options.compile)
         weights, lengths = write_inputs(task.folder, options)
         wanted = len(lengths) if device == "cuda" else EXAMPLES_A_PASS[options.backbone]
         num_steps = min(options.steps or max(1, wanted // options.batch), len(lengths) // options.batch)

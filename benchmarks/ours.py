@@ -44,7 +44,7 @@ def arguments(task):
         "--optim.learning_rate", str(LEARNING_RATE), "--optim.weight_decay", str(WEIGHT_DECAY),
         "--optim.max_grad_norm", str(MAX_GRAD_NORM), "--optim.schedule", "constant", "--run.seed", str(SEED),
         "--run.precision", task.precision, "--run.output_dir", str(task.folder / "runs"), "--run.name", "isotrain",
-        "--run.quiet", "true", "--tracking.backends", "[]",
+        "--run.quiet", "true", "--tracking.backends", "[]", "--model.compile", task.compile,
     ]  # fmt: skip
 
 

@@ -52,6 +52,8 @@ class Task:
     precision: str
     """no, bf16 or fp16"""
     device: str
+    compile: str = "auto"
+    """Isotrain's model.compile"""
 
 
 @dataclass(frozen=True)
@@ -180,12 +182,12 @@ def print_memory(arguments, build):
     Two steps, the first with the longest example of all: an epoch meets it sooner or later.
 
     Args:
-        arguments: folder, batch, precision, device and what else `build` takes.
+        arguments: what a `Task` is made from, and what else `build` takes.
         build: makes the contender of a `Task`.
     """
-    folder, batch, precision, device, *others = arguments
+    folder, batch, precision, device, compiled, *others = arguments
     libraries = peak_of_process()
-    contender = build(Task(Path(folder), int(batch), precision, device), *others)
+    contender = build(Task(Path(folder), int(batch), precision, device, compiled), *others)
     plan = plan_of(contender.lengths, int(batch))
     longest = int(np.argmax(contender.lengths))
     first = next(step for step in range(plan.steps_per_epoch) if longest in plan.global_batch(step))

@@ -63,13 +63,29 @@ class Layout:
     rows: dict[int, Rows]
     """by C"""
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is on the device."""
+        rows = [tensor for each in self.rows.values() for tensor in (each.take, each.back)]
+        return [self.starts, self.positions, *rows, *(group.bias for group in self.groups)]
 
-def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype) -> Layout:
-    """The layout of examples of these lengths [B], on the device; `dtype` is that of the scores."""
-    like_length = LIKE_LENGTH
-    if device.type != "cpu":
-        num_scores = len(lengths) * num_heads * int(lengths.max()) ** 2
-        like_length = 0.0 if num_scores <= SCORES_OF_ONE_GROUP else LIKE_LENGTH_ON_GPU
+
+def lay_out(
+    lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype, longest: int | None = None
+) -> Layout:
+    """The layout of examples of these lengths [B], on the device.
+
+    Args:
+        lengths: tokens of each example.
+        num_heads: of attention.
+        device: where the tokens are.
+        dtype: that of the scores.
+        longest: makes all examples one group, padded to so many tokens.
+    """
+    like_length = LIKE_LENGTH if device.type == "cpu" else LIKE_LENGTH_ON_GPU
+    if longest is not None or (
+        device.type != "cpu" and len(lengths) * num_heads * int(lengths.max()) ** 2 <= SCORES_OF_ONE_GROUP
+    ):
+        like_length = 0.0
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     groups, tokens, homes = [], [], []
@@ -78,13 +94,13 @@ def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: to
         rest = lengths[first:]
         alike = np.minimum.accumulate(rest) >= like_length * np.maximum.accumulate(rest)
         size = len(rest) if alike.all() else int(alike.argmin())
-        longest = int(rest[:size].max())
-        real = np.arange(longest) < rest[:size, None]
-        tokens.append(np.where(real, starts[first : first + size, None] + np.arange(longest), num_tokens))
-        homes.append(np.stack(np.broadcast_arrays(num_places, size, longest, np.arange(size)), axis=-1))
+        width = longest or int(rest[:size].max())
+        real = np.arange(width) < rest[:size, None]
+        tokens.append(np.where(real, starts[first : first + size, None] + np.arange(width), num_tokens))
+        homes.append(np.stack(np.broadcast_arrays(num_places, size, width, np.arange(size)), axis=-1))
         bias = on_device(np.where(real, np.float32(0), np.float32(-np.inf)), device).to(dtype)
-        groups.append(Group(first, size, longest, bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
-        first, num_places = first + size, num_places + size * longest
+        groups.append(Group(first, size, width, bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
+        first, num_places = first + size, num_places + size * width
     of_tokens = np.column_stack([np.repeat(np.concatenate(homes), lengths, axis=0), positions])
     facts = on_device(of_tokens, device), on_device(np.concatenate([each.ravel() for each in tokens]), device)
     return Layout(

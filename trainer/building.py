@@ -21,6 +21,7 @@ from trainer.backbone import Backbone, find_backbone
 from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.data import Corpus, load_corpus
+from trainer.graphs import Graphs
 from trainer.metrics import METRICS
 from trainer.model import COMPUTE_TYPES, build_model, check_fit, shard_frozen
 from trainer.optim import build_optimizer
@@ -79,17 +80,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         UserError: weights that cannot be read, or what the configuration asks for is not to be had.
     """
     config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
-    if device.type == "cuda":
-        _ask_for_equal_bits()
-    model = build_model(inputs.backbone, config.peft, config.run.seed, COMPUTE_TYPES[inputs.precision])
-    with accelerator.autocast():
-        keys = dropout.install(model, config.run.seed)
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
-    if sharded:
-        shard_frozen(model, device, accelerator.num_processes)
-    else:
-        model.to(device)
-    model.train()
+    model, keys, sharded = _model_on_device(inputs, accelerator)
     because = _why_padded(config, model, sharded)
     compile_seconds, why_not_compiled = _compile_masks(config, keys, device)
     notes = {
@@ -99,15 +90,19 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     }
     optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
     default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
-    plan = _plan(inputs, config.batch.max_tokens or default_tokens, packed=because is None)
     # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    forward = PackedForward(prepared, keys) if because is None else PaddedForward(prepared)
+    graphs = None
+    if config.model.compile is True and isinstance(forward, PackedForward):
+        graphs = Graphs(forward, keys, trained.values(), accelerator.autocast)
+    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward.packed, filled=graphs is not None)
     return Training(
         config=config,
         folder=inputs.folder,
         accelerator=accelerator,
         model=prepared,
-        forward=PackedForward(prepared, keys) if plan.packed else PaddedForward(prepared),
+        forward=forward,
         optimizer=accelerator.prepare_optimizer(optimizer),
         trained=trained,
         dropout=keys,
@@ -129,8 +124,25 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         watch=watch,
         sharded=sharded,
         compile_seconds=compile_seconds,
+        graphs=graphs,
         notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
     )
+
+
+def _model_on_device(inputs: Inputs, accelerator: Accelerator) -> tuple[PeftModel, dropout.DropoutKeys, bool]:
+    """The model in training mode, its dropout's keys, and whether its frozen weights are shared out over the ranks."""
+    config, device = inputs.config, accelerator.device
+    if device.type == "cuda":
+        _ask_for_equal_bits()
+    model = build_model(inputs.backbone, config.peft, config.run.seed, COMPUTE_TYPES[inputs.precision])
+    with accelerator.autocast():
+        keys = dropout.install(model, config.run.seed)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
+    if sharded:
+        shard_frozen(model, device, accelerator.num_processes)
+    else:
+        model.to(device)
+    return model.train(), keys, sharded
 
 
 def _ask_for_equal_bits() -> None:
@@ -140,7 +152,7 @@ def _ask_for_equal_bits() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
-def _plan(inputs: Inputs, max_tokens: int, packed: bool) -> Plan:
+def _plan(inputs: Inputs, max_tokens: int, packed: bool, filled: bool) -> Plan:
     config, train = inputs.config, inputs.examples["train"]
     return Plan(
         lengths=train.lengths,
@@ -149,6 +161,7 @@ def _plan(inputs: Inputs, max_tokens: int, packed: bool) -> Plan:
         seed=config.run.seed,
         max_tokens=max_tokens,
         packed=packed,
+        filled=filled,
     )
 
 

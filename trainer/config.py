@@ -105,8 +105,8 @@ class ModelConfig:
     packed: Literal["auto"] | bool = "auto"
     """compute without padding; auto = where this backbone's layers are known (BERT, RoBERTa), true = or refuse"""
     compile: Literal["auto"] | bool = "auto"
-    """compile the drawing of dropout's masks, on a GPU one operation instead of 400; auto = if it works, true = or
-    refuse"""
+    """on a GPU: auto = compile the drawing of dropout's masks, one operation instead of 400, if that works; true = or
+    refuse, and record small packed micro-batches as CUDA graphs"""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from trainer.masks import DeviceMasks, Draw, HostMasks, Mask, Site, unkeyed_mask
 
 ATTENTION = "isotrain"
 PROBE_BATCH, PROBE_LENGTH = 2, 11
+Wanted = tuple[int, tuple[int, ...], int]  # a mask: its site's number, its shape, the number of its first example
 # What a site drops, by which of the axes behind the example's are as long as the example.
 KINDS = {(False,): "pooled", (True, False): "tokens", (False, True, True): "attention"}
 
@@ -44,6 +45,7 @@ class DropoutKeys:
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         self._masks: HostMasks | DeviceMasks | None = None
+        self._held: dict[Wanted, torch.Tensor] | None = None
         self._rounds: philox.Rounds = philox.rounds
         self._memory = np.zeros(0, dtype=np.uint64)  # of the host's words, kept: fresh memory costs as much as drawing
         self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
@@ -94,12 +96,39 @@ class DropoutKeys:
         if site is None:
             return unkeyed_mask(x, p)
         assert p == site.p, "dropout has changed since the sites were recorded"
-        if self._masks is None:
-            self._masks = self._masks_on(x.device)
-        return Mask(self._masks.keep(self._numbers[key], tuple(x.shape), first), 1 / (1 - p))
+        masks = self._masks_on(x.device)
+        wanted = (self._numbers[key], tuple(x.shape), first)
+        if self._held is None:
+            return Mask(masks.keep(*wanted), 1 / (1 - p))
+        if wanted not in self._held:
+            self._held[wanted] = masks.keep(*wanted).clone()
+        return Mask(self._held[wanted], 1 / (1 - p))
+
+    @contextlib.contextmanager
+    def holding(self, held: dict[Wanted, torch.Tensor]) -> Iterator[None]:
+        """Inside, the forward over the micro-batch at hand takes these masks; one that is wanting is drawn and added.
+
+        So the masks of each micro-batch can lie in the same place; see `draw_into`.
+        """
+        self._calls.clear()
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def draw_into(self, held: dict[Wanted, torch.Tensor]) -> None:
+        """Draws the masks of the micro-batch at hand, to where those of one of the same shape were held."""
+        for wanted, keep in held.items():
+            keep.copy_(self._masks_on(keep.device).keep(*wanted))
 
     def _masks_on(self, device: torch.device) -> HostMasks | DeviceMasks:
         """The masks of the micro-batch, where they are wanted."""
+        if self._masks is None:
+            self._masks = self._drawn_on(device)
+        return self._masks
+
+    def _drawn_on(self, device: torch.device) -> HostMasks | DeviceMasks:
         step, ids, lengths = self._micro_batch
         found = {key: site for key, site in self.sites.items() if site is not None}
         self._numbers = {key: number for number, key in enumerate(found)}

@@ -18,7 +18,8 @@ import torch
 from accelerate.utils import gather_object
 
 from trainer.adapter import adapter_tensors
-from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate
+from trainer.attention import Layout
+from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate, shape_of
 from trainer.config import UserError
 from trainer.devices import on_device, peak_memory_bytes
 from trainer.evaluation import score_split
@@ -122,21 +123,16 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     finite: list[torch.Tensor] = [torch.ones(0, dtype=torch.bool, device=accelerator.device)]
     out_of_memory = False
-    padding = None if run.forward.packed else run.pad_token_id
     for micro_batch in micro_batches:
         try:
-            batch = collate(run.train, micro_batch.ids, micro_batch.weights, padding, accelerator.device)
-            with run.dropout.micro_batch(step, batch.ids, batch.lengths), accelerator.autocast():
-                logits = run.forward(batch.inputs, batch.lengths)
-            losses = example_losses(logits, batch, run.config.optim.label_smoothing)
-            accelerator.backward(losses.sum() / total_weight)
+            losses = _add_gradient(run, step, micro_batch.ids, micro_batch.weights / total_weight)
         except torch.OutOfMemoryError:
             if run.sharded:  # the others are in a collective of this forward or backward
                 raise UserError(f"step {step + 1}: out of memory; try a lower batch.max_tokens") from None
             out_of_memory = True
             break
-        loss_sum += losses.detach().sum() / total_weight
-        finite.append(torch.isfinite(losses.detach()))
+        loss_sum += losses.sum()
+        finite.append(torch.isfinite(losses))
     # Here the host waits for the device, and once more in `_update`: what is not sound is never applied, on any rank.
     broken = ~torch.cat(finite)
     mean_loss, num_broken, num_short, *signals = _summed(
@@ -149,6 +145,25 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
         ids = np.concatenate([part.ids for part in micro_batches])
         _refuse_broken_loss(run, step, ids[broken.cpu().numpy()].tolist())
     return StepResult(mean_loss, _update(run, step), _signal(signals))
+
+
+def _add_gradient(run: Training, step: int, ids: np.ndarray, weights: np.ndarray) -> torch.Tensor:
+    """Adds the gradient of a micro-batch's weighted losses to that of the parameters; these losses, [B], detached."""
+    shape = shape_of(run.train.lengths[ids]) if run.graphs is not None else None
+    padding = None if run.forward.packed else run.pad_token_id
+    batch = collate(run.train, ids, weights, padding, run.accelerator.device, shape)
+
+    def work(batch: Batch, layout: Layout | None = None) -> torch.Tensor:
+        with run.accelerator.autocast():
+            logits = run.forward(batch.inputs, batch.lengths, layout)
+        losses = example_losses(logits, batch, run.config.optim.label_smoothing)
+        run.accelerator.backward(losses.sum())
+        return losses.detach()
+
+    with run.dropout.micro_batch(step, batch.ids, batch.lengths):
+        if run.graphs is None or shape is None:
+            return work(batch)
+        return run.graphs.do(work, batch, shape)[: len(ids)]
 
 
 def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:

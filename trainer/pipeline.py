@@ -285,7 +285,7 @@ def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str
         "tokens_per_second": state.run.tokens / state.run.seconds,
         "padding_fraction": 1 - state.run.tokens / state.run.padded_tokens,
         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
-        "compile_seconds": run.compile_seconds,
+        "compile_seconds": (run.compile_seconds or 0) + run.graphs.seconds if run.graphs else run.compile_seconds,
         "precision": inputs.precision,
         "resumed_from": list(state.resumed_from),
         "label_names": inputs.corpus.label_names,

@@ -22,6 +22,7 @@ from trainer.batching import Plan, Tokenised
 from trainer.checkpoint import Checkpoint, DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from trainer.config import Config, UserError, as_dict
 from trainer.dropout import DropoutKeys
+from trainer.graphs import Graphs
 from trainer.packed import Forward
 from trainer.processes import StopRequest, Watch
 from trainer.tracking import RunLog
@@ -109,7 +110,9 @@ class Training:
     sharded: bool
     """the frozen weights are shared out over the ranks, so that a forward needs all of them"""
     compile_seconds: float | None
-    """what compiling took; None where nothing is compiled"""
+    """what compiling took before the first step; None where nothing is compiled"""
+    graphs: Graphs | None
+    """records the work on micro-batches and replays it"""
     notes: tuple[str, ...]
     """what the user should know of how it will train"""
 

@@ -13,7 +13,7 @@ GPU = Path(__file__).resolve().parents[1] / "gpu"
 TORCH = Path(torch.__file__).parent
 CASES = [
     "2 ours", "4 ours", "2 transformers", "4 transformers", "2 many groups", "4 many groups", "2 asks for a number",
-    "2 copied and waited for", "2 left on the host",
+    "2 copied and waited for", "2 left on the host", "2 recorded", "4 recorded", "2 recorded asking for a number",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
@@ -50,6 +50,15 @@ def test_the_host_waits_twice(steps):
     assert steps["2 ours"]["waits"] == steps["4 ours"]["waits"] == 2
     assert steps["2 asks for a number"]["waits"] > 2
     assert steps["2 copied and waited for"]["waits"] > 2
+
+
+def test_what_is_recorded_is_asked_for_at_once(steps):
+    assert operations_a_layer(steps, "recorded") <= 20
+    assert steps["2 recorded"]["waits"] == 2
+
+
+def test_while_recording_the_host_does_nothing(steps):
+    assert "the host waits while recording" in steps["2 recorded asking for a number"]["error"]
 
 
 def test_everything_is_on_the_device(steps):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAVES = {"config", "metrics", "figures", "checkpoint", "devices"}
 BELOW_THE_LOOP = LEAVES | {
     "tracking", "data", "tokenising", "batching", "optim", "philox", "masks", "dropout", "products", "attention",
-    "packed", "backbone", "model", "adapter", "evaluation", "meeting", "processes",
+    "packed", "graphs", "backbone", "model", "adapter", "evaluation", "meeting", "processes",
 }  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
@@ -30,6 +30,7 @@ ALLOWED = {
     "products": {"dropout", "masks"},
     "attention": {"devices", "masks"},
     "packed": {"attention", "dropout", "masks", "products"},
+    "graphs": {"attention", "batching", "config", "dropout", "packed"},
     "model": {"backbone", "config"},
     "adapter": LEAVES | {"backbone", "model"},
     "evaluation": LEAVES | {"batching", "packed"},

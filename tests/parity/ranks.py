@@ -107,6 +107,39 @@ def build(arguments, double=False):
         building.build_model = plain
 
 
+class CpuRecorder:
+    """Does on a CPU what CUDA graphs do: the same operations again, on the very tensors they were recorded with."""
+
+    def rehearse(self, work):
+        work()
+
+    def record(self, work):
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        done = []
+
+        class Recording(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+                assert function.overloadpacket.__name__ != "_local_scalar_dense", "the host waits while recording"
+                result = function(*arguments, **(settings or {}))
+                done.append((function, arguments, settings or {}, result))
+                return result
+
+        with Recording():
+            result = work()
+
+        @torch.no_grad()
+        def replay():
+            for function, arguments, settings, result in done:
+                again = function(*arguments, **settings)
+                for old, new in zip(*map(torch.utils._pytree.tree_leaves, (result, again)), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+        return replay, result
+
+
 # --- one step's gradient ----------------------------------------------------------------------------------------------
 
 
@@ -123,17 +156,20 @@ def weigh_parts_alike(run, step, micro_batches):
     ]
 
 
-def gradients(arguments, cases, wrong=None):
+def gradients(arguments, cases, wrong=None, recorded=False):
     """Gradient, loss and sizes of the micro-batches of one step, for each case.
 
     Args:
         arguments: command line of the run; SGD with a learning rate of 1 and no clipping, so a step subtracts the
             gradient itself.
         cases: (global batch, step, max_tokens) of each.
-        wrong: a mistake to make: "mean of means", or dropout keyed by "rank" or by "position".
+        wrong: a mistake to make: "mean of means", dropout keyed by "rank" or by "position", or replays of the "old
+            tokens" or with the "old masks".
+        recorded: the work is recorded once for each shape and replayed.
     """
     import torch
 
+    from trainer import graphs
     from trainer.loop import train_step
 
     run = build(arguments, double=True)
@@ -143,6 +179,13 @@ def gradients(arguments, cases, wrong=None):
     if wrong == "position":
         keyed = run.dropout.micro_batch
         run.dropout.micro_batch = lambda step, ids, lengths: keyed(step, np.arange(len(ids)), lengths)
+    if wrong == "old masks":
+        run.dropout.draw_into = lambda held: None
+    if wrong == "old tokens":
+        graphs._read = lambda batch, layout: layout.tensors()
+    if recorded:
+        kept = graphs.Graphs(run.forward, run.dropout, run.trained.values(), run.accelerator.autocast, CpuRecorder)
+        run = dataclasses.replace(run, graphs=kept)
     results = {}
     for case in cases:
         batch_size, step, max_tokens = case
@@ -159,6 +202,8 @@ def gradients(arguments, cases, wrong=None):
                 new.copy_(old)
         gradient = torch.cat([tensor.flatten() for tensor in subtracted]).numpy()
         results[case] = {"gradient": gradient, "loss": result.loss, "norm": result.grad_norm, "sizes": sizes}
+        if recorded:
+            results[case]["recordings"] = len(kept._recordings)
     return results
 
 

@@ -27,12 +27,15 @@ def found(parity_arguments):
     """Results by rank of all cases, for a world size and a dropout; computed once."""
 
     @functools.cache
-    def compute(world_size, dropout, wrong, packed):
-        name = f"gradients-{world_size}-{dropout}-{wrong}-{packed}"
+    def compute(world_size, dropout, wrong, packed, recorded):
+        name = f"gradients-{world_size}-{dropout}-{wrong}-{packed}-{recorded}"
         arguments = parity_arguments(name, dropout, *STEP_IS_GRADIENT, "--model.packed", packed)
-        return on_ranks(world_size, gradients, arguments, CASES if wrong is None else CASES[:5], wrong)
+        cases = CASES if wrong is None else CASES[:5]
+        return on_ranks(world_size, gradients, arguments, cases, wrong, recorded)
 
-    return lambda world_size, dropout, wrong=None, packed="true": compute(world_size, dropout, wrong, packed)
+    return lambda world_size, dropout, wrong=None, packed="true", recorded=False: compute(
+        world_size, dropout, wrong, packed, recorded
+    )
 
 
 def distance(one, other):
@@ -54,6 +57,27 @@ def test_every_factorisation_gives_one_gradient(found, world_size, dropout, pack
             assert rank[case]["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
             assert rank[case]["norm"] == pytest.approx(whole["norm"], rel=TOLERANCE)
             assert np.linalg.norm(whole["gradient"]) == pytest.approx(rank[case]["norm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("world_size", WORLDS[:2])
+def test_recorded_and_replayed_it_is_the_same(found, world_size):
+    replayed = 0
+    for rank in found(world_size, 0.1, recorded=True):
+        before = 0
+        for case in CASES:
+            whole = found(1, 0.1, packed="false")[0][(*case[:2], WHOLE)]
+            assert distance(rank[case], whole) < TOLERANCE, case
+            assert rank[case]["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
+            replayed += len(rank[case]["sizes"]) - (rank[case]["recordings"] - before)
+            before = rank[case]["recordings"]
+    assert replayed > 20 * world_size
+
+
+@pytest.mark.parametrize("wrong", ["old tokens", "old masks"])
+def test_a_replay_of_what_is_old_would_be_rejected(found, wrong):
+    cases = found(1, 0.1, wrong, recorded=True).pop()
+    whole = found(1, 0.1)[0][CASES[0]]
+    assert max(distance(result, whole) for result in cases.values()) > 1e9 * TOLERANCE
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -259,8 +259,8 @@ def test_training_with_masks_drawn_by_the_device_is_the_same(texts, monkeypatch)
         drawn.append(DeviceMasks(Draw([*filter(None, keys.sites.values())], (SEED, step), ids, lengths), where))
         return drawn[-1]
 
-    host = keys._masks_on
-    monkeypatch.setattr(keys, "_masks_on", on_device)
+    host = keys._drawn_on
+    monkeypatch.setattr(keys, "_drawn_on", on_device)
     assert difference(expected, logits_and_gradients(model, keys, texts, [[0, 2], [1, 3, 4]])) < 1e-12
     assert len(drawn) == 2
 
