@@ -1,11 +1,24 @@
-"""Where tensors live: getting them there, and how much of it they take."""
+"""Where tensors live: getting them there, keeping the place for the next ones, and how much of it they take."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 
 import numpy as np
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep memory that is freed for what is asked for next; up to 2 GiB, and glibc alone can.
+
+    From the kernel it would come back page by page and set to zero, which takes a twentieth of a step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -27,6 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from trainer import meeting
 from trainer.config import UserError
+from trainer.devices import keep_freed_memory
 
 HEARSAY = 3.0
 """seconds in which a process learns that an error of its own was another's fault"""
@@ -67,6 +68,7 @@ def start_accelerator(precision: str, folder: Path | None = None, backends: Sequ
     Raises:
         UserError: an unknown tracker, or another number of processes than was asked for.
     """
+    keep_freed_memory()
     place = ProjectConfiguration(project_dir=str(folder.parent), logging_dir=str(folder.parent)) if folder else None
     try:
         accelerator = Accelerator(

@@ -21,7 +21,7 @@ ALLOWED = {
     "philox": {"devices"},
     "masks": {"devices", "philox"},
     "backbone": {"config"},
-    "processes": {"config", "meeting"},
+    "processes": {"config", "devices", "meeting"},
     "meeting": {"config"},
     "dropout": {"masks", "philox"},
     "texts": {"config", "reading"},
