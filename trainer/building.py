@@ -32,7 +32,7 @@ from trainer.tokenising import Examples, tokenise
 from trainer.tracking import RunLog
 
 # Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
-# GPU more than most hold, so that the first step that lacks memory finds what fits (see loop.py).
+# GPU more than most hold: there it is tried what fits (see memory.py).
 CPU_TOKENS, GPU_TOKENS = 2048, 65536
 NOT_COMPILED = "model.compile: true is not to be had"
 DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such a run is not to be continued

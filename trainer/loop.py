@@ -9,6 +9,7 @@ logits; `outputs.loss` is never used.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 import time
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from accelerate.utils import gather_object
 
 from trainer.adapter import adapter_tensors
 from trainer.attention import Layout
-from trainer.batching import Batch, MicroBatch, Plan, Tokenised, collate, shape_of
+from trainer.batching import Batch, MicroBatch, Tokenised, collate, shape_of
 from trainer.config import UserError
 from trainer.devices import on_device, peak_memory_bytes
 from trainer.evaluation import score_split
+from trainer.memory import fit, in_smaller_parts, plan_in_force, with_less_memory
 from trainer.metrics import METRICS, classification_metrics, confusion, is_better, metric_value
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.state import Tally, Training, TrainState, save_state
@@ -76,6 +78,8 @@ def train(
         UserError: a loss or gradient that is not finite, or a checkpoint that cannot be written.
     """
     saved = (state.step, state.evaluated_step)
+    if state.step == 0 and run.config.batch.max_tokens is None and run.accelerator.device.type != "cpu":
+        state = fit(run, state, functools.partial(_too_large, run))
     stop = 0
     while True:  # one turn more than there are steps: the last evaluation and checkpoint need no second copy
         if not stop and _evaluation_due(run, state):
@@ -102,7 +106,7 @@ def train(
         result = train_step(run, state.step, micro_batches)
         stop = result.stop
         if result.out_of_memory:  # the same step again, in smaller parts
-            state = _in_smaller_parts(run, state)
+            state = in_smaller_parts(run, state, plan_in_force(run, state))
             continue
         state = _advanced(run, state, result, time.perf_counter() - started)
         state = _logged(run, state, result, rate)
@@ -166,6 +170,17 @@ def _add_gradient(run: Training, step: int, ids: np.ndarray, weights: np.ndarray
         return run.graphs.do(work, batch, shape)[: len(ids)]
 
 
+def _too_large(run: Training, ids: np.ndarray) -> bool:
+    """Whether on some rank memory runs out in forward and backward of its examples; nothing else comes of it."""
+    out_of_memory = False
+    try:
+        _add_gradient(run, 0, ids, np.zeros(len(ids)))
+    except torch.OutOfMemoryError:
+        out_of_memory = True
+    run.optimizer.zero_grad(set_to_none=True)
+    return bool(_summed(run, [], [out_of_memory])[0])
+
+
 def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
     """Weighted cross-entropy of each example, [B], in at least fp32.
 
@@ -175,11 +190,6 @@ def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -
     wide = logits if logits.dtype == torch.float64 else logits.float()
     losses = torch.nn.functional.cross_entropy(wide, batch.labels, reduction="none", label_smoothing=label_smoothing)
     return losses * batch.weights.to(losses.dtype)
-
-
-def plan_in_force(run: Training, state: TrainState) -> Plan:
-    """The plan, with the token budget that memory allows."""
-    return dataclasses.replace(run.plan, max_tokens=state.max_tokens or run.plan.max_tokens)
 
 
 def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> tuple[np.ndarray, TrainState]:
@@ -216,7 +226,7 @@ def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> t
         except OutOfMemory:
             if max_tokens < examples.lengths.min():
                 raise UserError(f"out of memory while scoring {name}, one example at a time") from None
-            state = _with_less_memory(run, state, plan_in_force(run, state).max_tokens // 2)
+            state = with_less_memory(run, state, plan_in_force(run, state).max_tokens // 2)
         else:
             return logits, state
 
@@ -240,29 +250,6 @@ def _signal(counts: list[float]) -> int:
 def _evaluation_due(run: Training, state: TrainState) -> bool:
     due = _due(run.config.evaluation.every_steps, state.step, run.plan.steps_per_epoch)
     return (due or state.step == run.total_steps) and state.evaluated_step < state.step
-
-
-def _in_smaller_parts(run: Training, state: TrainState) -> TrainState:
-    """Halves what the largest micro-batch of this step holds.
-
-    Raises:
-        UserError: it holds one example.
-    """
-    plan = plan_in_force(run, state)
-    num_examples, num_tokens = plan.largest(state.step, run.accelerator.num_processes)
-    if num_examples == 1:
-        raise UserError(
-            f"step {state.step + 1}: out of memory with a single example of {num_tokens} tokens; a lower "
-            "data.max_length or run.precision bf16 needs less"
-        )
-    return _with_less_memory(run, state, num_tokens // 2)
-
-
-def _with_less_memory(run: Training, state: TrainState, max_tokens: int) -> TrainState:
-    run.log.say(f"step {state.step}: out of memory; going on with at most {max_tokens:,} tokens at a time")
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return dataclasses.replace(state, max_tokens=max(1, max_tokens))
 
 
 def _seed_other_random_operations(run: Training, step: int) -> None:

@@ -33,7 +33,8 @@ from trainer.checkpoint import load_newest, remove_unfinished, write_atomic
 from trainer.config import Config, UserError, as_dict
 from trainer.devices import peak_memory_bytes
 from trainer.evaluation import write_evaluation
-from trainer.loop import Interrupted, Stopped, plan_in_force, score, train
+from trainer.loop import Interrupted, Stopped, score, train
+from trainer.memory import plan_in_force
 from trainer.model import (
     COMPUTE_TYPES,
     parameter_table,

@@ -236,6 +236,44 @@ def plain_gradient(arguments, batch_size, step):
     return answers
 
 
+def fitted(arguments, short_ranks, above):
+    """The token budget that is found where memory of these ranks holds `above` tokens, and what was tried on this one.
+
+    Or the message, where nothing holds.
+    """
+    import torch
+
+    from trainer import loop
+    from trainer.config import UserError
+    from trainer.state import TrainState
+
+    run = build(arguments)
+    tried, collate, backward = [], loop.collate, run.accelerator.backward
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+
+    def noting(*given):
+        batch = collate(*given)
+        tried.append(sorted(batch.lengths.tolist()))
+        return batch
+
+    def running_out(loss):
+        backward(loss)
+        if run.accelerator.process_index in short_ranks and sum(tried[-1]) > above:
+            raise torch.OutOfMemoryError
+
+    loop.collate, run.accelerator.backward = noting, running_out
+    try:
+        state = loop.fit(run, TrainState(), lambda ids: loop._too_large(run, ids))
+    except UserError as error:
+        return str(error), tried
+    finally:
+        loop.collate = collate
+    assert all(parameter.grad is None for parameter in run.trained.values())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    return state.max_tokens, tried, sorted(run.train.lengths.tolist())[-run.plan.batch_size :]
+
+
 # --- a whole run, and scoring -----------------------------------------------------------------------------------------
 
 
