@@ -1,6 +1,6 @@
 """What grows with the number of examples: reading, tokenising, an epoch's plan, starting and resuming.
 
-    python -m benchmarks.scale                      # from the repository's root; while nothing else runs; about 1 h
+    python -m benchmarks.scale                      # from the repository's root; while nothing else runs; 25 min
     python -m benchmarks.scale --max 100000         # a minute
 
 For 10,000, 100,000, ... examples, a csv of rows like AG News' in common and made-up words (57 tokens on average with

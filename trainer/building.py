@@ -83,9 +83,11 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     model, keys, sharded = _model_on_device(inputs, accelerator)
     because = _why_padded(config, model, sharded)
     compile_seconds, why_not_compiled = _compile_masks(config, keys, device)
+    recorded, why_not_recorded = _recorded(config, keys, because is None)
     notes = {
         "padded, in batches sorted by length": because,
         "masks are drawn by code that is not compiled": why_not_compiled,
+        "micro-batches are not recorded": why_not_recorded,
         "exact up to dropout; out of reach this backbone draws": ", ".join(keys.unreached),
     }
     optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
@@ -94,9 +96,9 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     forward = PackedForward(prepared, keys) if because is None else PaddedForward(prepared)
     graphs = None
-    if config.model.compile is True and isinstance(forward, PackedForward):
+    if recorded and isinstance(forward, PackedForward):
         graphs = Graphs(forward, keys, trained.values(), accelerator.autocast)
-    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward.packed, filled=graphs is not None)
+    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward.packed, filled=recorded)
     return Training(
         config=config,
         folder=inputs.folder,
@@ -124,6 +126,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         watch=watch,
         sharded=sharded,
         compile_seconds=compile_seconds,
+        tries_memory=config.batch.max_tokens is None and device.type != "cpu" and not sharded,
         graphs=graphs,
         notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
     )
@@ -195,6 +198,17 @@ def _compile_masks(config: Config, keys: dropout.DropoutKeys, device: torch.devi
     if reason and config.model.compile is True:
         raise UserError(f"{NOT_COMPILED}: {reason}; auto goes without where it must")
     return (None, reason) if reason else (time.perf_counter() - started, None)
+
+
+def _recorded(config: Config, keys: dropout.DropoutKeys, packed: bool) -> tuple[bool, str | None]:
+    """Whether micro-batches are recorded as CUDA graphs; and why not, where that was asked for."""
+    if config.model.compile is not True:
+        return False, None
+    if not packed:
+        return False, "they are padded"
+    if keys.unreached:
+        return False, "what the host draws would be the same in every replay"
+    return True, None
 
 
 def _example_weights(config: Config, labels: np.ndarray, label_names: list[str]) -> np.ndarray:

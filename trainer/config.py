@@ -87,7 +87,8 @@ class BatchConfig:
     size: int = 32
     """global batch: examples per optimizer step, over all processes"""
     max_tokens: int | None = None
-    """tokens of one micro-batch on one process, padding included; null = by the device. Never changes the result"""
+    """tokens of one micro-batch on one process, padding included; null = 2048 on a CPU, what fits on a GPU. Never
+    changes the result"""
     eval_max_tokens: int | None = None
     """tokens of one evaluation batch on one process, padding included; null = by the device"""
 

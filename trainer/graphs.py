@@ -25,7 +25,8 @@ from trainer.dropout import DropoutKeys, Wanted
 from trainer.packed import PackedForward
 
 MOST = 64  # shapes that are held at a time
-TOLERANCE = 1e-2  # of the gradient's norm; the operations are the same ones, so a mistake is far larger
+TOLERANCE = 1e-2  # of the norm of a parameter's gradient; the operations are the same ones, so a mistake is far larger
+NOT_RECORDED = "model.compile: true is not to be had"
 Work = Callable[[Batch, Layout | None], torch.Tensor]
 
 
@@ -48,10 +49,13 @@ class CudaRecorder:
 
     def rehearse(self, work: Callable[[], torch.Tensor]) -> None:
         """See `Recorder`."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            work()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+        finally:  # what it reads is freed and taken again by operations of this stream
+            current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """See `Recorder`."""
@@ -109,10 +113,11 @@ class Graphs:
         if shape not in self._recordings:
             started = time.perf_counter()
             recording = self._recorded(work, batch, layout)
-            if len(self._recordings) == MOST:
-                del self._recordings[next(iter(self._recordings))]
-            self._recordings[shape] = recording
             self.seconds += time.perf_counter() - started
+            if recording is None:
+                with self._keys.holding({}):
+                    return work(batch, layout)
+            self._recordings[shape] = recording
         recording = self._recordings[shape]
         torch._foreach_copy_(recording.tensors, _read(batch, layout))
         self._keys.draw_into(recording.masks)
@@ -120,38 +125,70 @@ class Graphs:
         recording.replay()
         return recording.losses
 
-    def _recorded(self, work: Work, batch: Batch, layout: Layout) -> _Recording:
-        """The work on micro-batches of this one's shape. The gradients are left as they were."""
+    def forget(self) -> None:
+        """Gives the memory of all recordings back. None goes alone: with one torch frees what its stream's others use.
+
+        See pytorch/pytorch#193402.
+        """
+        self._recordings.clear()
+        self._recorder = self._new_recorder()
+        self._memory = None
+
+    def _recorded(self, work: Work, batch: Batch, layout: Layout) -> _Recording | None:
+        """The work on micro-batches of this one's shape; None where its gradients overflow, and tell nothing.
+
+        Gradients and batch are left as they were.
+        """
+        if len(self._recordings) == MOST:
+            self.forget()
+        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._parameters]
+        weights = batch.weights.clone()
+        batch.weights.fill_(1 / len(weights))  # so that all examples have a gradient to compare, whatever they weigh
         masks: dict[Wanted, torch.Tensor] = {}
 
         def now() -> torch.Tensor:
             with self._keys.holding(masks):
                 return work(batch, layout)
 
-        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._parameters]
-        self._set([None] * len(before))
-        self._recorder.rehearse(now)
-        expected = {p: p.grad for p in self._parameters if p.grad is not None}
-        self._settle(masks)
-        self._gradients = self._gradients or {p: torch.zeros_like(gradient) for p, gradient in expected.items()}
-        self._set([self._gradients.get(parameter) for parameter in self._parameters])
-        try:
-            replay, losses = self._recorder.record(now)
-        except RuntimeError as error:
-            if isinstance(error.__context__, torch.OutOfMemoryError):  # the recording has failed since, as it must
-                raise error.__context__ from None
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"model.compile: true is not to be had: {reason}; auto records nothing") from None
-        torch._foreach_zero_(list(self._gradients.values()))
-        replay()
-        found = torch.cat([self._gradients[parameter].flatten() for parameter in expected])
-        wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
-        if (found - wanted).norm() > TOLERANCE * wanted.norm():  # false where there was an overflow
-            raise UserError("model.compile: true is not to be had: a replay gives another gradient; use auto")
+        expected = self._rehearsed(now)
+        if not self._holds(masks):
+            self.forget()
+            expected = self._rehearsed(now)
+        recording = None
+        if all(bool(gradient.isfinite().all()) for gradient in expected.values()):
+            self._move(masks)
+            self._gradients = self._gradients or {p: torch.zeros_like(gradient) for p, gradient in expected.items()}
+            self._set(self._gradients.get(parameter) for parameter in self._parameters)
+            replay, losses = self._record(now)
+            torch._foreach_zero_(list(self._gradients.values()))
+            replay()
+            self._compare(expected)
+            recording = _Recording(_read(batch, layout), masks, replay, losses)
         self._set(before)
-        return _Recording(_read(batch, layout), masks, replay, losses)
+        batch.weights.copy_(weights)
+        return recording
+
+    def _rehearsed(self, work: Callable[[], torch.Tensor]) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The gradients that the work gives where it is not recorded."""
+        self._set([None] * len(self._parameters))
+        self._recorder.rehearse(work)
+        return {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
+
+    def _record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        try:
+            return self._recorder.record(work)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{NOT_RECORDED}: {reason}; auto records nothing") from None
+
+    def _compare(self, expected: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Raises where the gradients are others."""
+        for parameter, wanted in expected.items():
+            apart = (self._gradients[parameter] - wanted).norm()
+            if not apart <= TOLERANCE * wanted.norm():  # written so that NaN is refused
+                raise UserError(f"{NOT_RECORDED}: a replay gives another gradient; auto records nothing")
 
     def _set(self, gradients: Iterable[torch.Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -168,14 +205,15 @@ class Graphs:
                 held.copy_(gradient)
             parameter.grad = held
 
-    def _settle(self, masks: dict[Wanted, torch.Tensor]) -> None:
-        """Moves masks to the memory that all shapes share. Where it is too small, a larger one forgets them all."""
+    def _holds(self, masks: dict[Wanted, torch.Tensor]) -> bool:
+        return self._memory is None or sum(mask.numel() for mask in masks.values()) <= len(self._memory)
+
+    def _move(self, masks: dict[Wanted, torch.Tensor]) -> None:
+        """Moves masks to the memory that those of all shapes share."""
         sizes = [mask.numel() for mask in masks.values()]
         if not sizes:
             return
-        if self._memory is None or sum(sizes) > len(self._memory):
-            self._recordings.clear()
-            self._recorder = self._new_recorder()
+        if self._memory is None:
             self._memory = next(iter(masks.values())).new_empty(sum(sizes) * 5 // 4)
         for (wanted, mask), part in zip(list(masks.items()), self._memory[: sum(sizes)].split(sizes), strict=True):
             masks[wanted] = part.view_as(mask).copy_(mask)

@@ -78,7 +78,7 @@ def train(
         UserError: a loss or gradient that is not finite, or a checkpoint that cannot be written.
     """
     saved = (state.step, state.evaluated_step)
-    if state.step == 0 and run.config.batch.max_tokens is None and run.accelerator.device.type != "cpu":
+    if run.tries_memory and state.step == 0:
         state = fit(run, state, functools.partial(_too_large, run))
     stop = 0
     while True:  # one turn more than there are steps: the last evaluation and checkpoint need no second copy

@@ -22,9 +22,9 @@ def plan_in_force(run: Training, state: TrainState) -> Plan:
 
 
 def fit(run: Training, state: TrainState, too_large: Callable[[np.ndarray], bool]) -> TrainState:
-    """The state, with the token budget that holds for the run's longest examples; it is halved until it does.
+    """The state, with a token budget that memory holds for a batch of the run's longest examples.
 
-    So what fits is known before the first step: no batch has a larger micro-batch than one of these examples.
+    It is halved until it does, so that training seldom meets what does not fit; a step that does tries again with less.
 
     Args:
         run: what is about to train.
@@ -43,7 +43,9 @@ def fit(run: Training, state: TrainState, too_large: Callable[[np.ndarray], bool
         parts = batch.micro_batches(0, run.accelerator.process_index, run.accelerator.num_processes)
         largest = max(parts, key=lambda part: num_positions(batch.lengths[part.ids], batch.packed))
         if not too_large(longest[largest.ids]):
-            return state
+            if len(parts) == 1:
+                return state
+            return dataclasses.replace(state, max_tokens=batch.largest(0, run.accelerator.num_processes)[1])
         state = in_smaller_parts(run, state, batch)
 
 
@@ -65,6 +67,8 @@ def in_smaller_parts(run: Training, state: TrainState, plan: Plan) -> TrainState
 def with_less_memory(run: Training, state: TrainState, max_tokens: int) -> TrainState:
     """The state, with this budget; tells the user."""
     run.log.say(f"step {state.step}: out of memory; going on with at most {max_tokens:,} tokens at a time")
+    if run.graphs is not None:
+        run.graphs.forget()
     if run.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return dataclasses.replace(state, max_tokens=max(1, max_tokens))

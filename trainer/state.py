@@ -111,6 +111,8 @@ class Training:
     """the frozen weights are shared out over the ranks, so that a forward needs all of them"""
     compile_seconds: float | None
     """what compiling took before the first step; None where nothing is compiled"""
+    tries_memory: bool
+    """the token budget is to be found before the first step"""
     graphs: Graphs | None
     """records the work on micro-batches and replays it"""
     notes: tuple[str, ...]

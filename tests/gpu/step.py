@@ -63,10 +63,12 @@ class Requests(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name == "_local_scalar_dense":
             self.waits += 1
-            return 0.0
+            return 0.5
         result = function(*arguments, **(settings or {}))
-        if name == "_to_copy" and arguments[0].device.type == "cpu" and result.device.type == "cuda":
-            self.waits += not settings.get("non_blocking")
+        if name in {"_to_copy", "copy_"}:
+            to, source = (result, arguments[0]) if name == "_to_copy" else arguments[:2]
+            waits = to.device.type == "cpu" or not (settings or {}).get("non_blocking")
+            self.waits += waits and to.device.type != source.device.type
         tensors = [part for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, torch.Tensor)]
         if name not in NO_KERNEL and any(tensor.device.type == "cuda" for tensor in tensors):
             self.operations[name] += 1

@@ -110,6 +110,8 @@ def build(arguments, double=False):
 class CpuRecorder:
     """Does on a CPU what CUDA graphs do: the same operations again, on the very tensors they were recorded with."""
 
+    recorded = 0
+
     def rehearse(self, work):
         work()
 
@@ -118,6 +120,7 @@ class CpuRecorder:
         from torch.utils._python_dispatch import TorchDispatchMode
 
         done = []
+        CpuRecorder.recorded += 1
 
         class Recording(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, arguments=(), settings=None):
@@ -203,7 +206,7 @@ def gradients(arguments, cases, wrong=None, recorded=False):
         gradient = torch.cat([tensor.flatten() for tensor in subtracted]).numpy()
         results[case] = {"gradient": gradient, "loss": result.loss, "norm": result.grad_norm, "sizes": sizes}
         if recorded:
-            results[case]["recordings"] = len(kept._recordings)
+            results[case]["recordings"] = CpuRecorder.recorded
     return results
 
 
@@ -248,6 +251,8 @@ def fitted(arguments, short_ranks, above):
     from trainer.state import TrainState
 
     run = build(arguments)
+    steps, right = [], loop.train_step
+    run = dataclasses.replace(run, tries_memory=True, total_steps=1)
     tried, collate, backward = [], loop.collate, run.accelerator.backward
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -262,16 +267,21 @@ def fitted(arguments, short_ranks, above):
         if run.accelerator.process_index in short_ranks and sum(tried[-1]) > above:
             raise torch.OutOfMemoryError
 
-    loop.collate, run.accelerator.backward = noting, running_out
+    def first_step(run, step, parts):
+        assert all(parameter.grad is None for parameter in run.trained.values())
+        assert torch.equal(torch.random.get_rng_state(), before)
+        steps.append(len(tried))
+        return right(run, step, parts)
+
+    loop.collate, run.accelerator.backward, loop.train_step = noting, running_out, first_step
     try:
-        state = loop.fit(run, TrainState(), lambda ids: loop._too_large(run, ids))
+        state, _ = loop.train(run, TrainState(), None)
     except UserError as error:
         return str(error), tried
     finally:
-        loop.collate = collate
-    assert all(parameter.grad is None for parameter in run.trained.values())
-    assert torch.equal(torch.random.get_rng_state(), before)
-    return state.max_tokens, tried, sorted(run.train.lengths.tolist())[-run.plan.batch_size :]
+        loop.collate, loop.train_step = collate, right
+    assert state.step == len(steps) == 1, "memory ran out in the first step"
+    return state.max_tokens, tried[: steps[0]], sorted(run.train.lengths.tolist())[-run.plan.batch_size :]
 
 
 # --- a whole run, and scoring -----------------------------------------------------------------------------------------

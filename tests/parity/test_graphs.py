@@ -17,7 +17,7 @@ from trainer.packed import PackedForward
 from trainer.tokenising import Examples
 
 LENGTHS = np.array([13, 11, 9, 4, 4, 1, 12, 12, 7, 5, 3])
-SMALL, OTHER, LARGE = [0, 1, 2], [3, 4, 5, 6], [2, 3, 4, 5, 6, 7, 8, 9, 10]
+SMALL, OTHER, MIDDLE, LARGE = [0, 1, 2], [3, 4, 5, 6], [0, 2, 4, 6, 8, 10], [2, 3, 4, 5, 6, 7, 8, 9, 10]
 EXAMPLES = Examples(
     tokens=np.random.default_rng(0).integers(3, 60, LENGTHS.sum()),
     offsets=np.concatenate([[0], LENGTHS.cumsum()]),
@@ -30,7 +30,8 @@ EXAMPLES = Examples(
 class Model:
     """A tiny model, whose work on a micro-batch can be recorded; counts the recordings of each shape."""
 
-    def __init__(self, recorder=CpuRecorder):
+    def __init__(self, recorder=CpuRecorder, mistake=lambda parameters: None):
+        """`mistake` is made in every replay."""
         model, self.keys = build()
         self.forward = PackedForward(model, self.keys)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -39,7 +40,8 @@ class Model:
         class Counted(recorder):
             def record(counted, work):
                 self.recordings[self.shape] += 1
-                return super().record(work)
+                replay, losses = super().record(work)
+                return lambda: (replay(), mistake(self.parameters)), losses
 
         self.graphs = Graphs(self.forward, self.keys, self.parameters, contextlib.nullcontext, Counted)
 
@@ -51,10 +53,10 @@ class Model:
         losses.sum().backward()
         return losses.detach()
 
-    def add(self, ids, recorded=True):
+    def add(self, ids, recorded=True, weight=1):
         """Adds the gradient of these examples; their losses."""
         shape = self.shape = shape_of(LENGTHS[ids]) if recorded else None
-        weights = 1 + np.arange(len(ids)) / 10
+        weights = weight * (1 + np.arange(len(ids)) / 10)
         batch = collate(EXAMPLES, np.array(ids), weights, None, torch.device("cpu"), shape)
         with self.keys.micro_batch(2, batch.ids, batch.lengths):
             return (self.graphs.do(self.work, batch, shape) if recorded else self.work(batch))[: len(ids)].clone()
@@ -97,12 +99,23 @@ def test_recorded_ones_and_others_add_up_in_any_order(plain):
     assert sorted(model.recordings.values()) == [1, 2], "the larger one needs more memory, and forgets the others"
 
 
-def test_the_oldest_is_forgotten_and_recorded_anew(plain, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST", 1)
+def test_where_there_are_too_many_all_are_forgotten(plain, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    model = Model()
+    kept = []
+    for part in (LARGE, SMALL, LARGE, MIDDLE, MIDDLE, SMALL):
+        assert_same(model, plain, (part, True))
+        kept.append(len(model.graphs._recordings))
+    assert kept == [1, 2, 2, 1, 1, 2]
+    assert sum(model.recordings.values()) == 4
+
+
+def test_what_is_forgotten_is_recorded_anew(plain):
     model = Model()
     for _ in range(2):
-        assert_same(model, plain, (LARGE, True), (SMALL, True), (SMALL, True))
-    assert set(model.recordings.values()) == {2}
+        assert_same(model, plain, (SMALL, True), (SMALL, True))
+        model.graphs.forget()
+    assert list(model.recordings.values()) == [2]
 
 
 def test_memory_is_shared():
@@ -116,32 +129,60 @@ def test_memory_is_shared():
     assert places[0] == places[1] == {model.graphs._memory.untyped_storage().data_ptr()}
 
 
-class Forgetful(CpuRecorder):
-    """Its replays do nothing."""
-
-    def record(self, work):
-        return (lambda: None), super().record(work)[1]
+def nothing_at_all(parameters):
+    for parameter in parameters:
+        parameter.grad.zero_()
 
 
-def test_a_replay_that_errs_is_not_believed():
-    with pytest.raises(UserError, match="a replay gives another gradient; use auto"):
-        Model(Forgetful).add(SMALL)
+def one_that_is_wrong(parameters):
+    min(parameters, key=lambda parameter: parameter.grad.norm()).grad.mul_(1.02)
+
+
+def one_that_is_no_number(parameters):
+    parameters[0].grad[0] = float("nan")
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+@pytest.mark.parametrize("mistake", [nothing_at_all, one_that_is_wrong, one_that_is_no_number])
+def test_a_replay_that_errs_is_not_believed(mistake, weight):
+    with pytest.raises(UserError, match="a replay gives another gradient; auto records nothing"):
+        Model(mistake=mistake).add(SMALL, weight=weight)
+
+
+def test_what_weighs_nothing_adds_nothing():
+    model = Model()
+    assert not model.add(SMALL, weight=0).any()
+    assert not model.gradient().any()
+
+
+def test_an_overflow_tells_nothing_and_is_not_recorded(plain):
+    model = Model()
+    right = model.work
+
+    def overflowing(batch, layout=None):
+        losses = right(batch, layout)
+        model.parameters[0].grad[0] = float("inf")
+        return losses
+
+    model.work = overflowing
+    [expected], _ = plain(SMALL)
+    torch.testing.assert_close(model.add(SMALL), expected, rtol=1e-12, atol=1e-12)
+    assert not model.gradient().isfinite().all()
+    assert not model.recordings
+    model.work = right
+    assert_same(model, plain, (SMALL, True))
+    assert sum(model.recordings.values()) == 1
 
 
 class Failing(CpuRecorder):
-    """Fails as CUDA does, which reports the end of a recording that has failed."""
-
     reason: Exception
 
     def record(self, work):
-        try:
-            raise self.reason
-        finally:
-            raise RuntimeError("CUDA error: the recording\nhas become invalid")
+        raise self.reason
 
 
 def test_where_recording_fails_the_user_is_told():
-    Failing.reason = ValueError("x")
+    Failing.reason = RuntimeError("CUDA error: the recording\nhas become invalid")
     with pytest.raises(UserError, match=r"^model\.compile: true .* CUDA error: the recording has become invalid;"):
         Model(Failing).add(SMALL)
 

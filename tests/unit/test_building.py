@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.building import _compile_masks, prepare
+from trainer.building import _compile_masks, _recorded, prepare
 from trainer.config import Config, ModelConfig, UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -43,6 +43,22 @@ def test_true_compiles_or_refuses():
     assert compiled(True, GPU)[2] == [GPU]
     with pytest.raises(UserError, match=r"model\.compile: true is not to be had: no compiler; auto goes without"):
         compiled(True, GPU, RuntimeError("no compiler"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unreached", "packed", "why_not"),
+    [
+        (True, [], True, None),
+        (True, [], False, "they are padded"),
+        (True, ["rand"], True, "what the host draws would be the same in every replay"),
+        ("auto", [], True, None),
+        (False, ["rand"], False, None),
+    ],
+)
+def test_what_is_recorded(wanted, unreached, packed, why_not):
+    config = dataclasses.replace(Config(), model=ModelConfig(compile=wanted))
+    expected = (wanted is True and why_not is None, why_not)
+    assert _recorded(config, SimpleNamespace(unreached=unreached), packed) == expected
 
 
 def test_nothing_to_compile_is_said_before_anything_is_read(tmp_path):
