@@ -11,9 +11,8 @@ from ranks import fitted, on_ranks
 ABOVE = 130
 
 
-@pytest.mark.parametrize(("world_size", "short"), [(1, [0]), (2, [1]), (2, [0, 1])])
-@pytest.mark.parametrize("packed", ["true", "false"])
-def test_it_is_halved_until_the_longest_examples_fit(parity_arguments, world_size, short, packed):
+@pytest.mark.parametrize(("packed", "world_size", "short"), [("true", 1, [0]), ("true", 2, [1]), ("false", 2, [0, 1])])
+def test_it_is_halved_until_the_longest_examples_fit(parity_arguments, packed, world_size, short):
     arguments = parity_arguments(f"fit-{packed}", 0.1, "--batch.size", "16", "--model.packed", packed)
     ranks = on_ranks(world_size, fitted, arguments, short, ABOVE)
     assert len({budget for budget, *_ in ranks}) == 1

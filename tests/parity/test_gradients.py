@@ -59,10 +59,9 @@ def test_every_factorisation_gives_one_gradient(found, world_size, dropout, pack
             assert np.linalg.norm(whole["gradient"]) == pytest.approx(rank[case]["norm"], rel=1e-9)
 
 
-@pytest.mark.parametrize("world_size", WORLDS[:2])
-def test_recorded_and_replayed_it_is_the_same(found, world_size):
+def test_recorded_and_replayed_it_is_the_same(found):
     replayed = 0
-    for rank in found(world_size, 0.1, recorded=True):
+    for rank in found(2, 0.1, recorded=True):
         before = 0
         for case in CASES:
             whole = found(1, 0.1, packed="false")[0][(*case[:2], WHOLE)]
@@ -70,7 +69,7 @@ def test_recorded_and_replayed_it_is_the_same(found, world_size):
             assert rank[case]["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
             replayed += len(rank[case]["sizes"]) - (rank[case]["recordings"] - before)
             before = rank[case]["recordings"]
-    assert replayed > 20 * world_size
+    assert replayed > 40
 
 
 @pytest.mark.parametrize("wrong", ["old tokens", "old masks"])
