@@ -21,7 +21,7 @@ from trainer.backbone import Backbone, find_backbone
 from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.data import Corpus, load_corpus
-from trainer.graphs import Graphs
+from trainer.graphs import NOT_COMPILED, Graphs
 from trainer.metrics import METRICS
 from trainer.model import COMPUTE_TYPES, build_model, check_fit, shard_frozen
 from trainer.optim import build_optimizer
@@ -34,7 +34,6 @@ from trainer.tracking import RunLog
 # Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
 # GPU more than most hold: there it is tried what fits (see memory.py).
 CPU_TOKENS, GPU_TOKENS = 2048, 65536
-NOT_COMPILED = "model.compile: true is not to be had"
 DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such a run is not to be continued
 
 

@@ -26,7 +26,7 @@ from trainer.packed import PackedForward
 
 MOST = 64  # shapes that are held at a time
 TOLERANCE = 1e-2  # of the norm of a parameter's gradient; the operations are the same ones, so a mistake is far larger
-NOT_RECORDED = "model.compile: true is not to be had"
+NOT_COMPILED = "model.compile: true is not to be had"
 Work = Callable[[Batch, Layout | None], torch.Tensor]
 
 
@@ -181,14 +181,14 @@ class Graphs:
             raise
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{NOT_RECORDED}: {reason}; auto records nothing") from None
+            raise UserError(f"{NOT_COMPILED}: {reason}; auto records nothing") from None
 
     def _compare(self, expected: dict[torch.nn.Parameter, torch.Tensor]) -> None:
         """Raises where the gradients are others."""
         for parameter, wanted in expected.items():
             apart = (self._gradients[parameter] - wanted).norm()
             if not apart <= TOLERANCE * wanted.norm():  # written so that NaN is refused
-                raise UserError(f"{NOT_RECORDED}: a replay gives another gradient; auto records nothing")
+                raise UserError(f"{NOT_COMPILED}: a replay gives another gradient; auto records nothing")
 
     def _set(self, gradients: Iterable[torch.Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
