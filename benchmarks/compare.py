@@ -17,16 +17,16 @@ from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first on sys.path; the modules are found from the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from trainer.config import set_environment
 
-import os
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for everyone, what trainer/run.py sets for Isotrain: huge pages
+    set_environment()  # for everyone, what trainer/run.py sets for Isotrain
 
 import argparse
 import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import tempfile

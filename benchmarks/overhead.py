@@ -14,6 +14,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from trainer.config import set_environment
+
+    set_environment()  # as trainer/run.py does
 
 import argparse
 import json

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from trainer.config import Config, Source, UserError, main_guard
+from trainer.config import Config, Source, UserError, main_guard, set_environment
 from trainer.options import load_finished_run
 
 OUTPUT_TYPES = (".csv", ".jsonl")
@@ -168,5 +168,5 @@ def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[s
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in run.py
+    set_environment()
     sys.exit(main_guard(main))

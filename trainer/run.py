@@ -15,7 +15,7 @@ import os
 import socket
 import urllib.parse
 
-from trainer.config import Config, UserError, as_dict, identity, main_guard, run_name
+from trainer.config import Config, UserError, as_dict, identity, main_guard, run_name, set_environment
 from trainer.options import load_config, parse_config
 
 
@@ -36,8 +36,7 @@ def execute(config: Config) -> int:
             print(f"{folder} is finished; nothing to do. For another run: --run.name NAME", file=sys.stderr)
         return 0
     _go_offline_without_hub()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost process torch prints its own stack, at length
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for huge pages: a tenth faster on a CPU
+    set_environment()
     # torch and the hub's libraries take seconds to load: --help and most mistakes are answered by now. The hub's client
     # reads from the environment whether it is offline when it is imported.
     from trainer.pipeline import train_and_report
