@@ -4,11 +4,12 @@
     python benchmarks/compare.py --texts train.csv --tokenizer DIR      # a csv with the columns text and label
     python benchmarks/compare.py --batch 128 --device cuda --check      # exit code 1 below the targets
 
-Everyone trains the same model (LoRA r=8 on query and value, dropout 0.1 everywhere) with AdamW on the same examples, in
-one process: a pass of each, a matrix product between them, then the next passes in another order. In a pass all train
-the same examples; group_by_length trains as many, spread evenly over the steps into which it cuts the whole pool, so
-ratios are of real tokens/s, pass by pass. Before anything is timed, Isotrain's gradient and logits are compared with
-those of the padded forward of the same model. Memory is that of a process of each contender's own.
+Everyone trains the same model (LoRA r=8 on query and value, dropout 0.1 everywhere) with AdamW on the same examples,
+each in a process of its own, as its user would start it: what trainer/run.py sets for its process is Isotrain's alone.
+A pass of each, then the next passes in another order; the others wait meanwhile. Before and after each pass its process
+measures a matrix product. In a pass all train the same examples; group_by_length trains as many, spread evenly over the
+steps into which it cuts the whole pool, so ratios are of real tokens/s, pass by pass. Before anything is timed,
+Isotrain's gradient and logits are compared with those of the padded forward of the same model.
 Writes benchmarks/results/compare-DEVICE-BACKBONE-BATCH.json.
 """
 
@@ -17,12 +18,8 @@ from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first on sys.path; the modules are found from the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from trainer.config import set_environment
-
-    set_environment()  # for everyone, what trainer/run.py sets for Isotrain
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -35,12 +32,10 @@ from statistics import median
 
 import numpy as np
 import torch
-from accelerate.state import GradientState
 from transformers import AutoConfig
 
 from benchmarks import workload
 from benchmarks.dropout_cost import cpu_name
-from benchmarks.ours import Isotrain, parity
 from benchmarks.peers import PEERS
 from trainer.backbone import silence_libraries
 from trainer.config import main_guard
@@ -115,33 +110,27 @@ def default_tokenizer(options):
     return place if (place / "tokenizer.json").is_file() else None
 
 
-def memory_of(task, name):
-    """Bytes at most, measured in a process of its own: {libraries, process and, on a GPU, device}."""
-    module, own = ("benchmarks.ours", []) if name == OURS else ("benchmarks.peers", [name])
-    command = [sys.executable, "-m", module, task.folder, str(task.batch), task.precision, task.device]
-    command += [task.compile, *own]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{name} failed in a process of its own")
-    return json.loads(done.stdout.splitlines()[-1])
+class Contender:
+    """A contender's process; see `workload.serve`."""
 
+    def __init__(self, task, name):
+        module, own = ("benchmarks.ours", []) if name == OURS else ("benchmarks.peers", [name])
+        command = [sys.executable, "-m", module, task.folder, str(task.batch), task.precision, task.device]
+        self.name = name
+        self.process = subprocess.Popen(
+            [*command, task.compile, *own], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.about = self.answer()
 
-@contextlib.contextmanager
-def turn(settings, name):
-    """A contender's turn, with the settings of the whole process as it left them.
+    def __call__(self, *request):
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self.answer()
 
-    accelerate keeps one state of gradient accumulation for all: everyone would divide by the last one's. And Isotrain
-    asks torch for deterministic kernels, which the others do without.
-    """
-    shared = GradientState._shared_state
-    kept, deterministic = settings.get(name, ({}, False))
-    shared.clear()
-    shared.update(kept)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    try:
-        yield
-    finally:
-        settings[name] = dict(shared), torch.are_deterministic_algorithms_enabled()
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} failed")
+        return json.loads(line)
 
 
 def refuse_other_numbers(found, precision):
@@ -155,62 +144,49 @@ def refuse_other_numbers(found, precision):
         say(line)
 
 
-def alternate(calls, number, settings, peak):
+def alternate(calls, number):
     """Calls everyone `number` times in turn, each time beginning with another; a list of passes by name.
 
     Args:
         calls: {name: function of the pass's number}.
         number: of passes.
-        settings: see `turn`.
-        peak: gives the machine's FLOP/s; called between all passes.
     """
     passes = {name: [] for name in calls}
-    names, before = list(calls), peak()
+    names = list(calls)
     for i in range(number):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            with turn(settings, name):
-                found = calls[name](i)
-            after = peak()
-            passes[name].append({**dataclasses.asdict(found), "peak": (before + after) / 2})
-            before = after
-            say(f"pass {i + 1} of {number}: {found.examples / found.seconds:8.2f} examples/s  {name}")
+            found = calls[name](i)
+            passes[name].append(found)
+            say(f"pass {i + 1} of {number}: {found['examples'] / found['seconds']:8.2f} examples/s  {name}")
     return passes
 
 
 def measure(task, num_passes, num_steps, num_scored):
-    """The passes of training and of evaluation, and how far Isotrain is from the padded forward."""
-    settings, contenders = {}, {}
-    for name, kind in {**PEERS, OURS: Isotrain}.items():
-        with turn(settings, name):
-            contenders[name] = kind(task)
+    """Memory, how far Isotrain is from the padded forward, and the passes of training and of evaluation."""
+    contenders = {}
+    for name in (*PEERS, OURS):
+        contenders[name] = Contender(task, name)
+        say(f"{contenders[name].about['memory']['process'] / 2**30:.2f} GiB  {name}")
+    read = {contender.about["tokens"] for contender in contenders.values()}
+    assert len(read) == 1, "Isotrain reads other tokens than its peers"
     ours, others = contenders[OURS], contenders[LOOP]
-    tokens = np.concatenate([one["input_ids"] for one in others.features])
-    assert np.array_equal(ours.run.train.tokens, tokens), "Isotrain reads other tokens than its peers"
-    with turn(settings, OURS):
-        found = parity(ours.run, 0)
+    found = ours("parity")
     refuse_other_numbers(found, task.precision)
-    for name, contender in contenders.items():
-        with turn(settings, name):
-            contender.train(range(1 if task.device == "cpu" else 8))
-            if name in (LOOP, OURS):
-                contender.evaluate(range(workload.EVALUATION_BATCH))
+    for contender in contenders.values():  # to be warm
+        contender("train", 0, 1 if task.device == "cpu" else 8)
+    for contender in (others, ours):
+        contender("evaluate", 0, workload.EVALUATION_BATCH)
 
-    def peak():
-        return workload.matrix_peak(task.device, workload.COMPUTE_TYPES[task.precision])
+    def call(contender, what, size):
+        return lambda i: contender(what, i * size, (i + 1) * size)
 
-    def steps(i):
-        return range(i * num_steps, (i + 1) * num_steps)
-
-    def ids(i):
-        return np.arange(i * num_scored, (i + 1) * num_scored) % len(ours.lengths)
-
-    trained = {name: lambda i, one=one: one.train(steps(i)) for name, one in contenders.items()}
-    scored = {name: lambda i, one=one: one.evaluate(ids(i)) for name, one in ((EVALUATION, others), (OURS, ours))}
-    settings[EVALUATION] = settings[LOOP]
+    trained = {name: call(contender, "train", num_steps) for name, contender in contenders.items()}
+    scored = {name: call(one, "evaluate", num_scored) for name, one in ((EVALUATION, others), (OURS, ours))}
     return {
+        "memory": {name: contender.about["memory"] for name, contender in contenders.items()},
         "parity": found,
-        "training": alternate(trained, num_passes, settings, peak),
-        "evaluation": alternate(scored, num_passes, settings, peak),
+        "training": alternate(trained, num_passes),
+        "evaluation": alternate(scored, num_passes),
     }
 
 
@@ -367,10 +343,6 @@ def run(options, device):
         weights, lengths = write_inputs(task.folder, options)
         wanted = len(lengths) if device == "cuda" else EXAMPLES_A_PASS[options.backbone]
         num_steps = min(options.steps or max(1, wanted // options.batch), len(lengths) // options.batch)
-        memory = {}
-        for name in (*PEERS, OURS):  # before this process grows
-            say(f"memory of {name}")
-            memory[name] = memory_of(task, name)
         num_scored = min(2 * num_steps * options.batch, len(lengths))
         measured = measure(task, options.passes, num_steps, num_scored)
     return {
@@ -386,7 +358,6 @@ def run(options, device):
         },
         "num_layer_weights": weights,
         "formula": FORMULA.format(weights),
-        "memory": memory,
         **measured,
     }
 

@@ -1,8 +1,14 @@
 """Isotrain among the contenders of `compare.py`, through the code that its entry point runs."""
 
+import sys
+
+if __name__ == "__main__":
+    from trainer.config import set_environment
+
+    set_environment()  # as trainer/run.py does, before torch is loaded
+
 import dataclasses
 import json
-import sys
 import time
 
 import numpy as np
@@ -21,7 +27,7 @@ from benchmarks.workload import (
     WEIGHT_DECAY,
     Pass,
     clock,
-    print_memory,
+    serve,
 )
 from trainer import building, loop
 from trainer.backbone import silence_libraries
@@ -64,7 +70,7 @@ class Isotrain:
 
     def __init__(self, task):
         self.task, self.run, self.state = task, build(task), TrainState()
-        self.lengths = self.run.train.lengths
+        self.lengths, self.tokens = self.run.train.lengths, self.run.train.tokens
 
     def train(self, steps):
         run, state = self.run, dataclasses.replace(self.state, step=steps.start)
@@ -86,8 +92,13 @@ class Isotrain:
             positions=sum(computed_positions(run, step) for step in steps),
         )
 
-    def evaluate(self, ids):
-        """Scores these examples."""
+    def parity(self):
+        """See `parity`; of the first step."""
+        return parity(self.run, 0)
+
+    def evaluate(self, places):
+        """Scores the examples at these places; behind the last comes the first."""
+        ids = np.array(places) % len(self.lengths)
         examples = subset(self.run.train, ids)
         started = clock(self.task.device)
         loop.score(self.run, self.state, examples, "the comparison")
@@ -222,4 +233,4 @@ def parity(run, step):
 
 
 if __name__ == "__main__":
-    print_memory(sys.argv[1:], Isotrain)
+    serve(sys.argv[1:], Isotrain)

@@ -35,8 +35,8 @@ from benchmarks.workload import (
     Pass,
     clock,
     plan_of,
-    print_memory,
     read_features,
+    serve,
 )
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -89,6 +89,7 @@ class Peer:
         self.task = task
         self.features = [{**one, "id": i} for i, one in enumerate(features)]
         self.lengths = np.array([len(one["input_ids"]) for one in features])
+        self.tokens = np.concatenate([one["input_ids"] for one in features])
         self.plan = plan_of(self.lengths, task.batch)
         self.collator = CountingCollator(tokenizer)
         self.model = build_model(task.folder)
@@ -214,10 +215,11 @@ class AcceleratePeer(Peer):
         return self.collator.counted(clock(self.task.device) - started)
 
     @torch.no_grad()
-    def evaluate(self, ids):
-        """Scores these examples in padded batches, unsorted, as Trainer.evaluate does."""
+    def evaluate(self, places):
+        """Scores the examples at these places in padded batches, unsorted, as Trainer.evaluate does."""
         model = self.model.eval()
-        loader = self.batches([self.features[i] for i in ids], EVALUATION_BATCH, shuffle=False)
+        features = [self.features[i % len(self.features)] for i in places]
+        loader = self.batches(features, EVALUATION_BATCH, shuffle=False)
         started = clock(self.task.device)
         torch.cat([model(**inputs).logits.float() for inputs in loader]).cpu()
         return self.collator.counted(clock(self.task.device) - started)
@@ -230,4 +232,4 @@ PEERS = {
 }
 
 if __name__ == "__main__":
-    print_memory(sys.argv[1:], lambda task, name: PEERS[name](task))
+    serve(sys.argv[1:], lambda task, name: PEERS[name](task))

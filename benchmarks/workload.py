@@ -1,11 +1,15 @@
 """What `compare.py` lets everyone train: examples, backbone and hyperparameters; and how seconds and memory are taken.
 
-Imports none of the contenders: each one's memory is measured in a process that has loaded nothing of the others.
+Imports none of the contenders: the process of each has loaded nothing of the others.
 """
 
 import csv
+import dataclasses
+import hashlib
 import itertools
 import json
+import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,26 +180,42 @@ def matrix_peak(device, compute_type, seconds=0.5):
     return 2 * size**3 / best
 
 
-def print_memory(arguments, build):
-    """The entry of a process that measures one contender's memory: prints the bytes as JSON.
+def serve(arguments, build):
+    """The entry of a contender's process: does what it reads, and answers each line with one, both of JSON.
 
-    Two steps, the first with the longest example of all: an epoch meets it sooner or later.
+    Before the first line two steps, one with the longest example of all: an epoch meets it sooner or later. The first
+    answer tells what memory they took, and which tokens it has read.
 
     Args:
         arguments: what a `Task` is made from, and what else `build` takes.
         build: makes the contender of a `Task`.
     """
     folder, batch, precision, device, compiled, *others = arguments
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+
+    def answer(found):
+        print(json.dumps(found), file=answers, flush=True)
+
     libraries = peak_of_process()
     contender = build(Task(Path(folder), int(batch), precision, device, compiled), *others)
     plan = plan_of(contender.lengths, int(batch))
     longest = int(np.argmax(contender.lengths))
     first = next(step for step in range(plan.steps_per_epoch) if longest in plan.global_batch(step))
     contender.train(range(first, first + 2))
-    found = {"libraries": libraries, "process": peak_of_process()}
+    memory = {"libraries": libraries, "process": peak_of_process()}
     if device == "cuda":
-        found["device"] = torch.cuda.max_memory_allocated()
-    print(json.dumps(found))
+        memory["device"] = torch.cuda.max_memory_allocated()
+    answer({"memory": memory, "tokens": hashlib.sha256(contender.tokens.astype(np.int64)).hexdigest()})
+    for line in sys.stdin:
+        what, *span = json.loads(line)
+        if what == "parity":
+            answer(contender.parity())
+            continue
+        before = matrix_peak(device, COMPUTE_TYPES[precision])
+        found = getattr(contender, what)(range(*span))
+        after = matrix_peak(device, COMPUTE_TYPES[precision])
+        answer({**dataclasses.asdict(found), "peak": (before + after) / 2})
 
 
 def peak_of_process():

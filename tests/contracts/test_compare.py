@@ -33,10 +33,11 @@ def task(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_accumulation():
     """accelerate's state is the process's: other tests go on with theirs."""
-    with compare.turn({}, "test"):
-        GradientState()
-        yield
-    GradientState._shared_state.clear()
+    shared = GradientState._shared_state
+    kept = dict(shared)
+    yield
+    shared.clear()
+    shared.update(kept)
 
 
 @pytest.fixture
@@ -149,15 +150,26 @@ def test_rounding_in_bf16_is_allowed_and_more_is_not():
         compare.refuse_other_numbers(found, "no")
 
 
-def test_no_contender_divides_by_another_s_accumulation(task):
-    settings = {}
-    with compare.turn(settings, "Isotrain"):
-        isotrain = ours.Isotrain(task)
-    with compare.turn(settings, "loop"):
-        peers.AcceleratePeer(task).train(STEPS)
-        assert ours.parity(isotrain.run, 0)["gradient"] == pytest.approx(0.5, abs=1e-3)  # what the turns are for
-    with compare.turn(settings, "Isotrain"):
-        assert ours.parity(isotrain.run, 0)["gradient"] < 1e-5
+def test_a_contender_s_process_does_what_it_is_told(task):
+    peer, own = compare.Contender(task, compare.LOOP), compare.Contender(task, compare.OURS)
+    assert peer.about["tokens"] == own.about["tokens"]
+    assert all(one.about["memory"]["process"] > one.about["memory"]["libraries"] > 0 for one in (peer, own))
+    compare.refuse_other_numbers(own("parity"), "no")
+    for what in ("train", "evaluate"):
+        span = (1, 3) if what == "train" else (120, 168)  # behind the last example comes the first
+        found, other = own(what, *span), peer(what, *span)
+        assert (found["examples"], found["tokens"]) == (other["examples"], other["tokens"])
+        assert found["examples"] == (2 * task.batch if what == "train" else 48)
+        assert min(found["seconds"], found["peak"], other["seconds"], other["peak"]) > 0
+    for one in (peer, own):
+        one.process.stdin.close()
+        assert one.process.wait(timeout=60) == 0
+
+
+def test_a_contender_that_fails_ends_the_comparison(task):
+    lost = dataclasses.replace(task, folder=task.folder / "nothing")
+    with pytest.raises(SystemExit, match=f"{compare.LOOP} failed"):
+        compare.Contender(lost, compare.LOOP)
 
 
 # --- the workload -----------------------------------------------------------------------------------------------------
@@ -284,12 +296,9 @@ def test_the_tables_have_a_row_for_everyone(result):
 
 def test_contenders_alternate_and_each_begins_once():
     order = []
-    work = workload.Pass(**{field.name: 1 for field in dataclasses.fields(workload.Pass)})
-    calls = {name: lambda i, name=name: (order.append((i, name)), work)[1] for name in "abc"}
-    peaks = iter(range(100))
-    passes = compare.alternate(calls, 3, {}, lambda: next(peaks))
+    calls = {name: lambda i, name=name: (order.append((i, name)), {"examples": 1, "seconds": 1})[1] for name in "abc"}
+    passes = compare.alternate(calls, 3)
     assert "".join(name for _, name in order) == "abcbcacab"
-    assert passes["a"][0]["peak"] == 0.5
     assert [len(each) for each in passes.values()] == [3, 3, 3]
 
 
