@@ -116,8 +116,9 @@ def train(
 def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> StepResult:
     """One optimizer step on this rank's share of the global batch.
 
-    Each rank adds up the gradients of its own micro-batches. Then all ranks vote, on a few numbers, whether the step
-    counts; only then does one adapter-sized tensor cross the network. So no rank that fails leaves another waiting.
+    Each rank adds up the gradients of its own micro-batches. Then a few numbers and one adapter-sized tensor are summed
+    over all ranks, one of whose memory has run out taking part as well; all learn from them alike whether the step
+    counts. So no rank that fails leaves another waiting, and what is not sound is never applied.
 
     Raises:
         UserError: a loss or gradient that is not finite (names step and rows); the weights are unchanged.
@@ -137,18 +138,22 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
             break
         loss_sum += losses.sum()
         finite.append(torch.isfinite(losses))
-    # Here the host waits for the device, and once more in `_update`: what is not sound is never applied, on any rank.
     broken = ~torch.cat(finite)
-    mean_loss, num_broken, num_short, *signals = _summed(
-        run, [loss_sum, broken.sum()], [out_of_memory, *run.stop.counts()]
-    )
+    votes = _summed(run, [loss_sum, broken.sum()], [out_of_memory, *run.stop.counts()])
+    norm = _sum_gradients(run)
+    # here, and nowhere else in a step, the host waits for the device
+    mean_loss, num_broken, num_short, *signals, grad_norm = torch.cat([votes, norm.double().view(1)]).tolist()
     if num_short:
         run.optimizer.zero_grad(set_to_none=True)
         return StepResult(mean_loss, 0.0, _signal(signals), out_of_memory=True)
     if num_broken:
         ids = np.concatenate([part.ids for part in micro_batches])
         _refuse_broken_loss(run, step, ids[broken.cpu().numpy()].tolist())
-    return StepResult(mean_loss, _update(run, step), _signal(signals))
+    scale = run.accelerator.scaler.get_scale() if run.accelerator.scaler is not None else 1.0
+    if not np.isfinite(grad_norm) and run.accelerator.scaler is None:
+        _refuse_broken_gradient(run, step)
+    _update(run, step, norm / scale)
+    return StepResult(mean_loss, grad_norm / scale, _signal(signals))
 
 
 def _add_gradient(run: Training, step: int, ids: np.ndarray, weights: np.ndarray) -> torch.Tensor:
@@ -178,7 +183,7 @@ def _too_large(run: Training, ids: np.ndarray) -> bool:
     except torch.OutOfMemoryError:
         out_of_memory = True
     run.optimizer.zero_grad(set_to_none=True)
-    return bool(_summed(run, [], [out_of_memory])[0])
+    return bool(_summed(run, [], [out_of_memory]).item())
 
 
 def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
@@ -203,7 +208,7 @@ def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> t
     def check(out_of_memory: bool) -> None:
         if out_of_memory and run.sharded:  # the others are in a collective of this forward
             raise UserError(f"out of memory while scoring {name}; try a lower batch.eval_max_tokens")
-        num_short, *signals = _summed(run, [], [out_of_memory, *run.stop.counts()])
+        num_short, *signals = _summed(run, [], [out_of_memory, *run.stop.counts()]).tolist()
         if num_short:
             raise OutOfMemory
         if _signal(signals):
@@ -235,11 +240,12 @@ def _due(every_steps: int | None, step: int, steps_per_epoch: int) -> bool:
     return step > 0 and step % (every_steps or steps_per_epoch) == 0
 
 
-def _summed(run: Training, found: list[torch.Tensor], known: list[int]) -> list[float]:
-    """Sums a few numbers over all ranks: those that are on the device, and those that the host knows."""
+def _summed(run: Training, found: list[torch.Tensor], known: list[int]) -> torch.Tensor:
+    """Sums a few numbers over all ranks: those that are on the device, and those that the host knows; float64 [n]."""
     parts = [number.double().unsqueeze(0) for number in found]
     numbers = torch.cat([*parts, on_device(np.array(known, dtype=np.float64), run.accelerator.device)])
-    return list(run.accelerator.reduce(numbers, "sum").tolist())
+    summed: torch.Tensor = run.accelerator.reduce(numbers, "sum")
+    return summed
 
 
 def _signal(counts: list[float]) -> int:
@@ -259,30 +265,36 @@ def _seed_other_random_operations(run: Training, step: int) -> None:
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def _update(run: Training, step: int) -> float:
-    """Clips and applies the synchronised gradient; returns its norm. On an overflow the fp16 scaler skips the step."""
+def _sum_gradients(run: Training) -> torch.Tensor:
+    """Adds up the ranks' gradients, and takes the norm of the whole, times the fp16 scaler's scale where there is one.
+
+    The losses are divided by the whole batch's weight, so the sum is its gradient. A parameter without a gradient takes
+    part with 0, since its memory may have run out on this rank alone.
+    """
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.trained.values()]
+    if run.accelerator.num_processes > 1:
+        total = run.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _update(run: Training, step: int, norm: torch.Tensor) -> None:
+    """Clips the summed gradient, of this norm, and applies it. On an overflow the fp16 scaler skips the step."""
     without = [name for name, p in run.trained.items() if p.grad is None]
     if without:
         raise UserError(f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(run.trained)} tensors)")
-    _sum_gradients(run)
-    limit = run.config.optim.max_grad_norm or float("inf")
-    norm = float(run.accelerator.clip_grad_norm_(run.trained.values(), limit))
-    if not np.isfinite(norm) and run.accelerator.scaler is None:
-        worst = next(n for n, p in run.trained.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
-        raise UserError(f"step {step}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
+    run.accelerator.unscale_gradients()
+    if run.config.optim.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(run.trained.values(), run.config.optim.max_grad_norm, norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
-def _sum_gradients(run: Training) -> None:
-    """Adds up the ranks' gradients. The losses are divided by the whole batch's weight, so the sum is its gradient."""
-    if run.accelerator.num_processes == 1:
-        return
-    gradients = [parameter.grad for parameter in run.trained.values() if parameter.grad is not None]
-    total = run.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
-    for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+def _refuse_broken_gradient(run: Training, step: int) -> None:
+    found = (n for n, p in run.trained.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+    worst = next(found, "all together")
+    raise UserError(f"step {step}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
 
 
 def _refuse_broken_loss(run: Training, step: int, broken: list[int]) -> None:
