@@ -25,9 +25,10 @@ from trainer.devices import on_device
 from trainer.philox import Rounds, random_blocks, rounds
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
-HOST_AT_ONCE = 16384  # words; they stay in a core's cache
+UNITS_AT_ONCE = 2**17  # on a host
 DEVICE_AT_ONCE = 2**23  # blocks, 256 MiB of them
 BLOCK = 32  # units of a block
+CACHE_LINE = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,9 @@ def unkeyed_mask(x: torch.Tensor, p: float) -> Mask:
     return Mask(-keep.view(torch.int8) if x.device.type == "cpu" else keep, 1 / (1 - p))
 
 
-def draw_stream(seed: int, step: int, example: int, words: np.ndarray) -> None:
-    """Fills `words`, uint64 [W], with the random words of one example in one step."""
-    stream = np.random.Philox(key=[seed, step], counter=[0, example, 1, 0])
-    for start in range(0, len(words), HOST_AT_ONCE):
-        part = words[start : start + HOST_AT_ONCE]
-        part[:] = stream.random_raw(len(part))
+def stream_of(key: tuple[int, int], example: int) -> np.random.Philox:
+    """The random words of one example in one step; `key`: seed and step."""
+    return np.random.Philox(key=list(key), counter=[0, example, 1, 0])
 
 
 @dataclass(frozen=True)
@@ -114,38 +112,49 @@ class Draw:
 
 
 class HostMasks:
-    """The masks of a micro-batch, all of whose words are drawn when this is made, by numpy."""
+    """The masks of a micro-batch, all of which are drawn when this is made, by numpy."""
 
     def __init__(self, draw: Draw, memory: np.ndarray, pool: ThreadPoolExecutor) -> None:
-        """`memory`: uint64, taken for the words if it is large enough; `pool`: the threads that draw them."""
-        self._sites, self._lengths, self._starts = draw.sites, draw.lengths, draw.starts()
-        ends = 4 * self._starts[-1].cumsum()
-        self.memory = memory if len(memory) >= ends[-1] else np.empty(ends[-1], dtype=np.uint64)
-        self._streams = np.split(self.memory[: ends[-1]], ends[:-1])
-        list(pool.map(draw_stream, repeat(draw.key[0]), repeat(draw.key[1]), draw.ids.tolist(), self._streams))
+        """`memory`: int8, taken for the units if it is large enough; `pool`: the threads that draw them."""
+        self._sites, self._lengths = draw.sites, draw.lengths
+        blocks = np.diff(draw.starts(), axis=0)
+        room = CACHE_LINE * -(-BLOCK * blocks // CACHE_LINE)
+        begins = (room.cumsum() - room.ravel()).reshape(room.shape)  # by site, so that one of tokens is ready for use
+        self._spans = np.stack([begins, begins + BLOCK * blocks], axis=-1)
+        num_units = int(self._spans.max(initial=0))
+        self.memory = memory if len(memory) >= num_units else np.empty(num_units, dtype=np.int8)
+        list(pool.map(self._draw, repeat(draw.key), draw.ids.tolist(), range(len(draw.ids))))
+
+    def _draw(self, key: tuple[int, int], example: int, row: int) -> None:
+        """Decides on all units of one example; a part at a time, which stays in the core's cache."""
+        stream = stream_of(key, example)
+        words = stream.random_raw(4 * -(-len(self._sites) // 4)).tolist()
+        for site, word, (begin, end) in zip(self._sites, words, self._spans[:, row].tolist(), strict=False):
+            threshold = int(site.p * 256 + (word >> 11) * 2.0**-53)
+            for start in range(begin, end, UNITS_AT_ONCE):
+                keep = self.memory[start : min(start + UNITS_AT_ONCE, end)]
+                units = stream.random_raw(len(keep) // 8).view(np.uint8)
+                np.negative(np.greater_equal(units, threshold, out=keep.view(bool)).view(np.int8), out=keep)
 
     def keep(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
-        """`Mask.keep` of this shape for site `number`, on the CPU; 0 for padding.
+        """`Mask.keep` of this shape for site `number`, on the CPU; 0 for padding. Good until the next are drawn.
 
         Args:
             number: of the site.
             shape: see `DropoutKeys.mask`.
             first: number of the first example in the micro-batch.
         """
-        site, keep = self._sites[number], np.zeros(shape, dtype=bool)
-        if _end_to_end(site, shape):
-            regions = np.split(keep, np.cumsum(self._lengths)[:-1])
-        else:
-            regions = list(keep)
+        site, spans = self._sites[number], self._spans[number].tolist()
+        if _end_to_end(site, shape) and site.width % CACHE_LINE == 0:
+            return torch.from_numpy(self.memory[spans[0][0] : spans[-1][1]].reshape(shape))
+        keep = np.zeros(shape, dtype=np.int8)
+        regions = np.split(keep, np.cumsum(self._lengths)[:-1]) if _end_to_end(site, shape) else list(keep)
         for row, region in enumerate(regions, first):
-            stream, start = self._streams[row], 4 * int(self._starts[number, row])
             own = site.shape(int(self._lengths[row]))
-            units = stream[start:].view(np.uint8)[: math.prod(own)].reshape(own)
+            units = self.memory[slice(*spans[row])][: math.prod(own)].reshape(own)
             units = units[tuple(map(slice, region.shape))]
-            threshold = int(site.p * 256 + (int(stream[number]) >> 11) * 2.0**-53)
-            np.greater_equal(units, threshold, out=region[tuple(map(slice, units.shape))])
-        bits = keep.view(np.int8)
-        return torch.from_numpy(np.negative(bits, out=bits))
+            region[tuple(map(slice, units.shape))] = units
+        return torch.from_numpy(keep)
 
 
 class DeviceMasks:

@@ -56,8 +56,7 @@ def build_optimizer(
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate), dict(decayed + others)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    fused = all(parameter.device.type == "cuda" for _, parameter in trained)
-    optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused or None)
+    optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     return optimizer, dict(decayed + others)
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from trainer import dropout, masks
 from trainer.dropout import DropoutKeys, KeyedDropout, install
-from trainer.masks import DeviceMasks, Draw, Site, draw_stream
+from trainer.masks import DeviceMasks, Draw, Site, stream_of
 
 PAD, END, SEED = 1, 2, 7
 SIZE = {"vocab_size": 60, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": END, "num_labels": 3}
@@ -392,9 +392,7 @@ def test_the_expectation_is_kept(p):
 
 
 def drawn(seed, step, example, num_words):
-    words = np.empty(num_words, dtype=np.uint64)
-    draw_stream(seed, step, example, words)
-    return words
+    return stream_of((seed, step), example).random_raw(num_words)
 
 
 def correlation(one, other):
