@@ -17,11 +17,9 @@ import torch
 from trainer.devices import on_device
 from trainer.masks import Mask, masked
 
-# Examples attend together while the shortest has at least this share of the longest's tokens. A GPU computes padding
-# in less time than it takes to start the operations of one more group: there a whole micro-batch attends together, as
-# long as it has no more scores than this.
-LIKE_LENGTH, LIKE_LENGTH_ON_GPU = 0.7, 0.5
-SCORES_OF_ONE_GROUP = 2**24
+# What one more group costs beside its scores, as a number of these: its operations are some hundred a step and layer. A
+# GPU computes far more scores in the time that it takes to start them.
+COST, COST_ON_GPU = 2**18, 2**24
 
 
 @dataclass(frozen=True)
@@ -81,21 +79,15 @@ def lay_out(
         dtype: that of the scores.
         longest: makes all examples one group, padded to so many tokens.
     """
-    like_length = LIKE_LENGTH if device.type == "cpu" else LIKE_LENGTH_ON_GPU
-    if longest is not None or (
-        device.type != "cpu" and len(lengths) * num_heads * int(lengths.max()) ** 2 <= SCORES_OF_ONE_GROUP
-    ):
-        like_length = 0.0
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     groups, tokens, homes = [], [], []
     first, num_places = 0, 0
-    while first < len(lengths):
-        rest = lengths[first:]
-        alike = np.minimum.accumulate(rest) >= like_length * np.maximum.accumulate(rest)
-        size = len(rest) if alike.all() else int(alike.argmin())
-        width = longest or int(rest[:size].max())
-        real = np.arange(width) < rest[:size, None]
+    cost = COST if device.type == "cpu" else COST_ON_GPU
+    for size in [len(lengths)] if longest is not None else group_sizes(lengths, cost / num_heads):
+        own = lengths[first : first + size]
+        width = longest or int(own.max())
+        real = np.arange(width) < own[:, None]
         tokens.append(np.where(real, starts[first : first + size, None] + np.arange(width), num_tokens))
         homes.append(np.stack(np.broadcast_arrays(num_places, size, width, np.arange(size)), axis=-1))
         bias = on_device(np.where(real, np.float32(0), np.float32(-np.inf)), device).to(dtype)
@@ -109,6 +101,32 @@ def lay_out(
         positions=on_device(positions, device),
         rows={c: _rows(groups, *facts, c, num_heads) for c in (1, 2, 3)},
     )
+
+
+def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
+    """How many examples attend together, group by group, so that padding and groups cost the least in all.
+
+    Example: lengths [9, 8, 3, 3] -> [2, 2] for cost 40, [4] for cost 200   (162 + 18 + 2 * 40, or 324 + 200 for one)
+
+    Args:
+        lengths: tokens of each example, [B]; best in descending order.
+        cost: of a group, in scores of one head.
+    """
+    if len(lengths) * int(lengths.max()) ** 2 <= cost:  # a second group would not pay, whatever it saved
+        return [len(lengths)]
+    ends = np.append(np.flatnonzero(np.diff(lengths)) + 1, len(lengths))  # examples of one length stay together
+    starts, runs = np.append(0, ends[:-1]), lengths[ends - 1]
+    least, before = np.zeros(len(ends) + 1), []
+    for i, end in enumerate(ends.tolist(), 1):
+        widest = np.maximum.accumulate(runs[:i][::-1])[::-1]
+        costs = least[:i] + cost + (end - starts[:i]) * widest**2
+        before.append(int(costs.argmin()))
+        least[i] = costs[before[-1]]
+    sizes, i = [], len(ends)
+    while i > 0:
+        sizes.append(int(ends[i - 1] - starts[before[i - 1]]))
+        i = before[i - 1]
+    return sizes[::-1]
 
 
 def _rows(groups: list[Group], of_tokens: torch.Tensor, tokens: torch.Tensor, components: int, num_heads: int) -> Rows:

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, Roberta
 
 from tests.unit.test_model import METHODS
 from trainer import attention, dropout, packed, products
-from trainer.attention import LIKE_LENGTH, lay_out
+from trainer.attention import group_sizes, lay_out
 from trainer.packed import PackedForward, PaddedForward, why_not_packed
 
 PAD = 1
@@ -32,6 +32,13 @@ CUTS = {
     "one by one": [[i] for i in range(len(LENGTHS))],
 }
 LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False, "lora_dropout": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def cheap_groups(monkeypatch):
+    """Else all of these short examples would attend together."""
+    monkeypatch.setattr(attention, "COST", 100)
+    assert len(group_sizes(np.array(LENGTHS), 100 / SIZE["num_attention_heads"])) == 4
 
 
 def build(family="roberta", method="LORA", options=LORA, p=0.1, dtype=torch.float64):
@@ -275,14 +282,30 @@ def test_the_layout_puts_each_token_in_one_place(seed):
     assert layout.positions.tolist() == list(itertools.chain(*map(range, lengths)))
     assert [group.first for group in layout.groups] == [0, *np.cumsum([group.size for group in layout.groups])[:-1]]
     assert sum(group.size for group in layout.groups) == len(lengths)
-    num_places = sum(group.size * group.longest for group in layout.groups)
-    assert num_places * LIKE_LENGTH <= lengths.sum() + len(layout.groups)
     open_places = np.concatenate([(group.bias == 0).flatten().numpy() for group in layout.groups])
     outputs = layout.rows[1]
     # query and key share their places: what is open for attention are the places of tokens
     assert np.flatnonzero(open_places).tolist() == outputs.back.tolist()
     assert outputs.take[outputs.back].tolist() == list(range(lengths.sum()))
     assert set(outputs.take[~torch.from_numpy(open_places)].tolist()) <= {lengths.sum()}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_cost_the_least_that_groups_can(seed):
+    generator = np.random.default_rng(seed)
+    lengths, cost = generator.integers(1, 12, generator.integers(1, 9)), float(generator.integers(0, 200))
+    if seed % 4:
+        lengths = np.sort(lengths)[::-1]
+
+    def cost_of(sizes):
+        parts = np.split(lengths, np.cumsum(sizes)[:-1])
+        return sum(cost + len(part) * int(part.max()) ** 2 for part in parts)
+
+    ways = itertools.product([False, True], repeat=len(lengths) - 1)
+    every = [np.diff([0, *np.flatnonzero(way) + 1, len(lengths)]) for way in ways]
+    sizes = group_sizes(lengths, cost)
+    assert sum(sizes) == len(lengths) and min(sizes) > 0
+    assert cost_of(sizes) == min(map(cost_of, every))
 
 
 @pytest.mark.parametrize("components", [1, 2, 3])
