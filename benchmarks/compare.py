@@ -7,9 +7,9 @@
 Everyone trains the same model (LoRA r=8 on query and value, dropout 0.1 everywhere) with AdamW on the same examples,
 each in a process of its own, as its user would start it: what trainer/run.py sets for its process is Isotrain's alone.
 A pass of each, then the next passes in another order; the others wait meanwhile. Before and after each pass its process
-measures a matrix product. In a pass all train the same examples; group_by_length trains as many, spread evenly over the
-steps into which it cuts the whole pool, so ratios are of real tokens/s, pass by pass. Before anything is timed,
-Isotrain's gradient and logits are compared with those of the padded forward of the same model.
+measures a matrix product, whose FLOP/s are the peak. In a pass all train the same examples; group_by_length trains as
+many, spread evenly over the steps into which it cuts the whole pool, so ratios are of real tokens/s, pass by pass.
+Before anything is timed, Isotrain's gradient and logits are compared with those of the padded forward of that model.
 Writes benchmarks/results/compare-DEVICE-BACKBONE-BATCH.json.
 """
 
@@ -20,6 +20,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -123,7 +124,8 @@ class Contender:
         self.about = self.answer()
 
     def __call__(self, *request):
-        print(json.dumps(request), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            print(json.dumps(request), file=self.process.stdin, flush=True)
         return self.answer()
 
     def answer(self):
@@ -131,6 +133,11 @@ class Contender:
         if not line:
             sys.exit(f"{self.name} failed")
         return json.loads(line)
+
+    def close(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
 
 
 def refuse_other_numbers(found, precision):
@@ -164,30 +171,31 @@ def alternate(calls, number):
 def measure(task, num_passes, num_steps, num_scored):
     """Memory, how far Isotrain is from the padded forward, and the passes of training and of evaluation."""
     contenders = {}
-    for name in (*PEERS, OURS):
-        contenders[name] = Contender(task, name)
-        say(f"{contenders[name].about['memory']['process'] / 2**30:.2f} GiB  {name}")
-    read = {contender.about["tokens"] for contender in contenders.values()}
-    assert len(read) == 1, "Isotrain reads other tokens than its peers"
-    ours, others = contenders[OURS], contenders[LOOP]
-    found = ours("parity")
-    refuse_other_numbers(found, task.precision)
-    for contender in contenders.values():  # to be warm
-        contender("train", 0, 1 if task.device == "cpu" else 8)
-    for contender in (others, ours):
-        contender("evaluate", 0, workload.EVALUATION_BATCH)
+    with contextlib.ExitStack() as stack:
+        for name in (*PEERS, OURS):
+            contenders[name] = stack.enter_context(contextlib.closing(Contender(task, name)))
+            say(f"{contenders[name].about['memory']['process'] / 2**30:.2f} GiB  {name}")
+        read = {contender.about["tokens"] for contender in contenders.values()}
+        assert len(read) == 1, "Isotrain reads other tokens than its peers"
+        ours, others = contenders[OURS], contenders[LOOP]
+        found = ours("parity")
+        refuse_other_numbers(found, task.precision)
+        for contender in contenders.values():  # to be warm
+            contender("train", 0, 1 if task.device == "cpu" else 8)
+        for contender in (others, ours):
+            contender("evaluate", 0, workload.EVALUATION_BATCH)
 
-    def call(contender, what, size):
-        return lambda i: contender(what, i * size, (i + 1) * size)
+        def call(contender, what, size):
+            return lambda i: contender(what, i * size, (i + 1) * size)
 
-    trained = {name: call(contender, "train", num_steps) for name, contender in contenders.items()}
-    scored = {name: call(one, "evaluate", num_scored) for name, one in ((EVALUATION, others), (OURS, ours))}
-    return {
-        "memory": {name: contender.about["memory"] for name, contender in contenders.items()},
-        "parity": found,
-        "training": alternate(trained, num_passes),
-        "evaluation": alternate(scored, num_passes),
-    }
+        trained = {name: call(contender, "train", num_steps) for name, contender in contenders.items()}
+        scored = {name: call(one, "evaluate", num_scored) for name, one in ((EVALUATION, others), (OURS, ours))}
+        return {
+            "memory": {name: contender.about["memory"] for name, contender in contenders.items()},
+            "parity": found,
+            "training": alternate(trained, num_passes),
+            "evaluation": alternate(scored, num_passes),
+        }
 
 
 def say(line):

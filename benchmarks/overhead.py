@@ -114,8 +114,8 @@ class Timed:
     def __init__(self, forward, call):
         self.model, self.packed, self.call = forward.model, forward.packed, call
 
-    def __call__(self, inputs, lengths):
-        return self.call(inputs, lengths)
+    def __call__(self, *given):
+        return self.call(*given)
 
 
 def main():

@@ -135,13 +135,14 @@ def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> Ste
             if run.sharded:  # the others are in a collective of this forward or backward
                 raise UserError(f"step {step + 1}: out of memory; try a lower batch.max_tokens") from None
             out_of_memory = True
+            run.optimizer.zero_grad(set_to_none=True)  # of no use now, and its memory may be wanted
             break
         loss_sum += losses.sum()
         finite.append(torch.isfinite(losses))
     broken = ~torch.cat(finite)
     votes = _summed(run, [loss_sum, broken.sum()], [out_of_memory, *run.stop.counts()])
     norm = _sum_gradients(run)
-    # here, and nowhere else in a step, the host waits for the device
+    # here, and but for fp16's scale nowhere else in a step, the host waits for the device
     mean_loss, num_broken, num_short, *signals, grad_norm = torch.cat([votes, norm.double().view(1)]).tolist()
     if num_short:
         run.optimizer.zero_grad(set_to_none=True)

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import GradientState
 from transformers import RobertaConfig
 
-from benchmarks import compare, ours, peers, workload
+from benchmarks import compare, ours, overhead, peers, workload
 from tests.conftest import AGNEWS, ROOT
 
 LENGTHS = {0: 5, 0.5: 12, 0.9: 20, 1: 45}
@@ -161,9 +161,17 @@ def test_a_contender_s_process_does_what_it_is_told(task):
         assert (found["examples"], found["tokens"]) == (other["examples"], other["tokens"])
         assert found["examples"] == (2 * task.batch if what == "train" else 48)
         assert min(found["seconds"], found["peak"], other["seconds"], other["peak"]) > 0
-    for one in (peer, own):
-        one.process.stdin.close()
-        assert one.process.wait(timeout=60) == 0
+    own.close()
+    assert own.process.returncode == 0
+    peer.process.kill()
+    peer.process.wait()
+    with pytest.raises(SystemExit, match=f"{compare.LOOP} failed"):
+        peer("train", 1, 3)
+    peer.close()
+
+
+def test_the_time_outside_of_the_arithmetic_is_a_share(isotrain):
+    assert 0 < overhead.share_outside(isotrain.run) < 1
 
 
 def test_a_contender_that_fails_ends_the_comparison(task):
