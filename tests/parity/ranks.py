@@ -403,6 +403,51 @@ def scores(arguments, sizes):
     return found, run.train.labels
 
 
+def scaled_steps(arguments, scale):
+    """The first step without a scaler; and with one of this scale, tried as often as its gradients overflow as fp16's.
+
+    Of each try the norm of the gradient, by how much the parameters change, and the scale afterwards.
+    """
+    import torch
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from trainer import loop
+    from trainer.optim import set_learning_rate
+
+    def step(run):
+        before = torch.cat([parameter.detach().flatten() for parameter in run.trained.values()])
+        parts = run.plan.micro_batches(0, run.accelerator.process_index, run.accelerator.num_processes)
+        set_learning_rate(run.optimizer, 0.1)
+        result = loop.train_step(run, 0, parts)
+        after = torch.cat([parameter.detach().flatten() for parameter in run.trained.values()])
+        scaler = run.accelerator.scaler
+        return {
+            "norm": result.grad_norm,
+            "change": float((after - before).norm()),
+            "scale": scaler.get_scale() if scaler is not None else 1.0,
+        }
+
+    plain, run = step(build(arguments)), build(arguments)
+    accelerator, backward = run.accelerator, run.accelerator.backward
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    run = dataclasses.replace(run, optimizer=AcceleratedOptimizer(run.optimizer.optimizer, scaler=accelerator.scaler))
+    accelerator._optimizers = [run.optimizer]
+
+    def unscale_gradients():  # accelerate's does so where the precision is fp16
+        accelerator.scaler.unscale_(run.optimizer.optimizer)
+
+    def overflowing(loss):
+        backward(loss)
+        for parameter in run.trained.values():
+            parameter.grad[parameter.grad.abs() > 65504] = float("inf")
+
+    accelerator.unscale_gradients, accelerator.backward = unscale_gradients, overflowing
+    steps = [step(run)]
+    while not steps[-1]["change"]:
+        steps.append(step(run))
+    return plain, steps
+
+
 def traffic(arguments):
     """Sizes of the collectives in each step, and outside of steps; sizes of what trains and of the scores."""
     import torch
