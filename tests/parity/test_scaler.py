@@ -12,9 +12,10 @@ SETTINGS = ("--batch.size", "20", "--batch.max_tokens", "45", "--optim.weight_de
 SCALE = 2.0**30
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("limit", ["null", "0.01"])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("name", "limit", "world_size"),
+    [("sgd", "null", 1), ("sgd", "0.01", 2), ("adamw", "0.01", 1), ("adamw", "null", 2)],
+)
 def test_overflows_are_skipped_and_the_other_steps_are_plain_ones(parity_arguments, name, limit, world_size):
     settings = (*SETTINGS, "--optim.name", name, "--optim.max_grad_norm", limit, "--run.name", f"{name}-{limit}")
     arguments = parity_arguments("scaler", 0.1, *settings)
