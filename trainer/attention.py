@@ -19,7 +19,7 @@ from trainer.masks import Mask, masked
 
 # What one more group costs beside its scores, in scores: some twenty operations more are started in each layer. A GPU
 # computes far more scores in the time that this takes. The CPU's is the fastest of some in steps of roberta-base.
-COST, COST_ON_GPU = 2**18, 2**24
+GROUP_COST, GROUP_COST_ON_GPU = 2**18, 2**24
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def lay_out(
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     groups, tokens, homes = [], [], []
     first, num_places = 0, 0
-    cost = COST if device.type == "cpu" else COST_ON_GPU
+    cost = GROUP_COST if device.type == "cpu" else GROUP_COST_ON_GPU
     for size in [len(lengths)] if longest is not None else group_sizes(lengths, cost / num_heads):
         own = lengths[first : first + size]
         width = longest or int(own.max())

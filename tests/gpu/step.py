@@ -188,7 +188,7 @@ def asks_for_a_number(scores):
 
 
 MISTAKES = {
-    "many groups": {"COST_ON_GPU": 0},
+    "many groups": {"GROUP_COST_ON_GPU": 0},
     "left on the host": {"on_device": left_on_the_host},
     "copied and waited for": {"on_device": copied_and_waited_for},
     "asks for a number": {"_softmax": asks_for_a_number},

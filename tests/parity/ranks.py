@@ -78,7 +78,7 @@ def _rank(end, rank, world_size, port, function, arguments):
     from trainer import attention
 
     torch.set_num_threads(1)
-    attention.COST = 500  # else all of these short examples would attend together
+    attention.GROUP_COST = 500  # else all of these short examples would attend together
     try:
         end.send((None, function(*arguments)))
         if world_size > 1:

@@ -37,7 +37,7 @@ LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False
 @pytest.fixture(autouse=True)
 def cheap_groups(monkeypatch):
     """Else all of these short examples would attend together."""
-    monkeypatch.setattr(attention, "COST", 100)
+    monkeypatch.setattr(attention, "GROUP_COST", 100)
     assert len(group_sizes(np.array(LENGTHS), 100 / SIZE["num_attention_heads"])) == 4
 
 
