@@ -47,7 +47,7 @@ class DropoutKeys:
         self._masks: HostMasks | DeviceMasks | None = None
         self._held: dict[Wanted, torch.Tensor] | None = None
         self._rounds: philox.Rounds = philox.rounds
-        self._memory = np.zeros(0, dtype=np.int8)  # of the host's units, kept: fresh memory costs as much as drawing
+        self._memory = np.zeros(0, dtype=bool)  # of the host's units, kept: fresh memory costs as much as drawing
         self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
 
     def compile(self, device: torch.device) -> None:

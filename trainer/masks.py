@@ -13,7 +13,7 @@ threshold is 25 or 26, drawn so that a unit's probability to be dropped is p to 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -25,7 +25,7 @@ from trainer.devices import on_device
 from trainer.philox import Rounds, random_blocks, rounds
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
-UNITS_AT_ONCE = 2**17  # on a host
+UNITS_AT_ONCE = 2**21  # on a host: in few calls, for its threads hold one another up between them
 DEVICE_AT_ONCE = 2**23  # blocks, 256 MiB of them
 BLOCK = 32  # units of a block
 CACHE_LINE = 64  # bytes
@@ -62,19 +62,16 @@ class Mask:
     """What one dropout call drops."""
 
     keep: torch.Tensor
-    """of the shape of what is masked: where a unit stays; of padding it may say anything.
-
-    On a CPU int8, with all bits set or none: there bits are several times faster to apply than a product or a choice.
-    Elsewhere bool."""
+    """bool, of the shape of what is masked: where a unit stays; of padding it may say anything"""
     scale: float
     """by which the units that stay are multiplied, 1 / (1 - p)"""
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x with the dropped units 0 and the others as they are, not scaled."""
-        if self.keep.dtype == torch.bool:
+        if x.device.type != "cpu":
             return x * self.keep
-        bits = BITS[x.element_size()]
-        return self.keep.to(bits, copy=True).bitwise_and_(x.view(bits)).view(x.dtype)
+        bits = BITS[x.element_size()]  # as integers they are several times faster to multiply, or to choose from
+        return self.keep.view(torch.int8).to(bits, copy=True).mul_(x.view(bits)).view(x.dtype)
 
 
 def masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
@@ -84,8 +81,7 @@ def masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
 
 def unkeyed_mask(x: torch.Tensor, p: float) -> Mask:
     """The mask that torch's own dropout would draw now."""
-    keep = torch.nn.functional.dropout(torch.ones(x.shape, device=x.device), p) != 0
-    return Mask(-keep.view(torch.int8) if x.device.type == "cpu" else keep, 1 / (1 - p))
+    return Mask(torch.nn.functional.dropout(torch.ones(x.shape, device=x.device), p) != 0, 1 / (1 - p))
 
 
 def stream_of(key: tuple[int, int], example: int) -> np.random.Philox:
@@ -115,26 +111,24 @@ class HostMasks:
     """The masks of a micro-batch, all of which are drawn when this is made, by numpy."""
 
     def __init__(self, draw: Draw, memory: np.ndarray, pool: ThreadPoolExecutor) -> None:
-        """`memory`: int8, taken for the units if it is large enough; `pool`: the threads that draw them."""
+        """`memory`: bool, taken for the units if it is large enough; `pool`: the threads that draw them."""
         self._sites, self._lengths = draw.sites, draw.lengths
         blocks = np.diff(draw.starts(), axis=0)
         room = CACHE_LINE * -(-BLOCK * blocks // CACHE_LINE)
         begins = (room.cumsum() - room.ravel()).reshape(room.shape)  # by site, so that one of tokens is ready for use
         self._spans = np.stack([begins, begins + BLOCK * blocks], axis=-1)
         num_units = int(self._spans.max(initial=0))
-        self.memory = memory if len(memory) >= num_units else np.empty(num_units, dtype=np.int8)
+        self.memory = memory if len(memory) >= num_units else np.empty(num_units, dtype=bool)
         list(pool.map(self._draw, repeat(draw.key), draw.ids.tolist(), range(len(draw.ids))))
 
     def _draw(self, key: tuple[int, int], example: int, row: int) -> None:
-        """Decides on all units of one example; a part at a time, which stays in the core's cache."""
-        stream = stream_of(key, example)
+        """Decides on all units of one example."""
+        stream, spans = stream_of(key, example), self._spans[:, row]
         words = stream.random_raw(4 * -(-len(self._sites) // 4)).tolist()
-        for site, word, (begin, end) in zip(self._sites, words, self._spans[:, row].tolist(), strict=False):
+        each = zip(self._sites, words, spans.tolist(), _units(stream, np.diff(spans)[:, 0]), strict=False)
+        for site, word, (begin, end), units in each:
             threshold = int(site.p * 256 + (word >> 11) * 2.0**-53)
-            for start in range(begin, end, UNITS_AT_ONCE):
-                keep = self.memory[start : min(start + UNITS_AT_ONCE, end)]
-                units = stream.random_raw(len(keep) // 8).view(np.uint8)
-                np.negative(np.greater_equal(units, threshold, out=keep.view(bool)).view(np.int8), out=keep)
+            np.greater_equal(units, threshold, out=self.memory[begin:end])
 
     def keep(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
         """`Mask.keep` of this shape for site `number`, on the CPU; 0 for padding. Good until the next are drawn.
@@ -147,7 +141,7 @@ class HostMasks:
         site, spans = self._sites[number], self._spans[number].tolist()
         if _end_to_end(site, shape) and site.width % CACHE_LINE == 0:
             return torch.from_numpy(self.memory[spans[0][0] : spans[-1][1]].reshape(shape))
-        keep = np.zeros(shape, dtype=np.int8)
+        keep = np.zeros(shape, dtype=bool)
         regions = np.split(keep, np.cumsum(self._lengths)[:-1]) if _end_to_end(site, shape) else list(keep)
         for row, region in enumerate(regions, first):
             own = site.shape(int(self._lengths[row]))
@@ -155,6 +149,16 @@ class HostMasks:
             units = units[tuple(map(slice, region.shape))]
             region[tuple(map(slice, units.shape))] = units
         return torch.from_numpy(keep)
+
+
+def _units(stream: np.random.Philox, sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """The next bytes of a stream, so many for each site; words are drawn for some sites at once."""
+    together = np.flatnonzero(np.diff(sizes.cumsum() // UNITS_AT_ONCE)) + 1
+    for part in np.split(sizes, together):
+        units, begin = stream.random_raw(int(part.sum()) // 8).view(np.uint8), 0
+        for size in part.tolist():
+            yield units[begin : begin + size]
+            begin += size
 
 
 class DeviceMasks:
