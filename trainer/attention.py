@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from trainer.devices import on_device
-from trainer.masks import Mask, masked
+from trainer.masks import Mask, dropped, masked
 
 # What one more group costs beside its scores, in scores: some twenty operations more are started in each layer. A GPU
 # computes far more scores in the time that this takes. The CPU's is the fastest of some in steps of roberta-base.
@@ -38,15 +38,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Rows:
-    """The way from rows [T, C, heads, D] of tokens to groups [C, G, heads, N, D] one after another, and back.
-
-    C is 3 for queries, keys and values; 2 for keys and values; 1 for what attention gives.
-    """
+    """The way from rows of the tokens, in whatever parts, to the places of the groups one after another, and back."""
 
     take: torch.Tensor
-    """row at each place of the groups, int64; at a place of padding any for C > 1, and for C = 1 row T, to be 0"""
+    """row at each place, int64; at a place of padding the row behind the last, or any"""
     back: torch.Tensor
-    """place of each row, int64 [T * C * heads]"""
+    """place of each row, int64"""
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,16 @@ class Layout:
     """first token of each example, int64 [B]"""
     positions: torch.Tensor
     """place of each token within its example, int64 [T]"""
-    rows: dict[int, Rows]
-    """by C"""
+    projected: Rows
+    """[T, 3, heads, D], of queries, keys and values, to [3, G, heads, N, D] of each group; padding takes any"""
+    attended: Rows
+    """[T, heads, D] to [G, heads, N, D]; padding takes the row behind the last, to be 0"""
+    whole: Rows
+    """[T, W] to [G, N, W]; padding takes any"""
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is on the device."""
-        rows = [tensor for each in self.rows.values() for tensor in (each.take, each.back)]
+        rows = [tensor for each in (self.projected, self.attended, self.whole) for tensor in (each.take, each.back)]
         return [self.starts, self.positions, *rows, *(group.bias for group in self.groups)]
 
 
@@ -99,7 +100,9 @@ def lay_out(
         groups=tuple(groups),
         starts=on_device(starts, device),
         positions=on_device(positions, device),
-        rows={c: _rows(groups, *facts, c, num_heads) for c in (1, 2, 3)},
+        projected=_rows(groups, *facts, 3, num_heads),
+        attended=_rows(groups, *facts, 1, num_heads, any_for_padding=False),
+        whole=_rows(groups, *facts, 1, 1),
     )
 
 
@@ -129,8 +132,15 @@ def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
     return sizes[::-1]
 
 
-def _rows(groups: list[Group], of_tokens: torch.Tensor, tokens: torch.Tensor, components: int, num_heads: int) -> Rows:
-    """Made on the device: there are `components` times heads as many as tokens.
+def _rows(
+    groups: list[Group],
+    of_tokens: torch.Tensor,
+    tokens: torch.Tensor,
+    components: int,
+    num_heads: int,
+    any_for_padding: bool = True,
+) -> Rows:
+    """From [T, C, heads] to [C, G, heads, N] of each group; made on the device, for they are more than tokens.
 
     Args:
         groups: of the layout.
@@ -139,6 +149,7 @@ def _rows(groups: list[Group], of_tokens: torch.Tensor, tokens: torch.Tensor, co
         tokens: the token at each place, T where it is padding; int64 [places].
         components: C.
         num_heads: of attention.
+        any_for_padding: where padding is, take some row; else that behind the last.
     """
     component = torch.arange(components, device=tokens.device)[:, None]
     head = torch.arange(num_heads, device=tokens.device)
@@ -151,7 +162,7 @@ def _rows(groups: list[Group], of_tokens: torch.Tensor, tokens: torch.Tensor, co
         for group, part in zip(groups, tokens.split([g.size * g.longest for g in groups]), strict=True)
     ]
     joined = torch.cat([part.flatten() for part in take])
-    return Rows(joined if components == 1 else joined.where(joined < num_rows, 0), back.flatten())
+    return Rows(joined.where(joined < num_rows, 0) if any_for_padding else joined, back.flatten())
 
 
 @dataclass(frozen=True)
@@ -166,31 +177,52 @@ class Attention:
     draw: Callable[[torch.Tensor, int], Mask | None]
     """gives dropout's mask, if any, of shares [G, heads, queries, N] and the number of their first example"""
 
-    def __call__(self, projected: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
-        """What each token attends to, [T, H]; with a `query` of the first tokens [B, 1, H], what each of these does.
+    def of_all(self, projected: torch.Tensor) -> torch.Tensor:
+        """What each token attends to, [T, H].
 
         Args:
-            projected: query, key and value of every token, [T, 3 H]; with a `query`, key and value.
-            query: see above.
+            projected: query, key and value of every token, [T, 3 H].
         """
-        attended: torch.Tensor = _Attention.apply(projected, query, self)
+        attended: torch.Tensor = _Attention.apply(projected, self)
         return attended
+
+    def of_first(self, query: torch.Tensor, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What the first token of each example attends to, [B, 1, H], without any token's key or value.
+
+        A score is query . (key x) = (query key) . x, and a sum of shares times (value x) is value times that of shares
+        times x: so the two weights are read once for each example in place of each token.
+
+        Args:
+            query: of the first tokens, [B, 1, H].
+            x: [T, W].
+            key: weight that makes a key of x, [H, W].
+            value: weight that makes a value of x, [H, W].
+        """
+        per_head = (self.num_heads, -1, x.shape[-1])
+        asked = query.view(len(query), self.num_heads, -1).transpose(0, 1).bmm(key.view(per_head)).transpose(0, 1)
+        sums, begin = [], 0
+        gathered = _Gather.apply(x, self.layout.whole)
+        for group in self.layout.groups:
+            own = gathered[begin : begin + group.size * group.longest].view(group.size, group.longest, -1)
+            asking = asked[group.first : group.first + group.size]
+            unread = group.bias.view(group.size, self.num_heads, -1)
+            shares = _softmax(torch.baddbmm(unread, asking, own.transpose(1, 2), alpha=self.scaling)).unsqueeze(2)
+            sums.append(dropped(shares, self.draw(shares, group.first)).squeeze(2).bmm(own))
+            begin += group.size * group.longest
+        attended = torch.cat(sums).transpose(0, 1).bmm(value.view(per_head).transpose(1, 2))
+        return attended.transpose(0, 1).reshape(query.shape)
 
 
 class _Attention(torch.autograd.Function):
-    """See `Attention`."""
+    """See `Attention.of_all`."""
 
     @staticmethod
-    def forward(ctx: Any, projected: torch.Tensor, query: torch.Tensor | None, how: Attention) -> torch.Tensor:
+    def forward(ctx: Any, projected: torch.Tensor, how: Attention) -> torch.Tensor:
         layout, num_heads = how.layout, how.num_heads
-        components = 3 if query is None else 2
-        size = projected.shape[-1] // components // num_heads
-        gathered = projected.reshape(-1, size).index_select(0, layout.rows[components].take)
-        if query is not None:
-            query = query.reshape(-1, size)
-        outputs = torch.empty_like(gathered[: len(gathered) // components] if query is None else query)
+        gathered = projected.reshape(-1, projected.shape[-1] // 3 // num_heads).index_select(0, layout.projected.take)
+        outputs = torch.empty_like(gathered[: len(gathered) // 3])
         kept, masks = [], []
-        for group, q, k, v, output in _by_group(layout, num_heads, gathered, query, outputs):
+        for group, q, k, v, output in _by_group(layout, num_heads, gathered, outputs):
             shares = _softmax(torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=how.scaling))
             mask = how.draw(shares.unflatten(0, (group.size, num_heads)), group.first)
             if mask is not None:
@@ -198,26 +230,19 @@ class _Attention(torch.autograd.Function):
             _product_into(output, masked(shares, mask), v, _scale(mask))
             kept.append(shares)
             masks.append(mask)
-        ctx.save_for_backward(gathered, query, *kept)
+        ctx.save_for_backward(gathered, *kept)
         ctx.how, ctx.masks = how, masks
-        if query is None:
-            outputs = outputs.index_select(0, layout.rows[1].back)
-            return outputs.view(len(projected), -1)
-        return outputs.view(len(layout.starts), 1, -1)
+        return outputs.index_select(0, layout.attended.back).view(len(projected), -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gathered, query, *kept = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gathered, *kept = ctx.saved_tensors
         layout, num_heads, size = ctx.how.layout, ctx.how.num_heads, gathered.shape[-1]
-        if query is None:
-            with_zeros = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # for queries of padding
-            of_outputs = with_zeros.view(-1, size).index_select(0, layout.rows[1].take)
-        else:
-            of_outputs = gradient.reshape(-1, size)
+        with_zeros = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # for queries of padding
+        of_outputs = with_zeros.view(-1, size).index_select(0, layout.attended.take)
         of_gathered = torch.empty_like(gathered)
-        of_query = None if query is None else torch.empty_like(query)
-        inputs = _by_group(layout, num_heads, gathered, query, of_outputs)
-        results = _by_group(layout, num_heads, of_gathered, of_query, of_outputs)
+        inputs = _by_group(layout, num_heads, gathered, of_outputs)
+        results = _by_group(layout, num_heads, of_gathered, of_outputs)
         each = zip(inputs, results, kept, ctx.masks, strict=True)
         for (_, q, k, v, of_output), (_, of_q, of_k, of_v, _), shares, mask in each:
             _product_into(of_v, masked(shares, mask).transpose(1, 2), of_output, _scale(mask))
@@ -226,28 +251,32 @@ class _Attention(torch.autograd.Function):
             of_scores = torch.ops.aten._softmax_backward_data(masked(of_shares, mask), shares, -1, shares.dtype)
             _product_into(of_q, of_scores, k)
             _product_into(of_k, of_scores.transpose(1, 2), q)
-        of_projected = of_gathered.index_select(0, layout.rows[3 if query is None else 2].back)
-        if of_query is not None:
-            of_query = of_query.view_as(gradient)
-        return of_projected.view(layout.positions.shape[0], -1), of_query, None
+        return of_gathered.index_select(0, layout.projected.back).view(len(gradient), -1), None
 
 
 def _by_group(
-    layout: Layout, num_heads: int, gathered: torch.Tensor, query: torch.Tensor | None, outputs: torch.Tensor
+    layout: Layout, num_heads: int, gathered: torch.Tensor, outputs: torch.Tensor
 ) -> Iterator[tuple[Group, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each group with its part of the inputs and of the outputs: q, k, v and output, [G * heads, N or 1, D] each."""
-    components, before = (3 if query is None else 2), 0
+    """Each group with its part of the inputs and of the outputs: q, k, v and output, [G * heads, N, D] each."""
+    before = 0
     for group in layout.groups:
-        number = group.size * num_heads
-        span = slice(before, before + number * group.longest)
-        block = gathered[components * span.start : components * span.stop]
-        *own, k, v = block.view(components, number, group.longest, -1).unbind()
-        if query is None:
-            yield group, own[0], k, v, outputs[span].view_as(k)
-        else:
-            asking = slice(group.first * num_heads, group.first * num_heads + number)
-            yield group, query[asking].unsqueeze(1), k, v, outputs[asking].unsqueeze(1)
+        span = slice(before, before + group.size * num_heads * group.longest)
+        q, k, v = gathered[3 * span.start : 3 * span.stop].view(3, group.size * num_heads, group.longest, -1).unbind()
+        yield group, q, k, v, outputs[span].view_as(q)
         before = span.stop
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of x at the places of the groups. What reads those of padding gives them no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        ctx.rows = rows
+        return x.index_select(0, rows.take)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.index_select(0, ctx.rows.back), None
 
 
 def _softmax(scores: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trainer import philox
-from trainer.masks import DeviceMasks, Draw, HostMasks, Mask, Site, unkeyed_mask
+from trainer.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
 PROBE_BATCH, PROBE_LENGTH = 2, 11
@@ -73,8 +73,7 @@ class DropoutKeys:
 
     def drop(self, x: torch.Tensor, p: float, caller: Hashable) -> torch.Tensor:
         """Drops units of `x` with probability p and scales the others by 1 / (1 - p); `x` and `caller` as in `mask`."""
-        mask = self.mask(x, p, caller)
-        return x if mask is None else _Drop.apply(x, mask)
+        return dropped(x, self.mask(x, p, caller))
 
     def mask(self, x: torch.Tensor, p: float, caller: Hashable, first: int = 0) -> Mask | None:
         """Which units of `x` to drop; None while sites are recorded.
@@ -156,19 +155,6 @@ class DropoutKeys:
 _current: DropoutKeys | None = None
 
 
-class _Drop(torch.autograd.Function):
-    """x with units dropped, and the others scaled."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mask: Mask) -> torch.Tensor:
-        ctx.mask = mask
-        return mask.apply(x).mul_(mask.scale)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.mask.apply(gradient).mul_(ctx.mask.scale), None
-
-
 class _DropAdd(torch.autograd.Function):
     """`residual`, to which `x` with units dropped and the others scaled is added."""
 
@@ -191,8 +177,7 @@ class KeyedDropout(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and type as `x`."""
-        mask = self.mask(x)
-        return x if mask is None else _Drop.apply(x, mask)
+        return dropped(x, self.mask(x))
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """self(x) + residual, in fewer passes."""

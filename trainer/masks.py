@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +78,25 @@ class Mask:
 def masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
     """`mask.apply(x)`; x itself where there is no mask."""
     return x if mask is None else mask.apply(x)
+
+
+def dropped(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    """x with the dropped units 0 and the others scaled; x itself where there is no mask. It has a gradient."""
+    result: torch.Tensor = x if mask is None else _Drop.apply(x, mask)
+    return result
+
+
+class _Drop(torch.autograd.Function):
+    """See `dropped`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mask: Mask) -> torch.Tensor:
+        ctx.mask = mask
+        return mask.apply(x).mul_(mask.scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.mask.apply(gradient).mul_(ctx.mask.scale), None
 
 
 def unkeyed_mask(x: torch.Tensor, p: float) -> Mask:

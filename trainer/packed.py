@@ -3,7 +3,7 @@
 Always holds: logits and gradients are those of the model's own forward over the padded examples, dropout included, up
 to rounding. The model's own modules compute, PEFT's wrappers among them, but for frozen products (products.py) and
 attention (attention.py). What nothing reads is left out: the last layer queries, and feeds forward, for each example's
-first token alone, since the head reads no other.
+first token alone, since the head reads no other; where it may, it makes no keys and values either.
 
 Unpadding before the embeddings follows ModernBERT (Warner et al., arXiv 2412.13663).
 """
@@ -22,7 +22,7 @@ from transformers import XLMRobertaForSequenceClassification as XLMRoberta
 from trainer.attention import Attention, Layout, lay_out
 from trainer.dropout import DropoutKeys, KeyedDropout
 from trainer.masks import Mask
-from trainer.products import Projection
+from trainer.products import Projection, is_joinable, widened
 
 ROBERTA = (RobertaForSequenceClassification, XLMRoberta)
 
@@ -126,8 +126,10 @@ class _Layer:
         self.attention, self.attention_output = layer.attention.self, layer.attention.output
         self.intermediate, self.output = layer.intermediate, layer.output
         query, key, value = self.attention.query, self.attention.key, self.attention.value
-        self.query = Projection(query, trains=trains) if last else None
-        self.projection = Projection(*(() if last else (query,)), key, value, trains=trains)
+        self.last = last
+        # whether a key and a value need not be made of each token, see Attention.of_first
+        self.reads_first = last and all(map(is_joinable, (query, key, value)))
+        self.projection = Projection(query, *(() if self.reads_first else (key, value)), trains=trains)
         self.join = Projection(self.attention_output.dense, trains=trains)
         self.up = Projection(self.intermediate.dense, trains=trains)
         self.down = Projection(self.output.dense, trains=trains)
@@ -141,12 +143,15 @@ class _Layer:
                 return None
             return keys.mask(shares, attention.dropout.p, attention, first)
 
-        projected, query = self.projection(x), None
-        if self.query is not None:
-            x = x[layout.starts].unsqueeze(1)
-            query = self.query(x)
         attend = Attention(layout, attention.num_attention_heads, attention.scaling, draw)
-        x = _add_and_norm(self.attention_output, self.join(attend(projected, query)), x)
+        first = x[layout.starts].unsqueeze(1) if self.last else x
+        if self.reads_first:
+            wide, (key, value) = widened(x, (attention.key, attention.value))
+            attended = attend.of_first(self.projection(first), wide, key, value)
+        else:
+            attended = attend.of_all(self.projection(x))
+            attended = attended[layout.starts].unsqueeze(1) if self.last else attended
+        x = _add_and_norm(self.attention_output, self.join(attended), first)
         return _add_and_norm(self.output, self.down(self.intermediate.intermediate_act_fn(self.up(x))), x)
 
 

@@ -68,7 +68,7 @@ class Projection:
 
     def __init__(self, *modules: Any, trains: bool) -> None:
         self.modules = modules
-        self.joined = all(_is_joinable(module) for module in modules)
+        self.joined = all(is_joinable(module) for module in modules)
         if self.joined:
             linears = [_base(module) for module in modules]
             self.sizes = [linear.out_features for linear in linears]
@@ -101,7 +101,39 @@ class Projection:
         return product
 
 
-def _is_joinable(module: Any) -> bool:
+def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """x beside what the adapters' A make of it and ones; and for each module the weight with which that is its output.
+
+    So each module is one product, bias and adapter included.
+
+    Args:
+        x: [..., H].
+        modules: joinable ones.
+
+    Returns:
+        [..., W], W a multiple of 8; and [O, W] for each module, whose output is x weight^T.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(_base(modules[0]).weight.dtype)
+    lows: dict[Any, torch.Tensor] = {}
+    for module in modules:
+        if isinstance(module, LoraLinear):
+            adapter: Any = module
+            lows[module] = adapter.lora_A["default"](adapter.lora_dropout["default"](x))
+    num_ones = 8 - sum(low.shape[-1] for low in (x, *lows.values())) % 8  # other widths are slower on a GPU
+    weights = []
+    for module in modules:
+        weight, bias = _base(module).weight, _base(module).bias
+        parts = [weight]
+        for reader, low in lows.items():
+            b = reader.lora_B["default"].weight * reader.scaling["default"]
+            parts.append(b.to(weight.dtype) if reader is module else weight.new_zeros(len(weight), low.shape[-1]))
+        weights.append(torch.cat([*parts, bias.unsqueeze(1), weight.new_zeros(len(weight), num_ones - 1)], dim=1))
+    return torch.cat([x, *lows.values(), x.new_ones(*x.shape[:-1], num_ones)], dim=-1), weights
+
+
+def is_joinable(module: Any) -> bool:
+    """Whether a module is a frozen linear one, with plain LoRA or without."""
     linear = _base(module)
     if type(linear) is not nn.Linear or linear.bias is None or any(p.requires_grad for p in linear.parameters()):
         return False
