@@ -126,8 +126,11 @@ def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list
         weight, bias = _base(module).weight, _base(module).bias
         parts = [weight]
         for reader, low in lows.items():
-            b = reader.lora_B["default"].weight * reader.scaling["default"]
-            parts.append(b.to(weight.dtype) if reader is module else weight.new_zeros(len(weight), low.shape[-1]))
+            if reader is module:
+                b = reader.lora_B["default"].weight * reader.scaling["default"]
+                parts.append(b.to(weight.dtype))
+            else:
+                parts.append(weight.new_zeros(len(weight), low.shape[-1]))
         weights.append(torch.cat([*parts, bias.unsqueeze(1), weight.new_zeros(len(weight), num_ones - 1)], dim=1))
     return torch.cat([x, *lows.values(), x.new_ones(*x.shape[:-1], num_ones)], dim=-1), weights
 
