@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
-import time
 
 import numpy as np
 import torch
@@ -32,10 +31,10 @@ from benchmarks.workload import (
 from trainer import building, loop
 from trainer.backbone import silence_libraries
 from trainer.batching import collate, num_positions, split_by_tokens
-from trainer.optim import learning_rate, set_learning_rate
 from trainer.options import parse_config
 from trainer.processes import StopRequest, Watch, start_accelerator
 from trainer.state import TrainState
+from trainer.step import example_losses
 
 WIDER = 24  # positions by which the second rounding's examples are padded beyond the longest
 
@@ -66,7 +65,7 @@ def build(task):
 
 
 class Isotrain:
-    """A run in the hands of the benchmark; a pass does for each step what `loop.train` does."""
+    """A run in the hands of the benchmark."""
 
     def __init__(self, task):
         self.task, self.run, self.state = task, build(task), TrainState()
@@ -75,14 +74,9 @@ class Isotrain:
     def train(self, steps):
         run, state = self.run, dataclasses.replace(self.state, step=steps.start)
         started = clock(self.task.device)
-        for step in steps:
-            began = time.perf_counter()
-            parts = loop.plan_in_force(run, state).micro_batches(step, 0, 1)
-            set_learning_rate(run.optimizer, learning_rate(run.config.optim, step, run.total_steps))
-            result = loop.train_step(run, step, parts)
-            if result.out_of_memory:
-                sys.exit("Isotrain ran out of memory")
-            state = loop._advanced(run, state, result, time.perf_counter() - began)
+        state, _ = loop.train_until(run, state, steps.stop)
+        if state.step < steps.stop:
+            sys.exit("Isotrain ran out of memory")
         seconds = clock(self.task.device) - started
         self.state = state
         return Pass(
@@ -137,7 +131,7 @@ class Collector:
     """Stands in for the optimizer: keeps the gradient instead of applying it."""
 
     def __init__(self, run):
-        self.run = run
+        self.run, self.optimizer = run, run.optimizer.optimizer
 
     def step(self):
         self.gradient = taken_gradient(self.run)
@@ -184,7 +178,7 @@ def padded_gradient(run, step, parts, width):
         batch = padded(run, ids, width)
         with run.dropout.micro_batch(step, batch.ids, batch.lengths):
             logits = run.model(**batch.inputs).logits
-        (loop.example_losses(logits, batch, 0.0).sum() / total * scale).backward()
+        (example_losses(logits, batch, 0.0).sum() / total * scale).backward()
     return taken_gradient(run) / scale
 
 

@@ -218,11 +218,16 @@ def install(model: nn.Module, seed: int) -> DropoutKeys:
 
 def _use_keyed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION, keyed_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, _whole_mask)
     # a family without transformers' attention interface keeps its own attention, whose dropout is a module; the probe
     # tells whether that was reached
     if model._can_set_attn_implementation():
         model.set_attn_implementation(ATTENTION)
+
+
+def _whole_mask(**facts: Any) -> Any:
+    """transformers' mask, also where it masks nothing: it would be read to see that, and a GPU waited for."""
+    return sdpa_mask(**{**facts, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 def keyed_attention(

@@ -130,6 +130,10 @@ class Graphs:
 
         See pytorch/pytorch#193402.
         """
+        if (
+            torch.cuda.is_available()
+        ):  # replays may be in flight: with expandable segments torch would not wait for them
+            torch.cuda.synchronize()
         self._recordings.clear()
         self._recorder = self._new_recorder()
         self._memory = None

@@ -1,33 +1,34 @@
-"""The training loop: the only file with `backward` and `optimizer.step`.
+"""The training loop: steps, and what falls due between them. What a step is stands in step.py.
 
 Always holds: everything a step does is a function of (configuration, data, step) and of the state (adapter, optimizer,
 scaler, `TrainState`). So resuming is an index, and the number of processes and the cut into micro-batches change who
-computes what, never what is computed. The loss of a step is the weighted mean over its global batch, computed here from
-logits; `outputs.loss` is never used.
+computes what, never what is computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import signal
 import time
-from dataclasses import dataclass
+from collections import deque
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from trainer.adapter import adapter_tensors
-from trainer.attention import Layout
-from trainer.batching import Batch, MicroBatch, Tokenised, collate, shape_of
+from trainer.batching import Tokenised
 from trainer.config import UserError
-from trainer.devices import on_device, peak_memory_bytes
+from trainer.devices import peak_memory_bytes
 from trainer.evaluation import score_split
 from trainer.memory import fit, in_smaller_parts, plan_in_force, with_less_memory
 from trainer.metrics import METRICS, classification_metrics, confusion, is_better, metric_value
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.state import Tally, Training, TrainState, save_state
+from trainer.step import StepInFlight, StepResult, result_of, signal_of, summed, too_large, train_step
+
+# Steps that are asked for before the numbers of the first are read: so a GPU has the next one to do while they are on
+# their way. A CPU has done a step when it was asked for.
+IN_FLIGHT, IN_FLIGHT_ON_GPU = 1, 2
 
 
 class Interrupted(Exception):
@@ -51,20 +52,6 @@ class Stopped(Exception):
         self.step = step
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gives, equal on all ranks."""
-
-    loss: float
-    """weighted mean over the global batch"""
-    grad_norm: float
-    """L2 norm of the gradient before clipping"""
-    stop: int
-    """number of a signal some rank has received, or 0"""
-    out_of_memory: bool = False
-    """memory ran out on some rank: nothing was applied"""
-
-
 def train(
     run: Training, state: TrainState, best: dict[str, torch.Tensor] | None
 ) -> tuple[TrainState, dict[str, torch.Tensor]]:
@@ -79,7 +66,7 @@ def train(
     """
     saved = (state.step, state.evaluated_step)
     if run.tries_memory and state.step == 0:
-        state = fit(run, state, functools.partial(_too_large, run))
+        state = fit(run, state, functools.partial(too_large, run))
     stop = 0
     while True:  # one turn more than there are steps: the last evaluation and checkpoint need no second copy
         if not stop and _evaluation_due(run, state):
@@ -96,106 +83,44 @@ def train(
             raise Stopped(stop, state.step)
         if last:
             break
-        run.watch.position = f"step {state.step + 1}"
-        started = time.perf_counter()
-        micro_batches = plan_in_force(run, state).micro_batches(
-            state.step, run.accelerator.process_index, run.accelerator.num_processes
-        )
-        rate = learning_rate(run.config.optim, state.step, run.total_steps)
-        set_learning_rate(run.optimizer, rate)
-        result = train_step(run, state.step, micro_batches)
-        stop = result.stop
-        if result.out_of_memory:  # the same step again, in smaller parts
-            state = in_smaller_parts(run, state, plan_in_force(run, state))
-            continue
-        state = _advanced(run, state, result, time.perf_counter() - started)
-        state = _logged(run, state, result, rate)
+        state, stop = train_until(run, state, _next_due(run, state.step))
     return state, best if best is not None else adapter_tensors(run.model)
 
 
-def train_step(run: Training, step: int, micro_batches: list[MicroBatch]) -> StepResult:
-    """One optimizer step on this rank's share of the global batch.
+def train_until(run: Training, state: TrainState, end: int) -> tuple[TrainState, int]:
+    """Trains from `state` up to step `end`; less far where a signal comes, or memory runs out and the state has less.
 
-    Each rank adds up the gradients of its own micro-batches. Then a few numbers and one adapter-sized tensor are summed
-    over all ranks, one of whose memory has run out taking part as well; all learn from them alike whether the step
-    counts. So no rank that fails leaves another waiting, and what is not sound is never applied.
+    Returns:
+        the state, of which nothing is in flight, and the number of the signal or 0.
 
     Raises:
-        UserError: a loss or gradient that is not finite (names step and rows); the weights are unchanged.
+        UserError: a loss or gradient that is not finite; the weights are those of the step before.
     """
-    accelerator, total_weight = run.accelerator, run.plan.total_weight(step)
-    _seed_other_random_operations(run, step)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    finite: list[torch.Tensor] = [torch.ones(0, dtype=torch.bool, device=accelerator.device)]
-    out_of_memory = False
-    for micro_batch in micro_batches:
-        try:
-            losses = _add_gradient(run, step, micro_batch.ids, micro_batch.weights / total_weight)
-        except torch.OutOfMemoryError:
-            if run.sharded:  # the others are in a collective of this forward or backward
-                raise UserError(f"step {step + 1}: out of memory; try a lower batch.max_tokens") from None
-            out_of_memory = True
-            run.optimizer.zero_grad(set_to_none=True)  # of no use now, and its memory may be wanted
-            break
-        loss_sum += losses.sum()
-        finite.append(torch.isfinite(losses))
-    broken = ~torch.cat(finite)
-    votes = _summed(run, [loss_sum, broken.sum()], [out_of_memory, *run.stop.counts()])
-    norm = _sum_gradients(run)
-    # here, and but for fp16's scale nowhere else in a step, the host waits for the device
-    mean_loss, num_broken, num_short, *signals, grad_norm = torch.cat([votes, norm.double().view(1)]).tolist()
-    if num_short:
-        run.optimizer.zero_grad(set_to_none=True)
-        return StepResult(mean_loss, 0.0, _signal(signals), out_of_memory=True)
-    if num_broken:
-        ids = np.concatenate([part.ids for part in micro_batches])
-        _refuse_broken_loss(run, step, ids[broken.cpu().numpy()].tolist())
-    scale = run.accelerator.scaler.get_scale() if run.accelerator.scaler is not None else 1.0
-    if not np.isfinite(grad_norm) and run.accelerator.scaler is None:
-        _refuse_broken_gradient(run, step)
-    _update(run, step, norm / scale)
-    return StepResult(mean_loss, grad_norm / scale, _signal(signals))
+    flying: deque[StepInFlight] = deque()
+    most = IN_FLIGHT if run.accelerator.device.type == "cpu" else IN_FLIGHT_ON_GPU
+    since = time.perf_counter()
+    while True:
+        while len(flying) < most and (step := state.step + len(flying)) < end:
+            flying.append(_asked_for(run, state, step, flying[-1] if flying else None))
+        if not flying:
+            return state, 0
+        result = result_of(run, flying.popleft())
+        if flying and (result.stop or result.out_of_memory):  # what is behind it changes nothing, but must be over
+            flying[-1].numbers()
+        if result.out_of_memory:  # the same step again, in smaller parts
+            return in_smaller_parts(run, state, plan_in_force(run, state)), result.stop
+        now = time.perf_counter()
+        state = _logged(run, _advanced(run, state, result, now - since), result)
+        since = now
+        if result.stop:
+            return state, result.stop
 
 
-def _add_gradient(run: Training, step: int, ids: np.ndarray, weights: np.ndarray) -> torch.Tensor:
-    """Adds the gradient of a micro-batch's weighted losses to that of the parameters; these losses, [B], detached."""
-    shape = shape_of(run.train.lengths[ids]) if run.graphs is not None else None
-    padding = None if run.forward.packed else run.pad_token_id
-    batch = collate(run.train, ids, weights, padding, run.accelerator.device, shape)
-
-    def work(batch: Batch, layout: Layout | None = None) -> torch.Tensor:
-        with run.accelerator.autocast():
-            logits = run.forward(batch.inputs, batch.lengths, layout)
-        losses = example_losses(logits, batch, run.config.optim.label_smoothing)
-        run.accelerator.backward(losses.sum())
-        return losses.detach()
-
-    with run.dropout.micro_batch(step, batch.ids, batch.lengths):
-        if run.graphs is None or shape is None:
-            return work(batch)
-        return run.graphs.do(work, batch, shape)[: len(ids)]
-
-
-def _too_large(run: Training, ids: np.ndarray) -> bool:
-    """Whether on some rank memory runs out in forward and backward of its examples; nothing else comes of it."""
-    out_of_memory = False
-    try:
-        _add_gradient(run, 0, ids, np.zeros(len(ids)))
-    except torch.OutOfMemoryError:
-        out_of_memory = True
-    run.optimizer.zero_grad(set_to_none=True)
-    return bool(_summed(run, [], [out_of_memory]).item())
-
-
-def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Weighted cross-entropy of each example, [B], in at least fp32.
-
-    An example's weight multiplies its whole loss, the smoothed part included; `torch.nn.CrossEntropyLoss` with class
-    weights would weigh the smoothed part by the weights of the other classes.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    losses = torch.nn.functional.cross_entropy(wide, batch.labels, reduction="none", label_smoothing=label_smoothing)
-    return losses * batch.weights.to(losses.dtype)
+def _asked_for(run: Training, state: TrainState, step: int, before: StepInFlight | None) -> StepInFlight:
+    run.watch.position = f"step {step + 1}"
+    set_learning_rate(run.optimizer, learning_rate(run.config.optim, step, run.total_steps))
+    ranks = run.accelerator.process_index, run.accelerator.num_processes
+    return train_step(run, step, plan_in_force(run, state).micro_batches(step, *ranks), before)
 
 
 def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> tuple[np.ndarray, TrainState]:
@@ -209,11 +134,11 @@ def score(run: Training, state: TrainState, examples: Tokenised, name: str) -> t
     def check(out_of_memory: bool) -> None:
         if out_of_memory and run.sharded:  # the others are in a collective of this forward
             raise UserError(f"out of memory while scoring {name}; try a lower batch.eval_max_tokens")
-        num_short, *signals = _summed(run, [], [out_of_memory, *run.stop.counts()]).tolist()
+        num_short, *signals = summed(run, [], [out_of_memory, *run.stop.counts()]).tolist()
         if num_short:
             raise OutOfMemory
-        if _signal(signals):
-            raise Interrupted(_signal(signals))
+        if signal_of(signals):
+            raise Interrupted(signal_of(signals))
 
     while True:
         # where training must make do with less, scoring must in the same proportion
@@ -241,70 +166,16 @@ def _due(every_steps: int | None, step: int, steps_per_epoch: int) -> bool:
     return step > 0 and step % (every_steps or steps_per_epoch) == 0
 
 
-def _summed(run: Training, found: list[torch.Tensor], known: list[int]) -> torch.Tensor:
-    """Sums a few numbers over all ranks: those that are on the device, and those that the host knows; float64 [n]."""
-    parts = [number.double().unsqueeze(0) for number in found]
-    numbers = torch.cat([*parts, on_device(np.array(known, dtype=np.float64), run.accelerator.device)])
-    summed: torch.Tensor = run.accelerator.reduce(numbers, "sum")
-    return summed
-
-
-def _signal(counts: list[float]) -> int:
-    """The signal that stops the run, from the numbers of ranks that received SIGTERM and SIGINT; 0 where none did."""
-    return signal.SIGTERM if counts[0] else signal.SIGINT if counts[1] else 0
+def _next_due(run: Training, step: int) -> int:
+    """The first step after this one at which there is more to do than to train."""
+    every = (run.config.evaluation.every_steps, run.config.checkpoint.every_steps)
+    spans = [steps or run.plan.steps_per_epoch for steps in every]
+    return min(run.total_steps, *(span * (step // span + 1) for span in spans))
 
 
 def _evaluation_due(run: Training, state: TrainState) -> bool:
     due = _due(run.config.evaluation.every_steps, state.step, run.plan.steps_per_epoch)
     return (due or state.step == run.total_steps) and state.evaluated_step < state.step
-
-
-def _seed_other_random_operations(run: Training, step: int) -> None:
-    """What keyed dropout does not reach is at least repeatable on the same number of processes."""
-    if run.dropout.unreached:
-        entropy = np.random.SeedSequence([run.config.run.seed, step, run.accelerator.process_index])
-        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-
-
-def _sum_gradients(run: Training) -> torch.Tensor:
-    """Adds up the ranks' gradients, and takes the norm of the whole, times the fp16 scaler's scale where there is one.
-
-    The losses are divided by the whole batch's weight, so the sum is its gradient. A parameter without a gradient takes
-    part with 0, since its memory may have run out on this rank alone.
-    """
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.trained.values()]
-    if run.accelerator.num_processes > 1:
-        total = run.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
-        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-    return torch.nn.utils.get_total_norm(gradients)
-
-
-def _update(run: Training, step: int, norm: torch.Tensor) -> None:
-    """Clips the summed gradient, of this norm, and applies it. On an overflow the fp16 scaler skips the step."""
-    without = [name for name, p in run.trained.items() if p.grad is None]
-    if without:
-        raise UserError(f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(run.trained)} tensors)")
-    run.accelerator.unscale_gradients()
-    if run.config.optim.max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(run.trained.values(), run.config.optim.max_grad_norm, norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-
-
-def _refuse_broken_gradient(run: Training, step: int) -> None:
-    found = (n for n, p in run.trained.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
-    worst = next(found, "all together")
-    raise UserError(f"step {step}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
-
-
-def _refuse_broken_loss(run: Training, step: int, broken: list[int]) -> None:
-    rows = sorted(set(gather_object(run.train_rows[broken].tolist())))
-    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-    raise UserError(
-        f"step {step}: the loss is not finite for {len(rows)} examples: id {shown} (row of train, counted from 0)\n"
-        "Nothing of this step was applied. Try a lower optim.learning_rate, or --run.precision no."
-    )
 
 
 def _advanced(run: Training, state: TrainState, result: StepResult, seconds: float) -> TrainState:
@@ -325,9 +196,10 @@ def _advanced(run: Training, state: TrainState, result: StepResult, seconds: flo
     )
 
 
-def _logged(run: Training, state: TrainState, result: StepResult, rate: float) -> TrainState:
+def _logged(run: Training, state: TrainState, result: StepResult) -> TrainState:
     """Shows the step; at a log point and at an epoch's end writes the numbers and starts the next stretch."""
     epoch, window = state.step / run.plan.steps_per_epoch, state.window
+    rate = learning_rate(run.config.optim, state.step - 1, run.total_steps)
     per_second = window.examples / window.seconds
     run.log.progress(1, loss=f"{result.loss:.3f}", lr=f"{rate:.1e}", examples=f"{per_second:.0f}/s")
     if state.step % run.config.tracking.every_steps == 0:
@@ -341,8 +213,8 @@ def _logged(run: Training, state: TrainState, result: StepResult, rate: float) -
             "memory/peak_bytes": peak_memory_bytes(run.accelerator.device),
             "memory/max_tokens": plan_in_force(run, state).max_tokens,
         }
-        if run.accelerator.scaler is not None:
-            values["train/loss_scale"] = run.accelerator.scaler.get_scale()
+        if result.loss_scale is not None:
+            values["train/loss_scale"] = result.loss_scale
         run.log.scalars(values, state.step, epoch)
         state = dataclasses.replace(state, window=Tally())
     if state.step % run.plan.steps_per_epoch == 0:

@@ -54,7 +54,7 @@ def build_optimizer(
         if part
     ]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate), dict(decayed + others)
+        return torch.optim.SGD(groups, lr=config.learning_rate, fused=True), dict(decayed + others)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     return optimizer, dict(decayed + others)
@@ -64,3 +64,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Sets the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def skip_if(void: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's next step changes neither parameters nor its state where `void`, bool [], holds.
+
+    The device decides that, so the host need not know. By this attribute torch's GradScaler has it do so.
+    """
+    optimizer.found_inf = void.float()  # type: ignore[attr-defined]

@@ -217,10 +217,10 @@ def log_ids(folder):
     step, attempt = None, 0
 
     def stepping(train_step):
-        def stepped(run, number, micro_batches):
+        def stepped(run, number, *others):
             nonlocal step, attempt
             step, attempt = number, attempt + 1
-            return train_step(run, number, micro_batches)
+            return train_step(run, number, *others)
 
         return stepped
 
@@ -233,7 +233,7 @@ def log_ids(folder):
         return noted
 
     replace("train_step", stepping)
-    replace("trainer.loop:collate", noting)
+    replace("trainer.step:collate", noting)
 
 
 def out_of_memory(above, where="forward"):
@@ -264,21 +264,28 @@ def out_of_memory(above, where="forward"):
 
         return ended
 
-    for module in ("evaluation", "pipeline") if where == "scoring" else ("loop",):
+    for module in ("evaluation", "pipeline") if where == "scoring" else ("step",):
         replace(f"trainer.{module}:collate", measuring)
     forwards = ["trainer.packed:PackedForward.__call__", "peft:PeftModelForSequenceClassification.forward"]
     for work in ["accelerate:Accelerator.backward"] if where == "backward" else forwards:
         replace(work, ending)
 
 
+def in_flight(number):
+    """As many steps are asked for before the first is known, as on a GPU."""
+    from trainer import loop
+
+    loop.IN_FLIGHT = number
+
+
 def forget_an_example(step):
     """One example of this step does not train."""
 
     def around(train_step):
-        def forgetful(run, number, micro_batches):
+        def forgetful(run, number, micro_batches, *others):
             if number == step:
                 micro_batches[0].weights[0] = 0
-            return train_step(run, number, micro_batches)
+            return train_step(run, number, micro_batches, *others)
 
         return forgetful
 

@@ -3,9 +3,9 @@
     python tests/gpu/step.py SHIM "2 ours" "4 ours" "4 transformers" ...    (number of layers, and whose step)
 
 Prints as JSON, for each step, how many operations a GPU would be given (views and allocations aside) and how often the
-host would wait for it, or the error: operations among tensors of two devices are one. Besides "ours" there are its
-MISTAKES, "recorded": a step of ours of a shape whose work was recorded before, and "transformers": a step of its own
-forward, padded, in two halves.
+host would wait for it, or the error: operations among tensors of two devices are one. The step is the second, asked for
+while the first is in flight. Besides "ours" there are its MISTAKES, "recorded": ours of a shape whose work was recorded
+before, and "transformers": a step of its own forward, padded, in two halves.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ for library in (torch_libraries / "libc10.so", torch_libraries / "libtorch_cpu.s
 import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
-from trainer import attention, dropout, loop, masks
+from trainer import attention, dropout, masks
 from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.graphs import Graphs
@@ -40,6 +40,7 @@ from trainer.model import cast_frozen
 from trainer.optim import build_optimizer
 from trainer.packed import PackedForward
 from trainer.processes import StopRequest
+from trainer.step import train_step
 from trainer.tokenising import Examples
 
 NO_KERNEL = {
@@ -67,8 +68,7 @@ class Requests(TorchDispatchMode):
         result = function(*arguments, **(settings or {}))
         if name in {"_to_copy", "copy_"}:
             to, source = (result, arguments[0]) if name == "_to_copy" else arguments[:2]
-            waits = to.device.type == "cpu" or not (settings or {}).get("non_blocking")
-            self.waits += waits and to.device.type != source.device.type
+            self.waits += to.device.type != source.device.type and not (settings or {}).get("non_blocking")
         tensors = [part for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, torch.Tensor)]
         if name not in NO_KERNEL and any(tensor.device.type == "cuda" for tensor in tensors):
             self.operations[name] += 1
@@ -76,7 +76,7 @@ class Requests(TorchDispatchMode):
 
 
 class Accelerator:
-    """What `loop.train_step` asks of accelerate's, for one process."""
+    """What `train_step` asks of accelerate's, for one process."""
 
     device, num_processes, process_index, scaler = CUDA, 1, 0, None
 
@@ -92,12 +92,6 @@ class Accelerator:
 
     def unscale_gradients(self):
         pass
-
-
-def waited_for(tensor):
-    """In place of `tolist`: a fake tensor has no values."""
-    tensor.sum().item()
-    return [0.0] * len(tensor)
 
 
 def place(model, device):
@@ -133,13 +127,13 @@ def ours(model, requests, recorded=False):
     keys = dropout.install(model, seed=1)  # on the CPU, as `building.build` does it
     place(model, CUDA)
     optimizer, trained = build_optimizer(model.named_parameters(), Config().optim)
-    optimizer.step = lambda: None  # one kernel on a GPU, many on a fake of it
     num_examples, forward = len(LENGTHS), PackedForward(model, keys)
     run = SimpleNamespace(
         config=Config(),
         accelerator=Accelerator(),
         forward=forward,
-        optimizer=optimizer,
+        # its step is one kernel on a GPU, and many on a fake of it
+        optimizer=SimpleNamespace(optimizer=optimizer, step=lambda: None, zero_grad=optimizer.zero_grad),
         trained=trained,
         dropout=keys,
         plan=Plan(LENGTHS, np.ones(num_examples), num_examples, 0, 65536, packed=True),
@@ -154,12 +148,10 @@ def ours(model, requests, recorded=False):
         graphs=Graphs(forward, keys, trained.values(), Accelerator.autocast, Recorder) if recorded else None,
     )
     micro_batches = run.plan.micro_batches(0, 0, 1)
-    if recorded:
-        with Requests():
-            loop.train_step(run, 0, micro_batches)
-        requests.waits = 0
+    with Requests():
+        before = train_step(run, 0, micro_batches)
     with requests:
-        loop.train_step(run, 0, micro_batches)
+        train_step(run, 1, micro_batches, before)
 
 
 def theirs(model, requests):
@@ -222,7 +214,7 @@ def main():
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.current_device = lambda: 0
     torch.Tensor.pin_memory = lambda tensor: tensor
-    FakeTensor.tolist = waited_for
+    torch.cuda.Event = lambda: SimpleNamespace(record=lambda: None)
     steps = {}
     for case in sys.argv[2:]:
         num_layers, _, whose = case.partition(" ")

@@ -5,9 +5,11 @@ What a rank runs is the trainer itself, built by `trainer/pipeline.py` from a co
 """
 
 import dataclasses
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import time
 import traceback
@@ -176,7 +178,7 @@ def gradients(arguments, cases, wrong=None, recorded=False):
     import torch
 
     from trainer import graphs
-    from trainer.loop import train_step
+    from trainer.step import result_of, train_step
 
     run = build(arguments, double=True)
     before = [parameter.detach().clone() for parameter in run.trained.values()]
@@ -201,7 +203,7 @@ def gradients(arguments, cases, wrong=None, recorded=False):
         sizes = [len(part.ids) if part.weights.any() else 0 for part in parts]
         if wrong == "mean of means":
             parts = weigh_parts_alike(now, step, parts)
-        result = train_step(now, step, parts)
+        result = result_of(now, train_step(now, step, parts))
         subtracted = [old - new.detach() for old, new in zip(before, run.trained.values(), strict=True)]
         with torch.no_grad():
             for old, new in zip(before, run.trained.values(), strict=True):
@@ -249,14 +251,14 @@ def fitted(arguments, short_ranks, above):
     """
     import torch
 
-    from trainer import loop
+    from trainer import loop, step
     from trainer.config import UserError
     from trainer.state import TrainState
 
     run = build(arguments)
     steps, right = [], loop.train_step
     run = dataclasses.replace(run, tries_memory=True, total_steps=1)
-    tried, collate, backward = [], loop.collate, run.accelerator.backward
+    tried, collate, backward = [], step.collate, run.accelerator.backward
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
 
@@ -270,30 +272,180 @@ def fitted(arguments, short_ranks, above):
         if run.accelerator.process_index in short_ranks and sum(tried[-1]) > above:
             raise torch.OutOfMemoryError
 
-    def first_step(run, step, parts):
+    def first_step(*given):
         assert all(parameter.grad is None for parameter in run.trained.values())
         assert torch.equal(torch.random.get_rng_state(), before)
         steps.append(len(tried))
-        return right(run, step, parts)
+        return right(*given)
 
-    loop.collate, run.accelerator.backward, loop.train_step = noting, running_out, first_step
+    step.collate, run.accelerator.backward, loop.train_step = noting, running_out, first_step
     try:
         state, _ = loop.train(run, TrainState(), None)
     except UserError as error:
         return str(error), tried
     finally:
-        loop.collate, loop.train_step = collate, right
+        step.collate, loop.train_step = collate, right
     assert state.step == len(steps) == 1, "memory ran out in the first step"
     return state.max_tokens, tried[: steps[0]], sorted(run.train.lengths.tolist())[-run.plan.batch_size :]
+
+
+# --- steps in flight --------------------------------------------------------------------------------------------------
+
+
+def flights(arguments, fault=None, hit=0, told=True, scaled=False):
+    """Two steps, the second asked for while the first is in flight; if the first fails, both are asked for again.
+
+    Args:
+        arguments: command line of the run.
+        fault: of the first step on rank `hit`: its "memory" runs out, a "loss" or a "gradient" is not finite.
+        hit: see fault.
+        told: the second step knows of the first.
+        scaled: with a fp16 scaler.
+
+    Returns:
+        for each attempt what the first step gave, or the message; all parameters and all of the optimizer's state, or
+        0 where it has none yet. First those before any.
+    """
+    import torch
+
+    from trainer.config import UserError
+    from trainer.optim import set_learning_rate
+    from trainer.step import result_of, train_step
+
+    run = build(arguments)
+    if scaled:
+        run = with_scaler(run, 64.0)
+    rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
+    backward, optimizer = run.accelerator.backward, run.optimizer.optimizer
+    set_learning_rate(optimizer, 0.1)
+
+    def everything():
+        states = [torch.cat([s.flatten() for s in optimizer.state[p].values()] or [torch.zeros(1)]) for p in parameters]
+        return torch.cat([p.detach().flatten() for p in parameters]).numpy(), torch.cat(states).numpy()
+
+    def faulty(loss):
+        backward(loss)
+        if fault == "memory":
+            raise torch.OutOfMemoryError
+        parameters[0].grad[0] = float("nan")
+
+    def asked_for(step, *before):
+        parts = run.plan.micro_batches(step, rank, world_size)
+        if step == 0 and fault and rank == hit:
+            if fault == "loss":
+                parts[0].weights[:] = float("inf")
+            else:
+                run.accelerator.backward = faulty
+        try:
+            return train_step(run, step, parts, *before)
+        finally:
+            run.accelerator.backward = backward
+
+    parameters = list(run.trained.values())
+    found = [(None, *everything())]
+    while len(found) < 2 or fault:
+        if len(found) > 1:
+            fault = None
+        first = asked_for(0)
+        second = asked_for(1, *[first] * told)
+        try:
+            gave = result_of(run, first)
+        except UserError as error:
+            gave = str(error)
+        if not fault:
+            result_of(run, second)
+        found.append((gave, *everything()))
+        if scaled:
+            assert run.accelerator.scaler.get_scale() == 64
+    return found
+
+
+def with_scaler(run, scale):
+    """The run with a fp16 scaler, which accelerate has only on a GPU."""
+    import torch
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    accelerator = run.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    run = dataclasses.replace(run, optimizer=AcceleratedOptimizer(run.optimizer.optimizer, scaler=accelerator.scaler))
+    accelerator._optimizers = [run.optimizer]
+    # accelerate's does so where the precision is fp16
+    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(run.optimizer.optimizer)
+    return run
+
+
+def looped(arguments, hit=None, in_flight=1, recorded=False):
+    """The first steps by the real loop; in the first try of the first one memory runs out on rank `hit`.
+
+    Returns:
+        all parameters, and the steps of which micro-batches were tried, one after another.
+    """
+    import torch
+
+    from trainer import graphs, loop
+    from trainer.state import TrainState
+
+    run = build(arguments)
+    loop.IN_FLIGHT, right, backward = in_flight, loop.train_step, run.accelerator.backward
+    steps, tried = [], []
+    if recorded:
+        kept = graphs.Graphs(run.forward, run.dropout, run.trained.values(), run.accelerator.autocast, CpuRecorder)
+        run = dataclasses.replace(run, graphs=kept)
+
+    def noting(run, step, *others):
+        steps.append(step)
+        return right(run, step, *others)
+
+    def running_out(loss):
+        tried.append(steps[-1])
+        backward(loss)
+        if len(tried) == 1 and run.accelerator.process_index == hit:
+            raise torch.OutOfMemoryError
+
+    loop.train_step, run.accelerator.backward = noting, running_out
+    state = TrainState()
+    while state.step < 3:
+        state, _ = loop.train_until(run, state, 3)
+    return torch.cat([parameter.detach().flatten() for parameter in run.trained.values()]).numpy(), [
+        step for step, _ in itertools.groupby(tried)
+    ]
+
+
+def stopped(arguments, in_flight):
+    """A signal in step 1, and behind it a step whose loss is not finite: the steps that are saved, and how it ends."""
+    from trainer import loop
+    from trainer.state import TrainState
+
+    run, saved, right = build(arguments), [], loop.train_step
+
+    def breaking(run, step, parts, *before):
+        if step == 1:
+            run.stop.signal = signal.SIGTERM
+        if step == 2:
+            parts[0].weights[:] = float("inf")
+        return right(run, step, parts, *before)
+
+    loop.IN_FLIGHT, loop.train_step = in_flight, breaking
+    loop.save_state = lambda run, state, best: saved.append(state.step)
+    try:
+        loop.train(run, TrainState(), None)
+    except Exception as error:
+        return saved, type(error).__name__
 
 
 # --- a whole run, and scoring -----------------------------------------------------------------------------------------
 
 
-def whole_run(arguments, wrong=None):
-    """Trains from start to end with the real loop: adapter, lines of metrics.jsonl, number of first micro-batches.
+def whole_run(arguments, wrong=None, in_flight=None):
+    """Trains from start to end with the real loop.
 
-    `wrong` is a mistake to make: "mean of means", or dropout keyed by "rank".
+    Args:
+        arguments: command line of the run.
+        wrong: a mistake to make: "mean of means", or dropout keyed by "rank".
+        in_flight: as `loop.IN_FLIGHT`.
+
+    Returns:
+        adapter, lines of metrics.jsonl, number of first micro-batches.
     """
     import json
 
@@ -301,10 +453,16 @@ def whole_run(arguments, wrong=None):
     from trainer.adapter import adapter_tensors
 
     run = build(arguments)
+    loop.IN_FLIGHT = in_flight or loop.IN_FLIGHT
     before = adapter_tensors(run.model)
-    right = loop.train_step
-    if wrong == "mean of means":
-        loop.train_step = lambda run, step, parts: right(run, step, weigh_parts_alike(run, step, parts))
+    right, num_behind = loop.train_step, 0
+
+    def train_step(run, step, parts, before):
+        nonlocal num_behind
+        num_behind += before is not None
+        return right(run, step, weigh_parts_alike(run, step, parts) if wrong == "mean of means" else parts, before)
+
+    loop.train_step = train_step
     if wrong == "rank":
         run.dropout.seed += run.accelerator.process_index
     try:
@@ -316,6 +474,7 @@ def whole_run(arguments, wrong=None):
     lines = (run.folder / "metrics.jsonl").read_text() if run.accelerator.is_main_process else ""
     number = len(run.plan.micro_batches(0, 0, run.accelerator.num_processes))
     adapter = {name: tensor.numpy() for name, tensor in best.items()}
+    assert (num_behind > 0) == (in_flight is not None), "steps asked for while another is in flight"
     return adapter, [json.loads(line) for line in lines.splitlines()], number
 
 
@@ -409,16 +568,15 @@ def scaled_steps(arguments, scale):
     Of each try the norm of the gradient, by how much the parameters change, and the scale afterwards.
     """
     import torch
-    from accelerate.optimizer import AcceleratedOptimizer
 
-    from trainer import loop
     from trainer.optim import set_learning_rate
+    from trainer.step import result_of, train_step
 
     def step(run):
         before = torch.cat([parameter.detach().flatten() for parameter in run.trained.values()])
         parts = run.plan.micro_batches(0, run.accelerator.process_index, run.accelerator.num_processes)
         set_learning_rate(run.optimizer, 0.1)
-        result = loop.train_step(run, 0, parts)
+        result = result_of(run, train_step(run, 0, parts))
         after = torch.cat([parameter.detach().flatten() for parameter in run.trained.values()])
         scaler = run.accelerator.scaler
         return {
@@ -427,21 +585,15 @@ def scaled_steps(arguments, scale):
             "scale": scaler.get_scale() if scaler is not None else 1.0,
         }
 
-    plain, run = step(build(arguments)), build(arguments)
-    accelerator, backward = run.accelerator, run.accelerator.backward
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    run = dataclasses.replace(run, optimizer=AcceleratedOptimizer(run.optimizer.optimizer, scaler=accelerator.scaler))
-    accelerator._optimizers = [run.optimizer]
-
-    def unscale_gradients():  # accelerate's does so where the precision is fp16
-        accelerator.scaler.unscale_(run.optimizer.optimizer)
+    plain, run = step(build(arguments)), with_scaler(build(arguments), scale)
+    backward = run.accelerator.backward
 
     def overflowing(loss):
         backward(loss)
         for parameter in run.trained.values():
             parameter.grad[parameter.grad.abs() > 65504] = float("inf")
 
-    accelerator.unscale_gradients, accelerator.backward = unscale_gradients, overflowing
+    run.accelerator.backward = overflowing
     steps = [step(run)]
     while not steps[-1]["change"]:
         steps.append(step(run))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
@@ -119,6 +120,29 @@ CUTS = {
     "padded": {"batches": [[0, 1, 2, 3, 4]], "padding": 17},
     "two batches": {"batches": [[3, 2], [1, 0, 4]]},
 }
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's value decides what the host does: a GPU would be waited for."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        self.number += function.overloadpacket.__name__ == "_local_scalar_dense"
+        return function(*arguments, **(settings or {}))
+
+
+@pytest.mark.parametrize("family", REACHED)
+@pytest.mark.parametrize("ids", [[0, 1, 2], [3]], ids=["padded", "whole"])
+def test_no_value_is_read(family, ids, texts):
+    model, keys = build(family)
+    with Reads() as reads:
+        logits_of(model, keys, texts, ids).sum().backward()
+    assert reads.number == 0
+    model.get_base_model().set_attn_implementation("sdpa")
+    with Reads() as reads:
+        logits_of(model, keys, texts, ids)
+    assert reads.number > 0
 
 
 # --- the same units whatever the batch ---
