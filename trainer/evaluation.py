@@ -22,6 +22,7 @@ from tqdm import tqdm
 from trainer.batching import Tokenised, collate, split_by_tokens
 from trainer.checkpoint import write_atomic
 from trainer.config import UserError
+from trainer.devices import on_device
 from trainer.metrics import classification_metrics, confusion, probabilities, report_text
 from trainer.packed import Forward
 
@@ -82,7 +83,7 @@ def score_split(
                 out_of_memory = True
             check(out_of_memory)
             if number < len(parts):
-                positions = torch.from_numpy(ids).to(accelerator.device)
+                positions = on_device(ids, accelerator.device)
                 logits[positions] = output.float()
                 times_seen[positions] += 1
     finally:
