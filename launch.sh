@@ -19,7 +19,8 @@ usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-r
   --dry-run         print the plan, and the command on stdout; install nothing, start nothing
   --setup-only      make the environment if there is none, print its python on stdout, stop
 
-Without --recipe it trains the quickstart. ISOTRAIN_PYTHON names an interpreter to use as it is.
+Without --recipe it trains the quickstart. ISOTRAIN_PYTHON names an interpreter to use as it is (the quickstart's model
+is installed into it).
 EOF
 }
 

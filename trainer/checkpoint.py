@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ import safetensors.torch
 import torch
 
 FORMAT = 1
-STEP_NAME = re.compile(r"step-(\d{8})")
 UNFINISHED = ".unfinished-"
 
 
@@ -193,7 +191,7 @@ def load_optimizer_tensors(
 
 def _numbered(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name))
+    return sorted(folder.glob(f"step-{8 * '[0-9]'}"))
 
 
 def _remove_folder(path: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -247,13 +249,20 @@ def identity(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
+def completed(source: str | Source, default: DataConfig | Source) -> Source:
+    """A split's own layout, filled up from another."""
+    split = source if isinstance(source, Source) else Source(path=source)
+    opened = {name: getattr(default, name) for name, value in vars(split).items() if value is None}
+    return dataclasses.replace(split, **opened)
+
+
 def run_name(config: Config) -> str:
     """Name of the run's folder: `run.name`, else the recipe's, else "run"."""
     return config.run.name or config.recipe or "run"
 
 
 def set_environment() -> None:
-    """Sets what torch reads from the environment when it is imported, where the user has not.
+    """Sets what libraries read from the environment when they are imported, where the user has not.
 
     oneDNN keeps each product that it has compiled, more than half a megabyte, for the next of the same shape; of the
     1,024 that are kept twice over by default, hardly one is met again but by the next layers of the same micro-batch.
@@ -262,10 +271,25 @@ def set_environment() -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a lost process torch prints its own stack, at length
         "THP_MEM_ALLOC_ENABLE": "1",  # huge pages: a tenth faster on a CPU
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+        "TOKENIZERS_PARALLELISM": "false",  # the threads are ours: see tokenising.py
         "LRU_CACHE_CAPACITY": "16",  # of what torch keeps above oneDNN, which keeps it too
     }
     for name, value in chosen.items():
         os.environ.setdefault(name, value)
+    _go_offline_without_hub()
+
+
+def _go_offline_without_hub() -> None:
+    """Where the hub does not answer, says so to its client, which would otherwise retry for a minute and more."""
+    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if proxied or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    try:
+        port = hub.port or (80 if hub.scheme == "http" else 443)
+        socket.create_connection((hub.hostname or "", port), timeout=3).close()
+    except (OSError, ValueError):  # no number, or none below 65536, for a port
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def main_guard(main: Any) -> int:
@@ -300,11 +324,17 @@ def impossible(config: Config) -> Iterator[str]:
         if layout == "" and key != "data.train":
             yield f"{key} is empty; null = none"
         if isinstance(layout, DataConfig | Source):
-            yield from _impossible_layout(key, layout)
+            yield from _impossible_layout(key, completed(layout, data) if isinstance(layout, Source) else layout)
     if data.validation is None and data.validation_fraction == 0 and config.evaluation.patience is not None:
         yield "evaluation.patience needs a validation split; data.validation_fraction is 0"
     name = run_name(config)
-    if name in {".", ".."} or config.run.name == "" or set(name) & set("/\\\0\n") or len(name.encode()) > 200:
+    if (
+        name in {".", ".."}
+        or config.run.name == ""
+        or set(name) & set("/\\")
+        or not name.isprintable()
+        or len(name.encode()) > 200
+    ):
         yield f"run.name: {config.run.name!r} must be a folder name, not a path (see run.output_dir)"
 
 

@@ -8,10 +8,10 @@ the logits are equal to the last bit on any number of processes of one kind of d
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,7 @@ def predictions(logits: np.ndarray, label_names: list[str]) -> Iterator[tuple[st
 
 def csv_text(table: Sequence[Sequence[Any]]) -> str:
     """Rows as csv."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(table)
-    return buffer.getvalue()
+    lines: list[str] = []
+    writer: Any = csv.writer(SimpleNamespace(write=lines.append))  # its line end, "\r\n", has a lone "\r" quoted
+    writer.writerows(table)
+    return "".join(f"{line[:-2]}\n" for line in lines)

@@ -111,16 +111,18 @@ def confusion_matrix_figure(matrix: npt.NDArray[Any], labels: Sequence[str]) -> 
     return figure
 
 
-def averages(per_class: Mapping[str, Record]) -> dict[str, Record]:
-    """Averages the scores of the classes: plain, and weighted by support. {} where no class has an example."""
-    names, rows = ("precision", "recall", "f1"), list(per_class.values())
-    supports = [row["support"] for row in rows]
-    if not sum(supports):
+def averages(metrics: Record) -> dict[str, Record]:
+    """Averages of a split's scores: over the classes that occur, and weighted by support. {} without an example."""
+    names, rows = ("precision", "recall", "f1"), metrics["per_class"].values()
+    support = sum(row["support"] for row in rows)
+    if not support:
         return {}
-    table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
-    means = {"macro average": table.mean(axis=0), "weighted average": np.average(table, axis=0, weights=supports)}
     return {
-        kind: {**dict(zip(names, mean.tolist(), strict=True)), "support": sum(supports)} for kind, mean in means.items()
+        "macro average": {**{name: metrics.get(f"{name}_macro", np.nan) for name in names}, "support": support},
+        "weighted average": {
+            **{name: sum(row[name] * row["support"] for row in rows) / support for name in names},
+            "support": support,
+        },
     }
 
 
@@ -202,9 +204,10 @@ def panels_figure(records: Sequence[Record], panels: Sequence[tuple[str, str, st
     return figure
 
 
-def classification_report_figure(per_class: Mapping[str, Record]) -> Figure:
+def classification_report_figure(metrics: Record) -> Figure:
     """Draws precision, recall, F1 (coloured by value) and support of each class and of the averages."""
-    rows = [*per_class.items(), *averages(per_class).items()]
+    per_class = metrics["per_class"]
+    rows = [*per_class.items(), *averages(metrics).items()]
     height = min(1.0 + 0.34 * len(rows), 24.0)
     font_size = float(np.clip(0.6 * 72 * (height - 1) / len(rows), 4.0, 9.5))
     figure = Figure(figsize=(6.4, height))

@@ -43,13 +43,15 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
     log_sum = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
     macro = metrics.precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
     each = metrics.precision_recall_fscore_support(labels, predicted, labels=range(len(label_names)), zero_division=0)
+    with warnings.catch_warnings(action="ignore"):  # a single class, all right: scikit-learn answers 0 and a warning
+        mcc = metrics.matthews_corrcoef(labels, predicted)
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
         "f1_macro": float(macro[2]),
         "f1_weighted": float(metrics.f1_score(labels, predicted, average="weighted", zero_division=0)),
         "precision_macro": float(macro[0]),
         "recall_macro": float(macro[1]),
-        "mcc": _matthews(labels, predicted),
+        "mcc": float(mcc),
         "loss": float((log_sum - wide[np.arange(len(labels)), labels]).mean()),
         "num_examples": len(labels),
         "per_class": {
@@ -57,14 +59,6 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
             for name, p, r, f, n in zip(label_names, *each, strict=True)
         },
     }
-
-
-def _matthews(labels: np.ndarray, predicted: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    with warnings.catch_warnings():  # a single class, all right: scikit-learn answers 0 and a warning
-        warnings.simplefilter("ignore")
-        return float(matthews_corrcoef(labels, predicted))
 
 
 def metric_value(metrics: dict[str, Any], name: str) -> float:
@@ -87,10 +81,11 @@ def confusion(logits: np.ndarray, labels: np.ndarray, num_labels: int) -> np.nda
 
 
 def report_text(logits: np.ndarray, labels: np.ndarray, label_names: list[str]) -> str:
-    """Precision, recall and F1 by class, as scikit-learn prints them."""
+    """Precision, recall and F1 of the classes that occur, as scikit-learn prints them."""
     from sklearn.metrics import classification_report
 
-    numbers = range(len(label_names))
     predicted = logits.argmax(axis=1)
-    text = classification_report(labels, predicted, labels=numbers, target_names=label_names, digits=4, zero_division=0)
+    numbers = np.union1d(labels, predicted)
+    names = [label_names[number] for number in numbers]
+    text = classification_report(labels, predicted, labels=numbers, target_names=names, digits=4, zero_division=0)
     return str(text)

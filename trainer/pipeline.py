@@ -12,8 +12,9 @@ import datetime
 import json
 import platform
 import shlex
-import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,9 @@ from trainer.processes import StopRequest, Watch, agree, choose_precision, toget
 from trainer.state import Training, TrainState, restore
 
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
-PENDING_SUMMARY = "summary.pending.json"
 
 
-def train_and_report(config: Config, folder: Path) -> int:
+def train_and_report(config: Config, folder: Path, is_finished: Callable[[], bool] | None = None) -> int:
     """Trains, tests and reports; returns the exit code: 0, or 128 + signal.
 
     Raises:
@@ -60,6 +60,8 @@ def train_and_report(config: Config, folder: Path) -> int:
     _check_trackers(config.tracking.backends)
     same = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
     with together(precision, same, folder, config.tracking.backends) as (accelerator, watch):
+        if is_finished is not None and accelerator.is_main_process and is_finished():
+            sys.exit(0)  # on all ranks: see `together`
         watch.position = "the preparation of the data"
         inputs = prepare(config, folder, precision, accelerator.device)
         with _locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
@@ -104,7 +106,7 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
     config, folder = inputs.config, inputs.folder
     watch.position = "the making of the model"
     run = build(inputs, accelerator, stop, watch)
-    agree(accelerator, run.fingerprints)
+    agree(run.fingerprints)
     is_main = accelerator.is_main_process
     state, best = TrainState(), None
     if is_main:
@@ -131,7 +133,6 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
         metrics = _test(run, inputs, state)
         watch.position = "the end"
         _finish(run, inputs, state, best, metrics)
-        accelerator.wait_for_everyone()
     finally:
         run.log.close()
 
@@ -171,7 +172,10 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
         say(f"note: {note}")
     if accelerator.is_main_process:
         path = run.folder / "environment.json"
-        starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+        try:
+            starts = json.loads(path.read_text())["starts"]
+        except (OSError, ValueError, LookupError, TypeError):  # the first one, or a file that no continuation needs
+            starts = []
         starts.append(
             {
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -247,22 +251,21 @@ def _finish(
         f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")
     }
     run.log.finals(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)
-    write_atomic(folder / PENDING_SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    script = Path(__file__).with_name("report.py")
-    # in a session of its own: a Ctrl-C at the terminal is for this process, which is about to end anyway
-    command = [sys.executable, str(script), "--run", str(folder)]
-    report = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
-    (folder / PENDING_SUMMARY).rename(folder / "summary.json")
+    from trainer.report import build_report  # matplotlib can wait until the first step is done
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # matplotlib's, of letters that its font lacks
+            report = f"{'report':>10}: {build_report(folder, summary)}"
+    except Exception as error:  # a report is never worth a run
+        report = f"warning: no report: {error}"
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     for split in metrics:
         say = f"{split:>10}: accuracy {metrics[split]['accuracy']:.4f}  F1 {metrics[split]['f1_macro']:.4f}"
         run.log.say(f"{say}  loss {metrics[split]['loss']:.4f}  ({metrics[split]['num_examples']} examples)")
     best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
     run.log.say(f"{'adapter':>10}: {folder / 'adapter'}  {best_of}")
-    if report.returncode == 0:
-        run.log.say(f"{'report':>10}: {folder / 'report.html'}")
-        run.log.say(f"{'next':>10}: python trainer/predict.py --run {folder} --input FILE.csv --output PREDICTIONS.csv")
-    else:
-        run.log.say(f"warning: no report: {report.stderr.strip()[-300:]}")
+    run.log.say(report)
+    run.log.say(f"{'next':>10}: python trainer/predict.py --run {folder} --input FILE.csv --output PREDICTIONS.csv")
 
 
 def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:

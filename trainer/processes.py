@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 
 from trainer import meeting
 from trainer.config import UserError
@@ -132,16 +132,13 @@ def together(
         torch.distributed.destroy_process_group()
 
 
-def agree(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
+def agree(facts: Mapping[str, str]) -> None:
     """Makes sure that all processes have the same facts.
 
     Raises:
         UserError: on all of them, names the first fact that differs and where.
     """
-    own = (socket.gethostname(), dict(facts))
-    everyone = [own] * accelerator.num_processes
-    if accelerator.num_processes > 1:
-        torch.distributed.all_gather_object(everyone, own)
+    everyone = gather_object([(socket.gethostname(), dict(facts))])
     meeting.compare([theirs for _, theirs in everyone], [host for host, _ in everyone])
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from trainer.config import UserError, main_guard
 from trainer.figures import (
     LEARNING_RATE,
     STYLE,
@@ -46,11 +47,6 @@ from trainer.figures import (
 SPLITS = ("test", "validation", "train")  # the errors shown are those of the first one that was scored
 NUM_ERRORS, NUM_CONFUSIONS = 25, 8
 Record = Mapping[str, Any]
-PENDING_SUMMARY = "summary.pending.json"
-
-
-class ReportError(Exception):
-    """What the user can mend: the folder is no run folder, or a file in it is not what a run writes."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +74,21 @@ class Run:
     splits: list[Split]
 
 
-def read_run(folder: Path) -> Run:
-    """Reads a run folder; absent files leave empty parts.
+def read_run(folder: Path, summary: Record | None) -> Run:
+    """Reads a run folder; absent files leave empty parts. Without a `summary` it is read, too.
 
     Raises:
-        ReportError: no such folder, not a run folder, or a file that cannot be understood (named).
+        UserError: no such folder, not a run folder, or a file that cannot be understood (named).
     """
     if not folder.is_dir():
-        raise ReportError(f"{folder}: no such folder; --run takes the folder of a run, such as runs/NAME")
+        raise UserError(f"{folder}: no such folder; --run takes the folder of a run, such as runs/NAME")
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
-        raise ReportError(f"{folder}: not a run folder (no config.yaml, metrics.jsonl or summary.json in it)")
-    # run.py builds the report before it calls a run finished, which is what summary.json stands for
-    summary = next((path for path in (folder / "summary.json", folder / PENDING_SUMMARY) if path.is_file()), None)
+        raise UserError(f"{folder}: not a run folder (no config.yaml, metrics.jsonl or summary.json in it)")
     return Run(
         folder=folder,
         config=_read_mapping(folder / "config.yaml"),
         environment=_read_mapping(folder / "environment.json"),
-        summary=_read_mapping(summary) if summary is not None else {},
+        summary=summary or _read_mapping(folder / "summary.json"),
         records=read_records(folder / "metrics.jsonl"),
         splits=[read_split(folder / "evaluation" / name) for name in SPLITS if (folder / "evaluation" / name).is_dir()],
     )
@@ -108,9 +102,9 @@ def _read_mapping(path: Path) -> Record:
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
-        raise ReportError(f"{path}: holds a {type(value).__name__}, a mapping was expected")
+        raise UserError(f"{path}: holds a {type(value).__name__}, a mapping was expected")
     return value
 
 
@@ -118,7 +112,7 @@ def read_records(path: Path) -> list[Record]:
     """Reads metrics.jsonl; a torn last line (the run was killed as it wrote) is left out.
 
     Raises:
-        ReportError: any other line is not a JSON object with a "step".
+        UserError: any other line is not a JSON object with a "step".
     """
     if not path.is_file():
         return []
@@ -131,7 +125,7 @@ def read_records(path: Path) -> list[Record]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
-            raise ReportError(f"{path}, line {number}: not a JSON object with a step: {error}") from error
+            raise UserError(f"{path}, line {number}: not a JSON object with a step: {error}") from error
         records.append(record)
     return records
 
@@ -144,7 +138,7 @@ def read_split(folder: Path) -> Split:
         labels = [row[0] for row in rows]
         matrix = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(labels), len(labels))
     except (ValueError, IndexError) as error:
-        raise ReportError(f"{path}: not a square confusion matrix: {error}") from error
+        raise UserError(f"{path}: not a square confusion matrix: {error}") from error
     metrics, errors = _read_mapping(folder / "metrics.json"), confident_errors(folder / "predictions.csv")
     return Split(folder.name, metrics, labels, matrix, errors)
 
@@ -156,7 +150,7 @@ def confident_errors(path: Path) -> list[dict[str, str]]:
         rows by column name, the most confident first, at most NUM_ERRORS; none where there is no file.
 
     Raises:
-        ReportError: a column is missing or a confidence is not a number.
+        UserError: a column is missing or a confidence is not a number.
     """
     rows = _read_csv(path)
     header = next(rows, [])
@@ -165,7 +159,7 @@ def confident_errors(path: Path) -> list[dict[str, str]]:
         wrong = (row for row in named_rows if row["label"] != row["prediction"])
         return heapq.nlargest(NUM_ERRORS, wrong, key=lambda row: float(row["confidence"]))
     except (ValueError, KeyError) as error:
-        raise ReportError(f"{path}: not a table of predictions: {error}") from error
+        raise UserError(f"{path}: not a table of predictions: {error}") from error
 
 
 def _read_csv(path: Path) -> Iterator[list[str]]:
@@ -197,8 +191,8 @@ def draw_figures(run: Run) -> dict[str, bytes]:
     }
     for split in run.splits:
         folder = f"evaluation/{split.name}"
-        if per_class := split.metrics.get("per_class"):
-            figures[f"{folder}/classification_report.png"] = classification_report_figure(per_class)
+        if split.metrics.get("per_class"):
+            figures[f"{folder}/classification_report.png"] = classification_report_figure(split.metrics)
         if split.labels:
             figures[f"{folder}/confusion_matrix.png"] = confusion_matrix_figure(split.matrix, split.labels)
     pictures = {}
@@ -240,14 +234,16 @@ def _setting(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def build_report(folder: Path) -> Path:
+def build_report(folder: Path, summary: Record | None = None) -> Path:
     """Writes the figures and report.html of a run folder, each file whole or not at all; returns the page's path.
 
+    A run builds it before it writes its `summary`, the last of its files.
+
     Raises:
-        ReportError: the folder is not a run folder, or a file in it cannot be understood.
+        UserError: the folder is not a run folder, or a file in it cannot be understood.
         OSError: the folder cannot be written.
     """
-    run = read_run(folder)
+    run = read_run(folder, summary)
     with matplotlib.rc_context(STYLE):
         pictures = draw_figures(run)
     page = render_page(run, pictures).encode()
@@ -270,14 +266,9 @@ def main() -> int:
     """Builds the report that the command line asks for; returns the exit code."""
     parser = jsonargparse.ArgumentParser(description="Writes the figures and report.html of a run folder.")
     parser.add_argument("--run", type=Path, required=True, help="the folder of a run, such as runs/quickstart")
-    folder = parser.parse_args().run
-    try:
-        print(build_report(folder))
-    except (ReportError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
-        return 2
+    print(build_report(parser.parse_args().run))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_guard(main))

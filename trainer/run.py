@@ -12,8 +12,6 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
-import socket
-import urllib.parse
 
 from trainer.config import Config, UserError, as_dict, identity, main_guard, run_name, set_environment
 from trainer.options import load_config, parse_config
@@ -31,17 +29,15 @@ def execute(config: Config) -> int:
         UserError: anything the user can mend.
     """
     folder = Path(config.run.output_dir) / run_name(config)
-    if _is_finished(folder, config):
-        if os.environ.get("RANK", "0") == "0" and not config.run.quiet:
-            print(f"{folder} is finished; nothing to do. For another run: --run.name NAME", file=sys.stderr)
+    # on several hosts rank 0 decides for all, since the others may not see the folder
+    one_host = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if one_host and _is_finished(folder, config):
         return 0
-    _go_offline_without_hub()
     set_environment()
-    # torch and the hub's libraries take seconds to load: --help and most mistakes are answered by now. The hub's client
-    # reads from the environment whether it is offline when it is imported.
+    # torch and the hub's libraries take seconds to load: --help and most mistakes are answered by now
     from trainer.pipeline import train_and_report
 
-    return train_and_report(config, folder)
+    return train_and_report(config, folder, None if one_host else lambda: _is_finished(folder, config))
 
 
 def _is_finished(folder: Path, config: Config) -> bool:
@@ -73,19 +69,9 @@ def _is_finished(folder: Path, config: Config) -> bool:
     if differing:
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         raise UserError(f"{folder} holds a run of another configuration: {shown}\nFor a new run: --run.name NAME")
+    if finished and os.environ.get("RANK", "0") == "0" and not config.run.quiet:
+        print(f"{folder} is finished; nothing to do. For another run: --run.name NAME", file=sys.stderr)
     return finished
-
-
-def _go_offline_without_hub() -> None:
-    """Where the hub does not answer, says so to its client, which would otherwise retry for a minute and more."""
-    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
-    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if proxied or os.environ.get("HF_HUB_OFFLINE"):
-        return
-    try:
-        socket.create_connection((host, 443), timeout=3).close()
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ ALLOWED = {
     "step": BELOW_THE_LOOP | {"state"},
     "loop": BELOW_THE_LOOP | {"memory", "state", "step"},
     "building": BELOW_THE_LOOP | {"state"},
-    "pipeline": BELOW_THE_LOOP | {"building", "loop", "memory", "options", "state"},
+    "pipeline": BELOW_THE_LOOP | {"building", "loop", "memory", "options", "report", "state"},
     "run": {"config", "options", "pipeline"},
     "predict": BELOW_THE_LOOP | {"options"},
     "export": BELOW_THE_LOOP | {"options"},

@@ -150,13 +150,14 @@ def command(*request, **settings):
     return start(*request, **settings).wait()
 
 
-def start_ranks(world_size, arguments, points=(), only=None, folders=None):
+def start_ranks(world_size, arguments, points=(), only=None, folders=None, local_world_size=None):
     """Starts trainer/run.py on several ranks of one machine, without a launcher that could hide how they end.
 
     `points` hold on all ranks; `only` has those of single ranks, and `folders` the folders they work in, by rank.
+    They believe that `local_world_size` of them are on a machine.
     """
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(local_world_size or world_size)}
     ranks = []
     for rank in range(world_size):
         started = start(

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import topic_rows, write_csv
-from tests.faults.harness import assert_same, changed, checkpoints, command, outcome, start, tensors
+from tests.faults.harness import assert_same, changed, checkpoints, command, on_ranks, outcome, start, tensors
 
 pytest_plugins = ["tests.faults.fixtures"]
 LESS = ("no_figures",)
@@ -168,6 +168,27 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, options):
     assert ended.code == 0
     assert "is finished" in ended.stderr
     assert contents(folder) == before
+
+
+def test_a_finished_run_is_finished_for_a_host_that_does_not_see_it(uninterrupted, options, tmp_path):
+    folder, _ = uninterrupted
+    before = contents(folder)
+    arguments = changed(options, run__output_dir=folder.parent.name)
+    folders = {0: folder.parents[1], 1: tmp_path}
+    ranks = on_ranks(2, arguments, [LESS], folders=folders, local_world_size=1)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[1].stderr
+    assert "is finished" in ranks[0].stderr
+    assert not ranks[1].stderr
+    assert contents(folder) == before
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_record_of_starts_stops_nothing(killed, reference):
+    folder, arguments = killed
+    (folder / "environment.json").write_text('{"starts": [')
+    ended = command("run", arguments, [LESS])
+    assert ended.code == 0, ended.stderr
+    assert len(json.loads((folder / "environment.json").read_text())["starts"]) == 1
 
 
 def test_a_second_command_is_refused_while_the_first_runs(options, reference, tmp_path):

@@ -37,7 +37,7 @@ ENDING = {
     "before the adapter": "save_adapter",
     "before its check": "check_adapter",
     "before the summary": "_summary",
-    "in the report": "trainer.pipeline:subprocess.run",
+    "in the report": "trainer.report:build_report",
 }
 
 

@@ -11,7 +11,6 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -70,7 +69,8 @@ def fork(request):
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, number)
         socket.gethostname = lambda: request["host"]
-        trainer.pipeline.subprocess = ReportInAFork if request["report"] else NoReport
+        if not request["report"]:
+            trainer.report.build_report = lambda folder, summary: folder / "report.html"
         for name, *arguments in request["points"]:
             getattr(points, name)(*arguments)
         code = call(request["entry"], request["arguments"])
@@ -82,35 +82,6 @@ def fork(request):
         sys.stderr.flush()
     finally:
         os._exit(70)
-
-
-class ReportInAFork:
-    """Stands for the module `subprocess` in pipeline.py: the report too is a new process without the imports."""
-
-    @staticmethod
-    def run(command, capture_output, text, **settings):
-        read, write = os.pipe()
-        pid = os.fork()
-        if not pid:
-            os.dup2(write, 1)
-            os.dup2(write, 2)
-            os.close(read)
-            code = call(Path(command[1]).stem, command[2:])
-            sys.stderr.flush()
-            os._exit(code)
-        os.close(write)
-        with os.fdopen(read) as file:
-            said = file.read()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return subprocess.CompletedProcess(command, code, "", said)
-
-
-class NoReport:
-    """Stands for the module `subprocess` in pipeline.py where a test has no use for the report."""
-
-    @staticmethod
-    def run(command, **settings):
-        return subprocess.CompletedProcess(command, 0, "", "")
 
 
 def warm_up():

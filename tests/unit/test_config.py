@@ -1,13 +1,24 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from trainer.config import Config, DataConfig, Source, UserError, as_dict, identity, main_guard, run_name
+from trainer.config import (
+    Config,
+    DataConfig,
+    Source,
+    UserError,
+    as_dict,
+    identity,
+    main_guard,
+    run_name,
+    set_environment,
+)
 from trainer.options import config_text, load_config, load_finished_run, option_names, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +43,38 @@ def recipe(tmp_path):
         return path
 
     return write
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!int ''", "!!timestamp x", "!!float ''"])
+def test_tags_that_do_not_fit_are_no_yaml(value):
+    assert "not readable as YAML" in problems("--peft.x", value)
+
+
+def test_a_name_that_no_folder_can_have(recipe):
+    assert "must be a folder name" in problems("--recipe", str(recipe('run: {name: "\\uD83D"}')))
+
+
+def test_numbers_that_name_classes_are_text():
+    assert parse("--optim.class_weights", "{1: 2, a: 3}").optim.class_weights == {"1": 2, "a": 3}
+
+
+def test_a_layout_is_checked_with_what_it_leaves_to_the_group():
+    said = problems("--data.train.path", "x.csv", "--data.train.text_columns", "[label]", train=False)
+    assert said == "data.train.label_column 'label' is also a text column"
+
+
+@pytest.mark.parametrize(("path", "offline"), [("", False), ("/elsewhere", False), (None, True)])
+def test_the_hub_is_looked_for_where_it_is(monkeypatch, path, offline):
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if path is not None:
+            server.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}{path or ''}")
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        set_environment()
+        assert ("HF_HUB_OFFLINE" in os.environ) == offline
 
 
 # --- order ------------------------------------------------------------------------------------------------------------

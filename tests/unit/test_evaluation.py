@@ -1,6 +1,7 @@
 """Scoring a split: every example once, in order, without a trace in the model; and the files it leaves."""
 
 import csv
+import io
 import json
 from types import SimpleNamespace
 
@@ -160,5 +161,6 @@ def test_predictions_by_name_and_probability():
 
 
 def test_rows_survive_csv():
-    table = [["a", 'q"', "l\nl"], ["", "é", "c,c"]]
-    assert list(csv.reader(csv_text(table).splitlines(keepends=True))) == table
+    table = [["a", 'q"', "l\nl"], ["", "é", "c,c"], ["r\rr", "\r", "rn\r\nrn"]]
+    assert list(csv.reader(io.StringIO(csv_text(table), newline=""))) == table
+    assert csv_text([["a", "b c"], ["1", "2"]]) == "a,b c\n1,2\n"
