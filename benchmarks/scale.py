@@ -39,6 +39,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    from trainer.config import set_environment
+
+    set_environment()  # as trainer/run.py does
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 LIBRARIES = ["torch", "transformers", "tokenizers", "pyarrow", "numpy"]

@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from trainer.config import DataConfig, Source, UserError
-from trainer.reading import completed
+from trainer.config import DataConfig, Source, UserError, completed
 from trainer.texts import Table, Texts, read_table
 
 _Part = TypeVar("_Part")
@@ -31,9 +30,9 @@ class TextSplit:
     """train, validation, test, or the file's name when predicting"""
     source: str
     """where it was read"""
-    texts: Sequence[str]
+    texts: Texts
     """[N]"""
-    text_pairs: Sequence[str] | None
+    text_pairs: Texts | None
     """[N], or None for single texts"""
     labels: np.ndarray | None
     """class numbers, int64 [N]; None for an unlabelled file"""
@@ -48,15 +47,11 @@ class TextSplit:
     def take(self, name: str, positions: np.ndarray) -> TextSplit:
         """The examples at `positions`, as a split of its own."""
         rows = self.rows[positions]
-
-        def some(texts: Sequence[str]) -> Sequence[str]:
-            return dataclasses.replace(texts, rows=rows) if isinstance(texts, Texts) else [texts[i] for i in positions]
-
         return dataclasses.replace(
             self,
             name=name,
-            texts=some(self.texts),
-            text_pairs=some(self.text_pairs) if self.text_pairs is not None else None,
+            texts=dataclasses.replace(self.texts, rows=rows),
+            text_pairs=self.text_pairs and dataclasses.replace(self.text_pairs, rows=rows),
             labels=self.labels[positions] if self.labels is not None else None,
             rows=rows,
             digests=self.digests[positions],
@@ -129,7 +124,8 @@ def load_for_prediction(
     Raises:
         UserError: as `load_corpus`.
     """
-    table = read_table("input", completed(source, config), labels_required=False, extra=id_column, quiet=quiet)
+    layout = completed(source, completed(config.train or "", config))
+    table = read_table("input", layout, labels_required=False, extra=id_column, quiet=quiet)
     warnings: list[str] = []
     split = _checked(table, label_names, warnings)
     return split, table.ids if table.ids is not None else [str(row) for row in split.rows], warnings
@@ -158,15 +154,15 @@ def _is_number(text: str) -> bool:
 
 def _label_names(train: Table, warnings: list[str]) -> list[str]:
     """Class names in order: as configured, else as the hub says, else as found in train, sorted."""
-    configured = train.layout.label_names or train.class_names
+    configured = train.origin.layout.label_names or train.origin.class_names
     if configured:
         names = configured.values() if isinstance(configured, dict) else configured
-        return [str(name) for name in dict.fromkeys(names)]
+        return list(dict.fromkeys(map(str, names)))
     found = train.label_values
     if len(found) > max(20, len(train.texts) // 2):
         warnings.append(
-            f"{train.where} has {len(found)} classes in {len(train.texts)} rows; does column "
-            f"{train.layout.label_column!r} hold the classes (data.label_column)?"
+            f"{train.origin.where} has {len(found)} classes in {len(train.texts)} rows; does column "
+            f"{train.origin.layout.label_column!r} hold the classes (data.label_column)?"
         )
     return sorted(found, key=lambda text: (0, int(text), text) if _is_number(text) else (1, 0, text))
 
@@ -183,7 +179,9 @@ def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextS
     if table.label_codes is not None:
         labels = _class_numbers(table, table.label_codes, label_names, warnings)
     rows = table.texts.rows
-    return TextSplit(table.name, table.source, table.texts, table.text_pairs, labels, rows, table.digests)
+    return TextSplit(
+        table.origin.name, table.origin.layout.path, table.texts, table.text_pairs, labels, rows, table.digests
+    )
 
 
 def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warnings: list[str]) -> np.ndarray:
@@ -198,7 +196,7 @@ def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warn
         raise UserError(_unknown_label(table, told, label_names, meaning))
     if _could_count_otherwise(found, meaning):
         read = ", ".join(f"{value} = {label_names[meaning[value]]}" for value in sorted(found)[:4])
-        warnings.append(f"{table.where}: its labels could count from 0 or from 1; they were read as {read}")
+        warnings.append(f"{table.origin.where}: its labels could count from 0 or from 1; they were read as {read}")
     return numbers
 
 
@@ -210,14 +208,15 @@ def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str,
     never meet a test split that counts from 0.
     """
     names = {name: i for i, name in enumerate(label_names)}
-    own = table.layout.label_names or table.class_names or {}
+    own = table.origin.layout.label_names or table.origin.class_names or {}
     if isinstance(own, list):
-        own = {str(i): str(name) for i, name in enumerate(own)} if [str(name) for name in own] != label_names else {}
+        counted = own is table.origin.class_names or own != label_names  # a hub's numbers always count from 0
+        own = {str(i): name for i, name in enumerate(own)} if counted else {}
     if own and (found <= set(own) or not found & set(names)):
         strangers = sorted({str(name) for name in own.values()} - set(names))
         if strangers:
             raise UserError(
-                f"{table.where}: label_names maps to {strangers[0]!r}, which is no class of train: {_few(names)}"
+                f"{table.origin.where}: label_names maps to {strangers[0]!r}, which is no class of train: {_few(names)}"
             )
         return {str(value): names[str(name)] for value, name in own.items()}
     if all(map(_is_number, found)) and not any(map(_is_number, names)):
@@ -234,14 +233,14 @@ def _could_count_otherwise(found: set[str], meaning: dict[str, int]) -> bool:
 
 
 def _unknown_label(table: Table, told: str, label_names: list[str], meaning: dict[str, int]) -> str:
-    message = f"{table.where}: {table.source}: {told}; known: {_few(meaning)}"
+    message = f"{table.origin.where}: {table.origin.layout.path}: {told}; known: {_few(meaning)}"
     count = len(label_names)
     counts_from = [n for n in (0, 1) if set(table.label_values) <= {str(n + i) for i in range(count)}]
     if counts_from and count <= 20:
         first = counts_from[0]
         example = ", ".join(f"{first + i}: {name}" for i, name in enumerate(label_names))
-        option = "--label_names" if table.name == "input" else f"--{table.where}.label_names"
-        message += f"\n{table.where} counts its labels from {first}; map them: {option} '{{{example}}}'"
+        option = "--label_names" if table.origin.name == "input" else f"--{table.origin.where}.label_names"
+        message += f"\n{table.origin.where} counts its labels from {first}; map them: {option} '{{{example}}}'"
     return message
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jsonargparse
 
-from trainer.config import UserError, main_guard
+from trainer.config import UserError, main_guard, set_environment
 from trainer.options import load_finished_run
 
 PROBES = (
@@ -54,6 +54,7 @@ def export(run: Path, output: Path) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists; give a new folder")
     config, label_names = load_finished_run(run)
+    set_environment()
 
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
@@ -73,7 +74,6 @@ def export(run: Path, output: Path) -> int:
             merged: Any = model.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
             raise UserError(f"--run: an adapter of type {config.peft.peft_type} cannot be merged: {error}") from None
-        merged.config.torch_dtype = None
         try:
             merged.save_pretrained(temporary)
         except SafetensorError as error:  # a full disk is no OSError there

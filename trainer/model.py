@@ -57,7 +57,7 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
     known = {item.name for item in dataclasses.fields(kind)} - OURS_TO_SET
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "peft")
-    problems = []
+    problems, options = [], {}
     for name, value in settings.options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -65,7 +65,7 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
             problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}{hint}")
             continue
         try:
-            parser.parse_object({"peft": {name: value}})
+            options[name] = parser.parse_object({"peft": {name: value}})["peft"][name]
         except jsonargparse.ArgumentError:
             problems.append(
                 f"peft.{name}: {value!r} does not fit; PEFT wants {kind.__annotations__.get(name, 'another type')}"
@@ -77,7 +77,6 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         )
     if problems:
         raise UserError("\n".join(problems))
-    options = dict(settings.options)
     if settings.peft_type == "IA3" and options.get("target_modules"):
         # left open, PEFT would fill it in on loading with modules that may not be targets
         options.setdefault("feedforward_modules", [])
@@ -101,7 +100,10 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
         raise UserError(f"data.max_length: {max_length} leaves no room for text beside {num_special} special tokens")
     wanted = adapter_config(settings, backbone.path)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(backbone.config)
+        try:
+            model = AutoModelForSequenceClassification.from_config(backbone.config)
+        except Exception as error:  # of whatever kind the family's code raises at numbers that do not fit together
+            raise UserError(f"model.name: {backbone.path} cannot be built: {one_line(error)}") from None
         _check_targets(model, settings)
         model = _wrap(model, wanted, set())
     check_budget(model, settings)

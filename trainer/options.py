@@ -20,7 +20,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from trainer.config import GROUPS, SPLITS, Config, DataConfig, Source, UserError, as_dict, impossible
+from trainer.config import GROUPS, SPLITS, Config, Source, UserError, as_dict, impossible
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -142,7 +142,9 @@ def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, An
     # a run is used later from other folders
     local = Path(config.model.name)
     model = dataclasses.replace(config.model, name=str(local.absolute()) if local.is_dir() else config.model.name)
-    return dataclasses.replace(config, peft=peft, model=model, data=_with_text_labels(config.data))
+    splits = {split: with_text_labels(getattr(config.data, split)) for split in ("train", "validation", "test")}
+    data = with_text_labels(dataclasses.replace(config.data, **splits))
+    return dataclasses.replace(config, peft=peft, model=model, data=data)
 
 
 def _command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -312,7 +314,7 @@ class _Loader(yaml.SafeLoader):
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise ValueError(f"{twice!r} stands twice in line {node.start_mark.line + 1} and below")
-        return super().construct_mapping(node, deep)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -335,23 +337,17 @@ def _yaml(text: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)
         json.dumps(value, default=str)  # refuses an alias that leads back to itself
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())[:200]}") from None
     return value
 
 
-def _with_text_labels(data: DataConfig) -> DataConfig:
-    """YAML reads 1 in {1: World} and [1, 2] as a number; labels are compared as text."""
+jsonargparse.set_loader("yaml", _yaml, exceptions=(UserError,))  # of predict.py's options too
 
-    def as_text(names: Any) -> Any:
-        if isinstance(names, dict):
-            return {str(value): str(name) for value, name in names.items()}
-        return [str(name) for name in names] if names is not None else None
 
-    def split_as_text(split: Any) -> Any:
-        return (
-            dataclasses.replace(split, label_names=as_text(split.label_names)) if isinstance(split, Source) else split
-        )
-
-    splits = {name: split_as_text(getattr(data, name)) for name in ("train", "validation", "test")}
-    return dataclasses.replace(data, label_names=as_text(data.label_names), **splits)
+def with_text_labels(layout: Any) -> Any:
+    """A layout whose class names are text: YAML reads those in {1: 5} and [1, 2] as numbers."""
+    names = getattr(layout, "label_names", None)
+    if isinstance(names, dict):
+        return dataclasses.replace(layout, label_names={value: str(name) for value, name in names.items()})
+    return dataclasses.replace(layout, label_names=[str(name) for name in names]) if names is not None else layout

@@ -14,8 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first on sys.path; there our modules could hide a library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import glob
 import json
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,7 +86,12 @@ def predict(options: Options) -> int:
         raise UserError(f"--output: {output} must end in {' or '.join(OUTPUT_TYPES)}")
     if not output.parent.is_dir():
         raise UserError(f"--output: no folder {output.parent}")
+    if output.exists() and any(
+        output.samefile(path) for path in (options.input, *glob.glob(options.input)) if Path(path).exists()
+    ):
+        raise UserError(f"--output: {output} is the input; give another file")
     config, label_names = load_finished_run(Path(options.run))
+    set_environment()
 
     from trainer.adapter import load_plain
     from trainer.backbone import find_backbone, silence_libraries
@@ -134,9 +139,6 @@ def predict(options: Options) -> int:
 
 def _source(options: Options, config: Config) -> Source:
     """The input's layout; what it leaves open is the run's."""
-    names: Any = options.label_names
-    if isinstance(names, dict):
-        names = {str(value): str(name) for value, name in names.items()}
     # a column of this name cannot exist in a file, so no labels are found
     label_column = "\0ignored" if options.ignore_labels else options.label_column
     return Source(
@@ -145,7 +147,7 @@ def _source(options: Options, config: Config) -> Source:
         text_columns=options.text_columns,
         text_pair_columns=options.text_pair_columns,
         label_column=label_column,
-        label_names=names,
+        label_names=options.label_names,
     )
 
 
@@ -167,6 +169,4 @@ def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[s
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    set_environment()
     sys.exit(main_guard(main))

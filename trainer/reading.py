@@ -21,7 +21,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from trainer.config import DataConfig, Source, UserError
+from trainer.config import Source, UserError
 
 FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
@@ -70,23 +70,6 @@ class Origin:
 def option(name: str) -> str:
     """The option that names a split's source."""
     return f"data.{name}" if name != "input" else "--input"
-
-
-def completed(source: str | Source, config: DataConfig) -> Source:
-    """A split's own layout, filled up from the data group's."""
-    split = source if isinstance(source, Source) else Source(path=source)
-
-    def own(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
-    return Source(
-        path=split.path,
-        column_names=own(split.column_names, config.column_names),
-        text_columns=own(split.text_columns, config.text_columns),
-        text_pair_columns=own(split.text_pair_columns, config.text_pair_columns),
-        label_column=own(split.label_column, config.label_column),
-        label_names=own(split.label_names, config.label_names),
-    )
 
 
 def is_local(path: str) -> bool:
@@ -241,12 +224,12 @@ def _find_hub(name: str, layout: Source) -> Origin:
         raise UserError(
             f"{option(name)}: {layout.path!r} is no local file, and as a hub data set it is neither cached nor "
             f"reachable ({reason})\n"
-            f"Use local files: --{option(name)} FILE.csv (csv, tsv, json, jsonl, parquet), or run once where the hub "
-            "answers."
+            f"Use local files: --{option(name).removeprefix('--')} FILE.csv (csv, tsv, json, jsonl, parquet), or run "
+            "once where the hub answers."
         ) from None
-    classes = [list(feature.names) for feature in table.features.values() if isinstance(feature, datasets.ClassLabel)]
+    feature = table.features.get(layout.label_column)
     files = [file["filename"] for file in table.cache_files]
-    return Origin(name, layout, files, table, classes[0] if len(classes) == 1 else None)
+    return Origin(name, layout, files, table, feature.names if isinstance(feature, datasets.ClassLabel) else None)
 
 
 def _hub_chunks(table: datasets.Dataset, wanted: list[str]) -> Iterator[Chunk]:

@@ -26,17 +26,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from trainer.config import Source, UserError
-from trainer.reading import CHUNK, Chunk, Origin, find_origin
+from trainer.reading import Chunk, Origin, find_origin
 
 SHOWN = 5  # how many rows an error names
 LARGE = 2**26  # bytes of a source from which on its rows are kept in the cache
 LAYOUT = 1  # of the kept rows; another number makes them anew
-FIELDS = {
-    "text": pa.large_string(),
-    "text_pair": pa.large_string(),
-    "label": pa.large_string(),
-    "id": pa.large_string(),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +63,6 @@ class Texts(Sequence[str]):
         forget(self.file)
         return texts
 
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), CHUNK):
-            yield from self[start : start + CHUNK]
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
@@ -81,11 +71,7 @@ class Texts(Sequence[str]):
 class Table:
     """A source's rows, N."""
 
-    name: str
-    source: str
-    layout: Source
-    where: str
-    """the option that named it"""
+    origin: Origin
     texts: Texts
     text_pairs: Texts | None
     label_values: list[str]
@@ -98,8 +84,6 @@ class Table:
     """[N], where a column of them was asked for"""
     problem: str | None
     """what is wrong with the rows; label_codes and digests mean nothing then"""
-    class_names: list[str] | None
-    """names a hub data set gives its class numbers"""
 
 
 @dataclass
@@ -234,10 +218,7 @@ def _table(origin: Origin, rows: pa.Table, file: mmap.mmap | None, problem: str 
         np.frombuffer(chunk.buffers()[1], dtype=np.uint64, count=2 * len(chunk)) for chunk in rows["digest"].chunks
     ]
     table = Table(
-        name=origin.name,
-        source=origin.layout.path,
-        layout=origin.layout,
-        where=origin.where,
+        origin=origin,
         texts=Texts(rows["text"], order, file),
         text_pairs=Texts(rows["text_pair"], order, file) if "text_pair" in rows.column_names else None,
         label_values=column.dictionary.to_pylist(),
@@ -245,7 +226,6 @@ def _table(origin: Origin, rows: pa.Table, file: mmap.mmap | None, problem: str 
         digests=np.concatenate(words).reshape(-1, 2),
         ids=rows["id"].to_pylist() if "id" in rows.column_names else None,
         problem=problem,
-        class_names=origin.class_names,
     )
     forget(file)
     return table
@@ -255,9 +235,8 @@ def _table(origin: Origin, rows: pa.Table, file: mmap.mmap | None, problem: str 
 
 
 def _schema(layout: Source, extra: str | None) -> pa.Schema:
-    absent = {"text_pair": not layout.text_pair_columns, "id": extra is None}
-    fields = [(name, kind) for name, kind in FIELDS.items() if not absent.get(name)]
-    return pa.schema([*fields, ("digest", pa.binary(16))])
+    present = {"text": True, "text_pair": layout.text_pair_columns, "label": True, "id": extra is not None}
+    return pa.schema([*((name, pa.large_string()) for name in present if present[name]), ("digest", pa.binary(16))])
 
 
 def _batches(origin: Origin, extra: str | None, seen: _Seen, quiet: bool) -> Iterator[pa.RecordBatch]:
@@ -331,7 +310,8 @@ def _checked(chunk: Chunk, column: str, seen: _Seen) -> list[Any]:
 
 
 def _checked_ids(chunk: Chunk, column: str, seen: _Seen) -> list[str]:
-    ids = [str(value) for value in _values(chunk, column)]
+    ids = ["" if value is None else str(value) for value in _values(chunk, column)]
+    _note_missing(seen, "id", [not text for text in ids])
     return _checked((chunk[0], {column: ids}), column, seen)
 
 
@@ -351,11 +331,12 @@ def _refuse_incomplete(origin: Origin, seen: _Seen, labels_required: bool, extra
     wanted += ([label] if labels_required else []) + ([extra] if extra else [])
     missing = [column for column in wanted if column not in seen.columns]
     if missing:
-        option = "data.label_column" if missing == [label] else "data.text_columns"
-        hint = "" if layout.column_names else "; for a file without a header name its columns in data.column_names"
+        group = "--" if origin.name == "input" else "data."
+        named = "label_column" if missing == [label] else "id_column" if missing == [extra] else "text_columns"
+        hint = "" if layout.column_names else f"; for a file without a header name its columns in {group}column_names"
         raise UserError(
             f"{origin.where}: {layout.path} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(repr(column[:40]) for column in list(seen.columns)[:12])} (see {option}{hint})"
+            f"{', '.join(repr(column[:40]) for column in list(seen.columns)[:12])} (see {group}{named}{hint})"
         )
 
 
@@ -375,5 +356,6 @@ def _problem(origin: Origin, extra: str | None, seen: _Seen) -> str | None:
             count, *first = seen.missing[what]
             rows = ", ".join(str(row + 1) for row in first) + (", ..." if count > SHOWN else "")
             has = "row has" if count == 1 else "rows have"
-            return f"{origin.where}: {layout.path}: {count} {has} an empty or missing {what}: row {rows}"
+            hint = "; --ignore_labels true reads none" if (what, origin.name) == ("label", "input") else ""
+            return f"{origin.where}: {layout.path}: {count} {has} an empty or missing {what}: row {rows}{hint}"
     return None

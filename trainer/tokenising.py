@@ -134,7 +134,6 @@ def _encoded(
     waiting: deque[Future[Arrays]] = deque()
     with (
         progress(f"tokenising {split.name}", "texts", len(split), quiet) as bar,
-        _single_threaded_calls(),
         ThreadPoolExecutor(workers) as pool,
     ):
         for start in range(0, len(split), AT_ONCE):
@@ -150,20 +149,6 @@ def _flat(lists: list[list[int]]) -> Iterator[int]:
     return chain.from_iterable(lists)
 
 
-@contextlib.contextmanager
-def _single_threaded_calls() -> Iterator[None]:
-    """Each call of the tokenizer on one thread: the threads are ours, so what lies between the calls is shared too."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
 # --- kept arrays ------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +157,8 @@ def _cache_key(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length:
     # set by earlier calls, so not part of what the tokenizer is
     settings.pop("truncation", None)
     settings.pop("padding", None)
-    header = [type(tokenizer).__name__, settings, max_length, tokenizer.model_input_names, split.text_pairs is None, 3]
+    own = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
+    header = [*own, settings, max_length, split.text_pairs is None, 3]
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(split.digests).data)
     return digest.hexdigest()[:32]

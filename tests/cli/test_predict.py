@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -157,6 +158,17 @@ def test_what_is_refused(run, killed, labelled, tmp_path):
     assert "'number'" in refused(run, labelled, output, "--id_column", "number")
     assert "layout" in refused(run, labelled, output, "--layout", "wide")
     assert "--inputs" in refused(run, labelled, output, "--inputs", "x")
+    assert "label_names" in refused(run, labelled, output, "--label_names", "{1: World, 1: Sports}")
+
+
+def test_the_input_is_not_written_over(run, labelled, tmp_path):
+    source = tmp_path / "rows.csv"
+    shutil.copy(labelled, source)
+    (tmp_path / "link.csv").symlink_to(source)
+    for given, output in ((source, source), (source, tmp_path / "link.csv"), (tmp_path / "row*.csv", source)):
+        ended = predict(run, given, output)
+        assert (ended.code, ended.stderr) == (2, f"error: --output: {output} is the input; give another file\n")
+    assert source.read_bytes() == labelled.read_bytes()
 
 
 def test_help():

@@ -379,7 +379,7 @@ def spoil(folder, what):
         ("pickled", r"pytorch_model\.bin is pickled, which can run code"),
         ("cut", "cannot be read"),
         ("code", "asks to run code of its own"),
-        ("broken config", "is not JSON"),
+        ("broken config", "is not a valid JSON file"),
         ("no tokenizer", r"has no tokenizer \(tokenizer\.json\)$"),
     ],
 )
@@ -409,6 +409,16 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
 def test_wrong_adapter_settings_are_refused_in_words(backbone, peft_type, options, message):
     with pytest.raises(UserError, match=message):
         check_fit(backbone, PeftConfig(peft_type=peft_type, options=options), 32, pairs=False)
+
+
+def test_a_word_for_a_truth_value_is_one(backbone):
+    def names(**options):
+        settings = PeftConfig(options={"r": 2, "target_modules": ATTENTION, **options})
+        return [name for name, _ in check_fit(backbone, settings, 32, pairs=False).named_parameters()]
+
+    assert any("magnitude" in name for name in names(use_dora=True))
+    assert not any("magnitude" in name for name in names(use_dora="no"))
+    assert any("magnitude" in name for name in names(use_dora="yes"))
 
 
 def test_all_wrong_options_are_named_at_once(backbone):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -260,6 +261,44 @@ def test_hub_data_set(tmp_path, cache, monkeypatch):
         assert corpus.label_names == ["no", "yes"] and corpus.splits["train"].labels.tolist() == [0, 1, 1] * 10
         assert corpus.splits["train"].texts[29] == "t 29"
     assert asked[0] == ("owner/name", "part", "all")
+
+
+def test_hub_names_are_those_of_the_label_column_and_count_from_0(cache, monkeypatch):
+    """Also where they are numbers themselves, and not the only column of classes."""
+    classes = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2", "3"])}
+    features = datasets.Features({**classes, "topic": datasets.ClassLabel(names=["war", "peace"])})
+    rows = {"text": [f"t {i}" for i in range(30)], "label": [1, 2, 1] * 10, "topic": [0, 1, 0] * 10}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows, features))
+    corpus = load("owner/name")
+    assert corpus.label_names == ["1", "2", "3"]
+    assert corpus.splits["train"].labels.tolist() == rows["label"]
+    corpus = load("owner/name", label_column="topic")
+    assert corpus.label_names == ["war", "peace"]
+    assert corpus.splits["train"].labels.tolist() == rows["topic"]
+
+
+def test_a_prediction_takes_the_layout_of_the_training_file(tmp_path):
+    path = write_csv(tmp_path / "x.csv", ROWS, header=["title", "class"])
+    source = Source(path=str(path), text_columns=["title"], label_column="class")
+    config = DataConfig(train=source, validation_fraction=0.0)
+    names = load_corpus(config, 1).label_names
+    split, _, _ = load_for_prediction(Source(path=str(path)), config, names, None)
+    assert split.texts == [text for text, _ in ROWS]
+    assert [names[label] for label in split.labels] == [label for _, label in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("row", "id_column", "says"),
+    [
+        ({"label": ""}, None, "an empty or missing label: row 1; --ignore_labels true reads none"),
+        ({"label": "a", "number": None}, "number", "an empty or missing id: row 1"),
+        ({"label": "a"}, "number", "(see --id_column; for a file without a header"),
+    ],
+)
+def test_what_is_wrong_with_an_input_names_its_options(tmp_path, row, id_column, says):
+    pq.write_table(pa.table({"text": ["x"], **{name: [value] for name, value in row.items()}}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_for_prediction(Source(path=str(tmp_path / "x.parquet")), DataConfig(train="x"), ["a"], id_column)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
+import copy
 import dataclasses
 import hashlib
-import os
 import shutil
 
 import datasets
@@ -94,7 +94,7 @@ def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
     assert second.fingerprint() == first.fingerprint()
 
 
-@pytest.mark.parametrize("change", ["text", "order", "max_length", "pairs", "empty pairs", "tokenizer"])
+@pytest.mark.parametrize("change", ["text", "order", "max_length", "side", "pairs", "empty pairs", "tokenizer"])
 def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, change):
     texts = words(50)
     before = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
@@ -105,6 +105,9 @@ def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, c
         texts = texts[::-1]
     if change == "max_length":
         length = 15
+    if change == "side":
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.truncation_side = "left"
     if change == "pairs":
         pairs = texts
     if change == "empty pairs":
@@ -230,13 +233,3 @@ def test_fingerprint_sees_everything_that_trains():
     ]
     assert len({part.fingerprint() for part in [base, *others]}) == 6
     assert dataclasses.replace(base, tokens=np.arange(4)).fingerprint() == base.fingerprint()
-
-
-def test_the_tokenizers_own_threads_are_back_afterwards(tiny_tokenizer, cache, monkeypatch):
-    for value in ("true", "false"):
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
-        tokenise(split_of(["goal", "win", value]), tiny_tokenizer, 16, quiet=True)
-        assert os.environ["TOKENIZERS_PARALLELISM"] == value
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-    tokenise(split_of(["goal", "win", "x"]), tiny_tokenizer, 16, quiet=True)
-    assert "TOKENIZERS_PARALLELISM" not in os.environ
