@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from trainer.config import Config, Source, UserError, main_guard, set_environment
+from trainer.config import Source, UserError, main_guard, set_environment
 from trainer.options import load_finished_run
 
 OUTPUT_TYPES = (".csv", ".jsonl")
@@ -81,15 +81,7 @@ def predict(options: Options) -> int:
     Raises:
         UserError: no finished run, unreadable input, or an output of no known type.
     """
-    output = Path(options.output)
-    if output.suffix.lower() not in OUTPUT_TYPES:
-        raise UserError(f"--output: {output} must end in {' or '.join(OUTPUT_TYPES)}")
-    if not output.parent.is_dir():
-        raise UserError(f"--output: no folder {output.parent}")
-    if output.exists() and any(
-        output.samefile(path) for path in (options.input, *glob.glob(options.input)) if Path(path).exists()
-    ):
-        raise UserError(f"--output: {output} is the input; give another file")
+    output = _output(options)
     config, label_names = load_finished_run(Path(options.run))
     set_environment()
 
@@ -106,7 +98,7 @@ def predict(options: Options) -> int:
 
     silence_libraries()
     split, ids, warnings = load_for_prediction(
-        _source(options, config), config.data, label_names, options.id_column, options.quiet
+        _source(options), config.data, label_names, options.id_column, options.quiet
     )
     backbone = find_backbone(config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
@@ -137,7 +129,20 @@ def predict(options: Options) -> int:
     return 0
 
 
-def _source(options: Options, config: Config) -> Source:
+def _output(options: Options) -> Path:
+    """The file to write, which must not be the input."""
+    output = Path(options.output)
+    if output.suffix.lower() not in OUTPUT_TYPES:
+        raise UserError(f"--output: {output} must end in {' or '.join(OUTPUT_TYPES)}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: no folder {output.parent}")
+    inputs = [path for path in (options.input, *glob.glob(options.input)) if Path(path).exists()]
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise UserError(f"--output: {output} is the input; give another file")
+    return output
+
+
+def _source(options: Options) -> Source:
     """The input's layout; what it leaves open is the run's."""
     # a column of this name cannot exist in a file, so no labels are found
     label_column = "\0ignored" if options.ignore_labels else options.label_column
