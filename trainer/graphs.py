@@ -130,9 +130,8 @@ class Graphs:
 
         See pytorch/pytorch#193402.
         """
-        if (
-            torch.cuda.is_available()
-        ):  # replays may be in flight: with expandable segments torch would not wait for them
+        # replays may be in flight: with expandable segments torch would not wait for them
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._recordings.clear()
         self._recorder = self._new_recorder()

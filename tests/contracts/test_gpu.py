@@ -48,13 +48,14 @@ def test_a_step_asks_little(steps):
 
 def test_the_host_waits_for_nothing(steps):
     assert steps["2 ours"]["waits"] == steps["4 ours"]["waits"] == 0
+    assert steps["2 ours"]["sent"] == steps["4 ours"]["sent"] == 1, "the numbers, for whose arrival `on_host` waits"
     assert steps["2 asks for a number"]["waits"] > 0
     assert steps["2 copied and waited for"]["waits"] > 0
 
 
 def test_what_is_recorded_is_asked_for_at_once(steps):
     assert operations_a_layer(steps, "recorded") <= 20
-    assert steps["2 recorded"]["waits"] == 0
+    assert (steps["2 recorded"]["waits"], steps["2 recorded"]["sent"]) == (0, 1)
 
 
 def test_while_recording_the_host_does_nothing(steps):

@@ -2,10 +2,11 @@
 
     python tests/gpu/step.py SHIM "2 ours" "4 ours" "4 transformers" ...    (number of layers, and whose step)
 
-Prints as JSON, for each step, how many operations a GPU would be given (views and allocations aside) and how often the
-host would wait for it, or the error: operations among tensors of two devices are one. The step is the second, asked for
-while the first is in flight. Besides "ours" there are its MISTAKES, "recorded": ours of a shape whose work was recorded
-before, and "transformers": a step of its own forward, padded, in two halves.
+Prints as JSON, for each step, how many operations a GPU would be given (views and allocations aside), how often the
+host would wait for it, and how many tensors it would send to the host without that; or the error: operations among
+tensors of two devices are one. The step is the second, asked for while the first is in flight. Besides "ours" there are
+its MISTAKES, "recorded": ours of a shape whose work was recorded before, and "transformers": a step of its own forward,
+padded, in two halves.
 """
 
 import contextlib
@@ -58,7 +59,7 @@ class Requests(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.waits = Counter(), 0
+        self.operations, self.waits, self.sent = Counter(), 0, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), settings=None):
         name = function.overloadpacket.__name__
@@ -68,7 +69,9 @@ class Requests(TorchDispatchMode):
         result = function(*arguments, **(settings or {}))
         if name in {"_to_copy", "copy_"}:
             to, source = (result, arguments[0]) if name == "_to_copy" else arguments[:2]
-            self.waits += to.device.type != source.device.type and not (settings or {}).get("non_blocking")
+            waits = not (settings or {}).get("non_blocking")
+            self.waits += waits and to.device.type != source.device.type
+            self.sent += not waits and to.device.type == "cpu" != source.device.type
         tensors = [part for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, torch.Tensor)]
         if name not in NO_KERNEL and any(tensor.device.type == "cuda" for tensor in tensors):
             self.operations[name] += 1
@@ -205,7 +208,7 @@ def counted(num_layers, whose):
             step(model, requests)
         except (RuntimeError, UserError) as error:
             return {"error": str(error)}
-    return {"operations": sum(requests.operations.values()), "waits": requests.waits}
+    return {"operations": sum(requests.operations.values()), "waits": requests.waits, "sent": requests.sent}
 
 
 def main():
