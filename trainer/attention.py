@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from trainer.devices import on_device
+from trainer.kernels import Kernels, Spans, Units
 from trainer.masks import Mask, dropped, masked
 
 # What one more group costs beside its scores, in scores: some twenty operations more are started in each layer. A GPU
@@ -50,6 +52,8 @@ class Rows:
 class Layout:
     """Where the T tokens of B examples lie."""
 
+    lengths: np.ndarray
+    """tokens of each example, int64 [B]"""
     groups: tuple[Group, ...]
     starts: torch.Tensor
     """first token of each example, int64 [B]"""
@@ -61,6 +65,13 @@ class Layout:
     """[T, heads, D] to [G, heads, N, D]; padding takes the row behind the last, to be 0"""
     whole: Rows
     """[T, W] to [G, N, W]; padding takes any"""
+
+    @cached_property
+    def spans(self) -> Spans:
+        """For kernels, on the host."""
+        lengths, squares = torch.from_numpy(self.lengths), self.lengths**2
+        before = torch.from_numpy(squares.cumsum() - squares)
+        return Spans(self.starts, lengths, before, int(squares.sum()), int(self.lengths.max()))
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is on the device."""
@@ -97,6 +108,7 @@ def lay_out(
     of_tokens = np.column_stack([np.repeat(np.concatenate(homes), lengths, axis=0), positions])
     facts = on_device(of_tokens, device), on_device(np.concatenate([each.ravel() for each in tokens]), device)
     return Layout(
+        lengths=np.ascontiguousarray(lengths),
         groups=tuple(groups),
         starts=on_device(starts, device),
         positions=on_device(positions, device),
@@ -211,6 +223,34 @@ class Attention:
             begin += group.size * group.longest
         attended = torch.cat(sums).transpose(0, 1).bmm(value.view(per_head).transpose(1, 2))
         return attended.transpose(0, 1).reshape(query.shape)
+
+
+class CompiledAttention(torch.autograd.Function):
+    """`Attention.of_all` by kernels: [T, 3 H] -> [T, H], bf16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: torch.Tensor,
+        spans: Spans,
+        num_heads: int,
+        scaling: float,
+        units: Units | None,
+        kernels: Kernels,
+    ) -> torch.Tensor:
+        """`units`: what dropout drops of the softmax."""
+        trains = ctx.needs_input_grad[0]
+        attended, shares = kernels.attention(projected, spans, num_heads, scaling, units, trains)
+        ctx.save_for_backward(projected, shares)
+        ctx.how, ctx.kernels = (spans, num_heads, scaling, units), kernels
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of what was projected."""
+        projected, shares = ctx.saved_tensors
+        found = ctx.kernels.attention_backward(projected, gradient.contiguous(), shares, *ctx.how)
+        return found, *[None] * 5
 
 
 class _Attention(torch.autograd.Function):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.data import Corpus, load_corpus
 from trainer.graphs import NOT_COMPILED, Graphs
+from trainer.kernels import Kernels, load_kernels
 from trainer.metrics import METRICS
 from trainer.model import COMPUTE_TYPES, build_model, check_fit, shard_frozen
 from trainer.optim import build_optimizer
@@ -38,6 +41,18 @@ DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such 
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """What compiling gave."""
+
+    kernels: Kernels | None = None
+    """of a CPU"""
+    seconds: float | None = None
+    """that it took; None where nothing is compiled"""
+    why_not: str | None = None
+    """where it was tried"""
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a run is made from."""
 
@@ -50,6 +65,8 @@ class Inputs:
     """the corpus, tokenised, by split"""
     precision: str
     """no, bf16 or fp16"""
+    compiled: Compiled
+    """for a CPU"""
 
 
 def prepare(config: Config, folder: Path, precision: str, device: torch.device) -> Inputs:
@@ -58,8 +75,7 @@ def prepare(config: Config, folder: Path, precision: str, device: torch.device) 
     Raises:
         UserError: they do not, or are not there.
     """
-    if config.model.compile is True and device.type == "cpu":
-        raise UserError(f"{NOT_COMPILED}: on a CPU masks are numpy's, and compiled already; auto compiles on a GPU")
+    compiled = _compiled(config, load_kernels) if device.type == "cpu" else Compiled()
     corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
     _check_names(config, corpus)
     backbone = find_backbone(config.model, corpus.label_names)
@@ -69,7 +85,7 @@ def prepare(config: Config, folder: Path, precision: str, device: torch.device) 
         name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
         for name, split in corpus.splits.items()
     }
-    return Inputs(config, folder, corpus, backbone, examples, precision)
+    return Inputs(config, folder, corpus, backbone, examples, precision, compiled)
 
 
 def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch) -> Training:
@@ -81,11 +97,13 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
     model, keys, sharded = _model_on_device(inputs, accelerator)
     because = _why_padded(config, model, sharded)
-    compile_seconds, why_not_compiled = _compile_masks(config, keys, device)
-    recorded, why_not_recorded = _recorded(config, keys, because is None)
+    compiled = inputs.compiled if device.type == "cpu" else _compiled(config, partial(keys.compile, device))
+    if compiled.kernels is not None:
+        keys.use(compiled.kernels)
+    recorded, why_not_recorded = _recorded(config, keys, because is None, device)
     notes = {
         "padded, in batches sorted by length": because,
-        "masks are drawn by code that is not compiled": why_not_compiled,
+        "nothing is compiled": compiled.why_not,
         "micro-batches are not recorded": why_not_recorded,
         "exact up to dropout; out of reach this backbone draws": ", ".join(keys.unreached),
     }
@@ -93,7 +111,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    forward = PackedForward(prepared, keys) if because is None else PaddedForward(prepared)
+    forward = PackedForward(prepared, keys, compiled.kernels) if because is None else PaddedForward(prepared)
     graphs = None
     if recorded and isinstance(forward, PackedForward):
         graphs = Graphs(forward, keys, trained.values(), accelerator.autocast)
@@ -124,7 +142,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         stop=stop,
         watch=watch,
         sharded=sharded,
-        compile_seconds=compile_seconds,
+        compile_seconds=compiled.seconds,
         tries_memory=config.batch.max_tokens is None and device.type != "cpu" and not sharded,
         graphs=graphs,
         notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
@@ -181,27 +199,28 @@ def _why_padded(config: Config, model: PeftModel, sharded: bool) -> str | None:
     return because
 
 
-def _compile_masks(config: Config, keys: dropout.DropoutKeys, device: torch.device) -> tuple[float | None, str | None]:
-    """Seconds that compiling took, None where nothing is compiled; and why not, where it was tried.
+def _compiled(config: Config, work: Callable[[], Kernels | None]) -> Compiled:
+    """What compiling `work` gives.
 
     Raises:
         UserError: it was asked for and cannot be.
     """
-    if config.model.compile is False or (config.model.compile == "auto" and device.type == "cpu"):
-        return None, None
-    started, reason = time.perf_counter(), None
+    if config.model.compile is False:
+        return Compiled()
+    started = time.perf_counter()
     try:
-        keys.compile(device)
+        kernels = work()
+        return Compiled(kernels, time.perf_counter() - started)
     except Exception as error:  # of many kinds: no compiler, no Triton, one that fails or errs
         reason = " ".join(str(error).split())[:200]
-    if reason and config.model.compile is True:
+    if config.model.compile is True:
         raise UserError(f"{NOT_COMPILED}: {reason}; auto goes without where it must")
-    return (None, reason) if reason else (time.perf_counter() - started, None)
+    return Compiled(why_not=reason)
 
 
-def _recorded(config: Config, keys: dropout.DropoutKeys, packed: bool) -> tuple[bool, str | None]:
+def _recorded(config: Config, keys: dropout.DropoutKeys, packed: bool, device: torch.device) -> tuple[bool, str | None]:
     """Whether micro-batches are recorded as CUDA graphs; and why not, where that was asked for."""
-    if config.model.compile is not True:
+    if config.model.compile is not True or device.type == "cpu":
         return False, None
     if not packed:
         return False, "they are padded"

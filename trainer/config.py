@@ -108,8 +108,8 @@ class ModelConfig:
     packed: Literal["auto"] | bool = "auto"
     """compute without padding; auto = where this backbone's layers are known (BERT, RoBERTa), true = or refuse"""
     compile: Literal["auto"] | bool = "auto"
-    """on a GPU: auto = compile the drawing of dropout's masks, one operation instead of 400, if that works; true = or
-    refuse, and record small packed micro-batches as CUDA graphs"""
+    """auto = compile what can be: attention, norms and dropout's masks on a CPU with AVX512-BF16, by its C compiler;
+    masks on a GPU. true = or refuse, and on a GPU record small packed micro-batches as CUDA graphs"""
 
 
 @dataclass(frozen=True)

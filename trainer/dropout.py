@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trainer import philox
+from trainer.kernels import Kernels, Units
 from trainer.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
@@ -47,7 +48,9 @@ class DropoutKeys:
         self._masks: HostMasks | DeviceMasks | None = None
         self._held: dict[Wanted, torch.Tensor] | None = None
         self._rounds: philox.Rounds = philox.rounds
-        self._memory = np.zeros(0, dtype=bool)  # of the host's units, kept: fresh memory costs as much as drawing
+        self._kernels: Kernels | None = None
+        # of the host's units, kept: fresh memory costs as much as drawing
+        self._memory = torch.zeros(0, dtype=torch.bool)
         self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
 
     def compile(self, device: torch.device) -> None:
@@ -57,6 +60,10 @@ class DropoutKeys:
             Exception: of many kinds, where that cannot be.
         """
         self._rounds = philox.compiled_rounds(device)
+
+    def use(self, kernels: Kernels) -> None:
+        """From now on masks of a host are drawn by these. The bits are the same."""
+        self._kernels = kernels
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
@@ -86,8 +93,7 @@ class DropoutKeys:
             caller: whose call this is: the module.
             first: number of the first example of `x` in the micro-batch; after 0, calls go on with the same site.
         """
-        self._calls[caller] += first == 0
-        key = (caller, self._calls[caller])
+        key = self._call_of(caller, first)
         if self._recording:
             self.sites[key] = _site_of(x.shape, p)
             return None if self.sites[key] is not None else unkeyed_mask(x, p)
@@ -102,6 +108,13 @@ class DropoutKeys:
         if wanted not in self._held:
             self._held[wanted] = masks.keep(*wanted).clone()
         return Mask(self._held[wanted], 1 / (1 - p))
+
+    def units(self, p: float, caller: Hashable) -> Units:
+        """`mask`, on the host and by example, for one of the model's sites."""
+        key = self._call_of(caller, first=0)
+        site, masks = self.sites[key], self._masks_on(torch.device("cpu"))
+        assert isinstance(masks, HostMasks) and site is not None and site.p == p
+        return Units(masks.memory, masks.places(self._numbers[key]), 1 / (1 - p))
 
     @contextlib.contextmanager
     def holding(self, held: dict[Wanted, torch.Tensor]) -> Iterator[None]:
@@ -121,6 +134,10 @@ class DropoutKeys:
         for wanted, keep in held.items():
             keep.copy_(self._masks_on(keep.device).keep(*wanted))
 
+    def _call_of(self, caller: Hashable, first: int) -> tuple[Hashable, int]:
+        self._calls[caller] += first == 0
+        return caller, self._calls[caller]
+
     def _masks_on(self, device: torch.device) -> HostMasks | DeviceMasks:
         """The masks of the micro-batch, where they are wanted."""
         if self._masks is None:
@@ -134,7 +151,7 @@ class DropoutKeys:
         draw = Draw(list(found.values()), (self.seed, step), ids, lengths)
         if device.type != "cpu":
             return DeviceMasks(draw, device, self._rounds)
-        masks = HostMasks(draw, self._memory, self._pool)
+        masks = HostMasks(draw, self._memory, self._pool, self._kernels)
         self._memory = masks.memory
         return masks
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from trainer.devices import on_device
+from trainer.kernels import Kernels
 from trainer.philox import Rounds, random_blocks, rounds
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
@@ -128,18 +129,28 @@ class Draw:
 
 
 class HostMasks:
-    """The masks of a micro-batch, all of which are drawn when this is made, by numpy."""
+    """The masks of a micro-batch, all of which are drawn when this is made: by numpy, or by kernels."""
 
-    def __init__(self, draw: Draw, memory: np.ndarray, pool: ThreadPoolExecutor) -> None:
-        """`memory`: bool, taken for the units if it is large enough; `pool`: the threads that draw them."""
+    def __init__(
+        self, draw: Draw, memory: torch.Tensor, pool: ThreadPoolExecutor, kernels: Kernels | None = None
+    ) -> None:
+        """`memory`: bool, taken for the units if it is large enough; `pool`: the threads in which numpy draws them."""
         self._sites, self._lengths = draw.sites, draw.lengths
-        blocks = np.diff(draw.starts(), axis=0)
+        starts = draw.starts()
+        blocks = np.diff(starts, axis=0)
         room = CACHE_LINE * -(-BLOCK * blocks // CACHE_LINE)
         begins = (room.cumsum() - room.ravel()).reshape(room.shape)  # by site, so that one of tokens is ready for use
         self._spans = np.stack([begins, begins + BLOCK * blocks], axis=-1)
         num_units = int(self._spans.max(initial=0))
-        self.memory = memory if len(memory) >= num_units else np.empty(num_units, dtype=bool)
-        list(pool.map(self._draw, repeat(draw.key), draw.ids.tolist(), range(len(draw.ids))))
+        self.memory = memory if len(memory) >= num_units else torch.empty(num_units, dtype=torch.bool)
+        self._units = self.memory.numpy()
+        if kernels is None:
+            list(pool.map(self._draw, repeat(draw.key), draw.ids.tolist(), range(len(draw.ids))))
+        else:
+            rates = np.array([site.p for site in draw.sites])
+            arrays = begins, starts, rates, draw.ids.copy()  # of a batch they are read-only
+            places, firsts, drop, ids = map(torch.from_numpy, arrays)
+            kernels.draw_masks(self.memory, places, firsts, drop, ids, draw.key)
 
     def _draw(self, key: tuple[int, int], example: int, row: int) -> None:
         """Decides on all units of one example."""
@@ -148,7 +159,7 @@ class HostMasks:
         each = zip(self._sites, words, spans.tolist(), _units(stream, np.diff(spans)[:, 0]), strict=False)
         for site, word, (begin, end), units in each:
             threshold = int(site.p * 256 + (word >> 11) * 2.0**-53)
-            np.greater_equal(units, threshold, out=self.memory[begin:end])
+            np.greater_equal(units, threshold, out=self._units[begin:end])
 
     def keep(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
         """`Mask.keep` of this shape for site `number`, on the CPU; 0 for padding. Good until the next are drawn.
@@ -160,15 +171,19 @@ class HostMasks:
         """
         site, spans = self._sites[number], self._spans[number].tolist()
         if _end_to_end(site, shape) and site.width % CACHE_LINE == 0:
-            return torch.from_numpy(self.memory[spans[0][0] : spans[-1][1]].reshape(shape))
+            return self.memory[spans[0][0] : spans[-1][1]].view(shape)
         keep = np.zeros(shape, dtype=bool)
         regions = np.split(keep, np.cumsum(self._lengths)[:-1]) if _end_to_end(site, shape) else list(keep)
         for row, region in enumerate(regions, first):
             own = site.shape(int(self._lengths[row]))
-            units = self.memory[slice(*spans[row])][: math.prod(own)].reshape(own)
+            units = self._units[slice(*spans[row])][: math.prod(own)].reshape(own)
             units = units[tuple(map(slice, region.shape))]
             region[tuple(map(slice, units.shape))] = units
         return torch.from_numpy(keep)
+
+    def places(self, number: int) -> torch.Tensor:
+        """First unit in `memory` of each example, of site `number`, int64 [B]."""
+        return torch.from_numpy(self._spans[number, :, 0].copy())
 
 
 def _units(stream: np.random.Philox, sizes: np.ndarray) -> Iterator[np.ndarray]:

@@ -166,7 +166,7 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
         f"{accelerator.device.type} x {accelerator.num_processes}, {precision}"
         f"{', frozen weights sharded' if run.sharded else ''}"
     )
-    if run.compile_seconds is not None:
+    if run.compile_seconds is not None and run.compile_seconds > 0.1:  # less is what an earlier start has compiled
         say(f"compiled in {run.compile_seconds:.1f} s")
     for note in run.notes:
         say(f"note: {note}")

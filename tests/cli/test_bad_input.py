@@ -9,7 +9,9 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import run_script, topic_rows, write_csv
+from trainer import building
 from trainer.config import main_guard
+from trainer.kernels import NotCompiled
 from trainer.options import parse_config
 from trainer.run import execute
 
@@ -261,9 +263,13 @@ def test_packing_that_cannot_be(attempt, backbone):
     assert said == "model.packed: true is not to be had: this backbone is a decoder; auto pads where it must"
 
 
-def test_compiling_where_there_is_nothing_to_compile(attempt):
+def test_compiling_without_a_compiler(attempt, monkeypatch):
+    def refuses():
+        raise NotCompiled("there is no C compiler 'cc'")
+
+    monkeypatch.setattr(building, "load_kernels", refuses)
     assert attempt("--model.compile", "true") == (
-        "model.compile: true is not to be had: on a CPU masks are numpy's, and compiled already; auto compiles on a GPU"
+        "model.compile: true is not to be had: there is no C compiler 'cc'; auto goes without where it must"
     )
 
 

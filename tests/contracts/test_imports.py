@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAVES = {"config", "metrics", "figures", "checkpoint", "devices"}
+LEAVES = {"config", "metrics", "figures", "checkpoint", "devices", "kernels"}
 BELOW_THE_LOOP = LEAVES | {
     "tracking", "data", "tokenising", "batching", "optim", "philox", "masks", "dropout", "products", "attention",
     "packed", "graphs", "backbone", "model", "adapter", "evaluation", "meeting", "processes",
@@ -19,17 +19,17 @@ ALLOWED = {
     **{module: {"config"} for module in ("options", "reading", "optim")},
     "batching": {"config", "devices"},
     "philox": {"devices"},
-    "masks": {"devices", "philox"},
+    "masks": {"devices", "kernels", "philox"},
     "backbone": {"config"},
     "processes": {"config", "devices", "meeting"},
     "meeting": {"config"},
-    "dropout": {"masks", "philox"},
+    "dropout": {"kernels", "masks", "philox"},
     "texts": {"config", "reading"},
     "data": {"config", "reading", "texts"},
     "tokenising": {"data", "texts"},
     "products": {"dropout", "masks"},
-    "attention": {"devices", "masks"},
-    "packed": {"attention", "dropout", "masks", "products"},
+    "attention": {"devices", "kernels", "masks"},
+    "packed": {"attention", "dropout", "kernels", "masks", "products"},
     "graphs": {"attention", "batching", "config", "dropout", "packed"},
     "model": {"backbone", "config"},
     "adapter": LEAVES | {"backbone", "model"},

@@ -1,5 +1,6 @@
 """Packed == padded == one by one: logits and gradients, in every family and with every PEFT method, dropout on."""
 
+import contextlib
 import copy
 import itertools
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, Roberta
 from tests.unit.test_model import METHODS
 from trainer import attention, dropout, masks, packed, products
 from trainer.attention import group_sizes, lay_out
+from trainer.kernels import Kernels, NotCompiled, load_kernels
 from trainer.model import cast_frozen
 from trainer.packed import PackedForward, PaddedForward, why_not_packed
 
@@ -32,6 +34,7 @@ CUTS = {
     "in two": [[0, 2, 3], [1, 4, 5, 6, 7]],
     "one by one": [[i] for i in range(len(LENGTHS))],
 }
+KERNELS = {"draw_masks", "attention", "attention_backward", "add_norm", "add_norm_backward"}
 LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False, "lora_dropout": 0.1}
 
 
@@ -42,10 +45,10 @@ def cheap_groups(monkeypatch):
     assert len(group_sizes(np.array(LENGTHS), 100 / SIZE["num_attention_heads"])) == 4
 
 
-def build(family="roberta", method="LORA", options=LORA, p=0.1, dtype=torch.float64):
+def build(family="roberta", method="LORA", options=LORA, p=0.1, dtype=torch.float64, **size):
     """A model in training mode, all of whose trained tensors are away from their start; and its dropout keys."""
     torch.manual_seed(0)
-    config = FAMILIES[family](**SIZE, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+    config = FAMILIES[family](**SIZE | size, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
     model = AutoModelForSequenceClassification.from_config(config)
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
     model = get_peft_model(model, kind(task_type=TaskType.SEQ_CLS, **options)).to(dtype).train()
@@ -191,21 +194,32 @@ def test_in_fp32():
     assert difference(padded, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-5
 
 
-def test_rounding_in_bf16_is_no_more_than_that_of_the_padded_forward():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rounding_in_bf16_is_no_more_than_that_of_the_padded_forward(compiled, monkeypatch):
     """Of eight models, for that of a single one is now twice the other's and now half."""
-    apart = {PaddedForward: [], PackedForward: []}
+    apart, called, kernels = {PaddedForward: [], PackedForward: []}, [], None
+    if compiled:
+        with contextlib.suppress(NotCompiled):
+            kernels = load_kernels()
+        if kernels is None:
+            pytest.skip("no kernels to be had here")
+        call = Kernels._call
+        monkeypatch.setattr(Kernels, "_call", lambda *given: called.append(given[1]) or call(*given))
     for seed in range(8):
-        model, keys = build(dtype=torch.float32)
+        model, keys = build(dtype=torch.float32, hidden_size=64, num_attention_heads=2, initializer_range=0.1)
         torch.manual_seed(seed)
         for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += 0.05 * torch.randn_like(parameter)
         exact = results(PaddedForward(model), keys)
         cast_frozen(model, torch.bfloat16)
-        for forward, batches in ((PaddedForward(model), WHOLE), (PackedForward(model, keys), CUTS["in two"])):
+        if kernels is not None:
+            keys.use(kernels)
+        for forward, batches in ((PaddedForward(model), WHOLE), (PackedForward(model, keys, kernels), CUTS["in two"])):
             apart[type(forward)].append(relative(exact, results(forward, keys, batches, compute_type=torch.bfloat16)))
     packed, padded = (np.mean(apart[kind], axis=0) for kind in (PackedForward, PaddedForward))
     assert (packed < 1.05 * padded).all()
     assert (padded > 0.01).all() and (padded < 0.1).all()
+    assert set(called) == (KERNELS if compiled else set())
 
 
 def relative(one, other):

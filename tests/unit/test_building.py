@@ -6,63 +6,60 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.building import _compile_masks, _recorded, prepare
+from trainer import building
+from trainer.building import Compiled, _compiled, _recorded, prepare
 from trainer.config import Config, ModelConfig, UserError
+from trainer.kernels import NotCompiled
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def compiled(wanted, device, error=None):
-    """What comes of compiling for a device, where it works or ends in an error; and for which devices it was tried."""
-    tried = []
-
-    def compile(where):
-        tried.append(where)
-        if error:
-            raise error
-
-    config = dataclasses.replace(Config(), model=ModelConfig(compile=wanted))
-    return *_compile_masks(config, SimpleNamespace(compile=compile), device), tried
+def asking(wanted):
+    return dataclasses.replace(Config(), model=ModelConfig(compile=wanted))
 
 
-def test_auto_compiles_on_a_gpu_and_goes_without_where_it_fails():
-    seconds, why_not, tried = compiled("auto", GPU)
-    assert (seconds >= 0, why_not, tried) == (True, None, [GPU])
-    assert compiled("auto", GPU, RuntimeError("Failed to find\nC compiler")) == (
-        None, "Failed to find C compiler", [GPU]
-    )  # fmt: skip
-    assert compiled("auto", CPU) == (None, None, [])
+def fails():
+    raise RuntimeError("Failed to find\nC compiler")
 
 
-@pytest.mark.parametrize("device", [CPU, GPU])
-def test_false_compiles_nothing(device):
-    assert compiled(False, device) == (None, None, [])
+def test_auto_compiles_and_goes_without_where_that_fails():
+    found = _compiled(asking("auto"), lambda: "kernels")
+    assert (found.kernels, found.seconds >= 0, found.why_not) == ("kernels", True, None)
+    assert _compiled(asking("auto"), fails) == Compiled(why_not="Failed to find C compiler")
+
+
+def test_false_compiles_nothing():
+    assert _compiled(asking(False), fails) == Compiled()
 
 
 def test_true_compiles_or_refuses():
-    assert compiled(True, GPU)[2] == [GPU]
-    with pytest.raises(UserError, match=r"model\.compile: true is not to be had: no compiler; auto goes without"):
-        compiled(True, GPU, RuntimeError("no compiler"))
+    assert _compiled(asking(True), lambda: "kernels").kernels == "kernels"
+    refusal = r"model\.compile: true is not to be had: Failed to find C compiler; auto goes without"
+    with pytest.raises(UserError, match=refusal):
+        _compiled(asking(True), fails)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "unreached", "packed", "why_not"),
+    ("wanted", "device", "unreached", "packed", "recorded", "why_not"),
     [
-        (True, [], True, None),
-        (True, [], False, "they are padded"),
-        (True, ["rand"], True, "what the host draws would be the same in every replay"),
-        ("auto", [], True, None),
-        (False, ["rand"], False, None),
+        (True, GPU, [], True, True, None),
+        (True, GPU, [], False, False, "they are padded"),
+        (True, GPU, ["rand"], True, False, "what the host draws would be the same in every replay"),
+        (True, CPU, [], True, False, None),
+        ("auto", GPU, [], True, False, None),
+        (False, GPU, ["rand"], False, False, None),
     ],
 )
-def test_what_is_recorded(wanted, unreached, packed, why_not):
-    config = dataclasses.replace(Config(), model=ModelConfig(compile=wanted))
-    expected = (wanted is True and why_not is None, why_not)
-    assert _recorded(config, SimpleNamespace(unreached=unreached), packed) == expected
+def test_what_is_recorded(wanted, device, unreached, packed, recorded, why_not):
+    keys = SimpleNamespace(unreached=unreached)
+    assert _recorded(asking(wanted), keys, packed, device) == (recorded, why_not)
 
 
-def test_nothing_to_compile_is_said_before_anything_is_read(tmp_path):
-    config = dataclasses.replace(Config(), model=ModelConfig(compile=True))
-    with pytest.raises(UserError, match=r"model\.compile: true is not to be had: on a CPU masks are numpy's"):
-        prepare(config, tmp_path / "run", "no", CPU)
+def test_nothing_to_compile_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    def refuses():
+        raise NotCompiled("there is no C compiler 'cc'")
+
+    monkeypatch.setattr(building, "load_kernels", refuses)
+    with pytest.raises(UserError, match=r"model\.compile: true is not to be had: there is no C compiler 'cc'"):
+        prepare(asking(True), tmp_path / "run", "no", CPU)
     assert not list(tmp_path.iterdir())
