@@ -18,13 +18,13 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from trainer import dropout
+from trainer import dropout, kernels
 from trainer.backbone import Backbone, find_backbone
 from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.data import Corpus, load_corpus
 from trainer.graphs import NOT_COMPILED, Graphs
-from trainer.kernels import Kernels, load_kernels
+from trainer.kernels import Kernels
 from trainer.metrics import METRICS
 from trainer.model import COMPUTE_TYPES, build_model, check_fit, shard_frozen
 from trainer.optim import build_optimizer
@@ -75,7 +75,7 @@ def prepare(config: Config, folder: Path, precision: str, device: torch.device) 
     Raises:
         UserError: they do not, or are not there.
     """
-    compiled = _compiled(config, load_kernels) if device.type == "cpu" else Compiled()
+    compiled = _for_cpu(config) if device.type == "cpu" else Compiled()
     corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
     _check_names(config, corpus)
     backbone = find_backbone(config.model, corpus.label_names)
@@ -199,6 +199,12 @@ def _why_padded(config: Config, model: PeftModel, sharded: bool) -> str | None:
     return because
 
 
+def _for_cpu(config: Config) -> Compiled:
+    """What compiling gives on a CPU. One that lacks the instructions is no news, unless they were asked for."""
+    asked = config.model.compile is True
+    return _compiled(config, kernels.load_kernels) if asked or kernels.are_supported() else Compiled()
+
+
 def _compiled(config: Config, work: Callable[[], Kernels | None]) -> Compiled:
     """What compiling `work` gives.
 
@@ -209,8 +215,8 @@ def _compiled(config: Config, work: Callable[[], Kernels | None]) -> Compiled:
         return Compiled()
     started = time.perf_counter()
     try:
-        kernels = work()
-        return Compiled(kernels, time.perf_counter() - started)
+        found = work()
+        return Compiled(found, time.perf_counter() - started)
     except Exception as error:  # of many kinds: no compiler, no Triton, one that fails or errs
         reason = " ".join(str(error).split())[:200]
     if config.model.compile is True:

@@ -181,13 +181,18 @@ def _as_c(value: Any) -> Any:
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
 
 
+def are_supported() -> bool:
+    """Whether this processor has the instructions."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def load_kernels() -> Kernels:
     """The kernels, compiled now or at an earlier start.
 
     Raises:
         NotCompiled: no such processor, no compiler, or one that fails.
     """
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not are_supported():
         raise NotCompiled("this processor has no AVX512-BF16")
     key = hashlib.sha256("\0".join([*FLAGS, SOURCE.read_text()]).encode()).hexdigest()[:16]
     kept = SOURCE.parent / "__pycache__" / f"kernels-{key}.so"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import re
 from typing import Any
 
@@ -55,8 +56,7 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported; supported: {', '.join(PEFT_TYPES)}")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(settings.peft_type)]
     known = {item.name for item in dataclasses.fields(kind)} - OURS_TO_SET
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "peft")
+    parser = _parser_of(kind)
     problems, options = [], {}
     for name, value in settings.options.items():
         if name not in known:
@@ -84,6 +84,13 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         return kind(task_type=peft.TaskType.SEQ_CLS, base_model_name_or_path=path, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"peft: {one_line(error)}") from None
+
+
+@functools.cache
+def _parser_of(kind: type[peft.PeftConfig]) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "peft")
+    return parser
 
 
 def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: bool) -> PeftModel:

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import run_script, topic_rows, write_csv
-from trainer import building
+from trainer import kernels
 from trainer.config import main_guard
 from trainer.kernels import NotCompiled
 from trainer.options import parse_config
@@ -267,7 +267,7 @@ def test_compiling_without_a_compiler(attempt, monkeypatch):
     def refuses():
         raise NotCompiled("there is no C compiler 'cc'")
 
-    monkeypatch.setattr(building, "load_kernels", refuses)
+    monkeypatch.setattr(kernels, "load_kernels", refuses)
     assert attempt("--model.compile", "true") == (
         "model.compile: true is not to be had: there is no C compiler 'cc'; auto goes without where it must"
     )

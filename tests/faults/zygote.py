@@ -18,15 +18,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import accelerate  # noqa: F401
-import datasets  # noqa: F401
-import peft
-import torch
-import torch.utils.tensorboard
-import transformers
+import torch.utils.tensorboard  # noqa: F401
 from peft import AutoPeftModelForSequenceClassification  # noqa: F401
-from transformers import AutoModelForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
 
+import tests.warm  # noqa: F401
 import trainer.evaluation
 import trainer.export
 import trainer.loop
@@ -36,8 +31,6 @@ import trainer.report
 import trainer.run
 from tests.faults import points
 from trainer.config import main_guard
-from trainer.model import adapter_config
-from trainer.options import parse_config
 
 ENTRIES = {name: getattr(trainer, name).main for name in ("run", "predict", "export", "report")}
 
@@ -84,18 +77,7 @@ def fork(request):
         os._exit(70)
 
 
-def warm_up():
-    """Calls what is slow the first time only; on the meta device, so no number is computed."""
-    config = parse_config(["--data.train", "none.csv", "--peft.r", "4", "--peft.target_modules", "[query,value]"])
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(transformers.RobertaConfig(**sizes))
-        peft.get_peft_model(model, adapter_config(config.peft, "none"))
-
-
 def main():
-    torch.set_num_threads(1)
-    warm_up()
     gc.freeze()  # the collector of a child need not walk through all these libraries
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer

@@ -1,6 +1,6 @@
 """Functions run on several gloo ranks of this machine, each rank a process of its own.
 
-The processes come from a fork server that has imported the heavy libraries once, so a rank starts in about a second.
+The processes come from a fork server in which all that is slow once is done, so a rank starts in half a second.
 What a rank runs is the trainer itself, built by `trainer/pipeline.py` from a command line.
 """
 
@@ -17,10 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-PRELOAD = [
-    "torch", "accelerate", "datasets", "peft", "sklearn.metrics", "matplotlib.figure",
-    "transformers.models.roberta.modeling_roberta",
-]  # fmt: skip
+PRELOADED = ["tests.warm"]  # found from the root, where tests run
 TIMEOUT = 200
 
 
@@ -31,7 +28,7 @@ def on_ranks(world_size, function, *arguments):
         AssertionError: a rank failed or did not answer; has its traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

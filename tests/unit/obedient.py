@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from tests.parity.ranks import PRELOAD
+from tests.parity.ranks import PRELOADED
 
 PATIENCE = 60
 """seconds after which a process that should have answered or ended counts as stuck"""
@@ -50,7 +50,7 @@ class Ranks:
     def __init__(self, folder: Path):
         self._folder = folder
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+        self._context.set_forkserver_preload(PRELOADED)
         self._started = []
         # as the first machine's agent of torchrun keeps it
         self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=PATIENCE), wait_for_workers=False)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer import building
-from trainer.building import Compiled, _compiled, _recorded, prepare
+from trainer import kernels
+from trainer.building import Compiled, _compiled, _for_cpu, _recorded, prepare
 from trainer.config import Config, ModelConfig, UserError
 from trainer.kernels import NotCompiled
 
@@ -59,7 +59,17 @@ def test_nothing_to_compile_is_said_before_anything_is_read(tmp_path, monkeypatc
     def refuses():
         raise NotCompiled("there is no C compiler 'cc'")
 
-    monkeypatch.setattr(building, "load_kernels", refuses)
+    monkeypatch.setattr(kernels, "load_kernels", refuses)
     with pytest.raises(UserError, match=r"model\.compile: true is not to be had: there is no C compiler 'cc'"):
         prepare(asking(True), tmp_path / "run", "no", CPU)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("supported", "notes"), [(True, "there is no C compiler 'cc'"), (False, None)])
+def test_a_processor_that_cannot_is_no_news(supported, notes, monkeypatch):
+    def refuses():
+        raise NotCompiled("there is no C compiler 'cc'")
+
+    monkeypatch.setattr(kernels, "load_kernels", refuses)
+    monkeypatch.setattr(kernels, "are_supported", lambda: supported)
+    assert _for_cpu(asking("auto")) == Compiled(why_not=notes)
