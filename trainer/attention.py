@@ -59,12 +59,27 @@ class Layout:
     """first token of each example, int64 [B]"""
     positions: torch.Tensor
     """place of each token within its example, int64 [T]"""
-    projected: Rows
-    """[T, 3, heads, D], of queries, keys and values, to [3, G, heads, N, D] of each group; padding takes any"""
-    attended: Rows
-    """[T, heads, D] to [G, heads, N, D]; padding takes the row behind the last, to be 0"""
-    whole: Rows
-    """[T, W] to [G, N, W]; padding takes any"""
+    num_heads: int
+    homes: torch.Tensor
+    """of each token, the places before its group, G, N, the number of its example in the group, and its position in
+    the example; int64 [T, 5]"""
+    tokens: torch.Tensor
+    """the token at each place, T where it is padding; int64 [places]"""
+
+    @cached_property
+    def projected(self) -> Rows:
+        """[T, 3, heads, D], of queries, keys and values, to [3, G, heads, N, D] of each group; padding takes any."""
+        return _rows(self, 3, self.num_heads)
+
+    @cached_property
+    def attended(self) -> Rows:
+        """[T, heads, D] to [G, heads, N, D]; padding takes the row behind the last, to be 0."""
+        return _rows(self, 1, self.num_heads, any_for_padding=False)
+
+    @cached_property
+    def whole(self) -> Rows:
+        """[T, W] to [G, N, W]; padding takes any."""
+        return _rows(self, 1, 1)
 
     @cached_property
     def spans(self) -> Spans:
@@ -106,15 +121,14 @@ def lay_out(
         groups.append(Group(first, size, width, bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
         first, num_places = first + size, num_places + size * width
     of_tokens = np.column_stack([np.repeat(np.concatenate(homes), lengths, axis=0), positions])
-    facts = on_device(of_tokens, device), on_device(np.concatenate([each.ravel() for each in tokens]), device)
     return Layout(
         lengths=np.ascontiguousarray(lengths),
         groups=tuple(groups),
         starts=on_device(starts, device),
         positions=on_device(positions, device),
-        projected=_rows(groups, *facts, 3, num_heads),
-        attended=_rows(groups, *facts, 1, num_heads, any_for_padding=False),
-        whole=_rows(groups, *facts, 1, 1),
+        num_heads=num_heads,
+        homes=on_device(of_tokens, device),
+        tokens=on_device(np.concatenate([each.ravel() for each in tokens]), device),
     )
 
 
@@ -144,34 +158,25 @@ def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
     return sizes[::-1]
 
 
-def _rows(
-    groups: list[Group],
-    of_tokens: torch.Tensor,
-    tokens: torch.Tensor,
-    components: int,
-    num_heads: int,
-    any_for_padding: bool = True,
-) -> Rows:
+def _rows(layout: Layout, components: int, num_heads: int, any_for_padding: bool = True) -> Rows:
     """From [T, C, heads] to [C, G, heads, N] of each group; made on the device, for they are more than tokens.
 
     Args:
-        groups: of the layout.
-        of_tokens: of each token, the places before its group, G, N, the number of its example in the group, and its
-            position in the example; int64 [T, 5].
-        tokens: the token at each place, T where it is padding; int64 [places].
+        layout: of the tokens.
         components: C.
         num_heads: of attention.
         any_for_padding: where padding is, take some row; else that behind the last.
     """
-    component = torch.arange(components, device=tokens.device)[:, None]
-    head = torch.arange(num_heads, device=tokens.device)
-    before, size, longest, example, position = of_tokens[:, :, None, None].unbind(1)
+    groups, device = layout.groups, layout.tokens.device
+    component = torch.arange(components, device=device)[:, None]
+    head = torch.arange(num_heads, device=device)
+    before, size, longest, example, position = layout.homes[:, :, None, None].unbind(1)
     block = (before * components + component * size * longest) * num_heads
     back = block + (example * num_heads + head) * longest + position
     num_rows = back.numel()
     take = [
         (part.view(group.size, 1, group.longest) * components + component[..., None, None]) * num_heads + head[:, None]
-        for group, part in zip(groups, tokens.split([g.size * g.longest for g in groups]), strict=True)
+        for group, part in zip(groups, layout.tokens.split([g.size * g.longest for g in groups]), strict=True)
     ]
     joined = torch.cat([part.flatten() for part in take])
     return Rows(joined.where(joined < num_rows, 0) if any_for_padding else joined, back.flatten())

@@ -110,6 +110,7 @@ class Graphs:
         """
         with self._autocast():
             layout = self._forward.lay_out(batch.lengths, batch.labels.device, shape.longest)
+        read = _read(batch, layout)  # the layout makes some of it now, where nothing is recorded
         if shape not in self._recordings:
             started = time.perf_counter()
             recording = self._recorded(work, batch, layout)
@@ -119,7 +120,7 @@ class Graphs:
                     return work(batch, layout)
             self._recordings[shape] = recording
         recording = self._recordings[shape]
-        torch._foreach_copy_(recording.tensors, _read(batch, layout))
+        torch._foreach_copy_(recording.tensors, read)
         self._keys.draw_into(recording.masks)
         self._attach()
         recording.replay()

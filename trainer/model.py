@@ -87,7 +87,7 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
 
 
 @functools.cache
-def _parser_of(kind: type[peft.PeftConfig]) -> jsonargparse.ArgumentParser:
+def _parser_of(kind: Any) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "peft")
     return parser
