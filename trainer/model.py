@@ -54,9 +54,9 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
     """
     if settings.peft_type not in PEFT_TYPES:
         raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported; supported: {', '.join(PEFT_TYPES)}")
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(settings.peft_type)]
+    kind = _kind_of(settings.peft_type)
     known = {item.name for item in dataclasses.fields(kind)} - OURS_TO_SET
-    parser = _parser_of(kind)
+    parser = _parser_of(settings.peft_type)
     problems, options = [], {}
     for name, value in settings.options.items():
         if name not in known:
@@ -86,10 +86,14 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         raise UserError(f"peft: {one_line(error)}") from None
 
 
+def _kind_of(peft_type: str) -> type[peft.PeftConfig]:
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
+
+
 @functools.cache
-def _parser_of(kind: Any) -> jsonargparse.ArgumentParser:
+def _parser_of(peft_type: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "peft")
+    parser.add_class_arguments(_kind_of(peft_type), "peft")
     return parser
 
 
