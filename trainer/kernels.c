@@ -30,9 +30,10 @@ INLINE __mmask16 kept(const flag *keep, __mmask16 there) {
     return _mm_test_epi8_mask(flags, flags);
 }
 
-/* e^x for x up to 0, within 2e-7 of it: Cody and Waite's reduction, then the polynomial of Cephes' expf. */
+/* e^x for x up to 0, within 2e-7 of it: Cody and Waite's reduction, then the polynomial of Cephes' expf. Of two operands
+   one of which is no number, max takes the second: what overflowed must come out as NaN. */
 INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, all(-87));
+    x = _mm512_max_ps(all(-87), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, all(1.42860677e-6f), _mm512_fnmadd_ps(n, all(0.693145752f), x));
     __m512 p = all(1.98756912e-4f);
@@ -268,7 +269,7 @@ static void leave(Room room) {
 
 /* x [n] to softmax(scaling x), 0 behind n up to a multiple of 16. */
 INLINE void softmax(float *x, long n, float scaling) {
-    __m512 top = all(-3e38f), sum = all(0);
+    __m512 top = all(-__builtin_inff()), sum = all(0);
     for (long j = 0; j < n; j += 16) top = _mm512_mask_max_ps(top, first(n - j), top, _mm512_loadu_ps(x + j));
     __m512 highest = all(scaling * _mm512_reduce_max_ps(top));
     for (long j = 0; j < n; j += 16) {

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +26,7 @@ FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-mfma", "-mbmi2", "-mavx512f", "-mavx512bw",
     "-mavx512dq", "-mavx512vl", "-mavx512bf16",
 )  # fmt: skip
+COMPILES_FOR = 120  # seconds at most; it takes one or two
 
 
 class NotCompiled(Exception):
@@ -206,17 +208,14 @@ def load_kernels() -> Kernels:
 
 def _made(kept: Path) -> Kernels:
     """Compiles the kernels, and keeps them for the next start: whole at any moment, since other ranks do the same."""
-    with contextlib.ExitStack() as stack:
-        folder = kept.parent
-        with contextlib.suppress(OSError):
-            folder.mkdir(exist_ok=True)
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        made = folder / f"{kept.stem}.{os.getpid()}"
-        stack.callback(made.unlink, missing_ok=True)
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(exist_ok=True)
+    keeps = kept.parent.is_dir() and os.access(kept.parent, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=kept.parent if keeps else None, prefix="kernels-") as folder:
+        made = Path(folder) / kept.name
         _compile(made)
         kernels = Kernels(ctypes.CDLL(str(made)))
-        if folder == kept.parent:
+        if keeps:
             with made.open("rb") as file:
                 os.fsync(file.fileno())
             made.replace(kept)
@@ -224,11 +223,17 @@ def _made(kept: Path) -> Kernels:
 
 
 def _compile(made: Path) -> None:
-    wanted = os.environ.get("CC") or "cc"
-    compiler = shutil.which(wanted)
+    command = shlex.split(os.environ.get("CC", "")) or ["cc"]  # CC may have arguments: ccache gcc
+    compiler = shutil.which(command[0])
     if compiler is None:
-        raise NotCompiled(f"there is no C compiler {wanted!r}")
-    done = subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True)
+        raise NotCompiled(f"there is no C compiler {command[0]!r}")
+    try:
+        done = subprocess.run(
+            [compiler, *command[1:], *FLAGS, "-o", str(made), str(SOURCE)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=COMPILES_FOR,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise NotCompiled(f"{compiler} was not done in {COMPILES_FOR} s") from None
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "error" in line] or ["it says nothing"]
         raise NotCompiled(f"{compiler} fails: {said[0].strip()[:160]}")

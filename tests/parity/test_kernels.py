@@ -157,6 +157,28 @@ def test_scores_too_large_for_an_exponential_are_none():
     assert apart(ours[0], exact[0]) < 0.02
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_what_is_not_finite_is_not_hidden(value, part):
+    qkv, *others = attention_case([40, 9], 2, 32, 0.2)
+    qkv = qkv.abs()  # an infinite query finds scores of one sign only
+    qkv.view(49, 3, 2, 32)[3, ["query", "key", "value"].index(part), 1, 5] = value
+    ours, exact = (each((qkv, *others), 2, 32**-0.5) for each in (compiled_attention, exact_attention))
+    assert torch.equal(ours[0].isfinite(), exact[0].isfinite())
+    assert not ours[1][:40].isfinite().all(), "it reaches the queries' gradient in each case"
+    for found, wanted in zip(ours, exact, strict=True):
+        assert found[:40].isfinite().all() == wanted[:40].isfinite().all()
+        assert found[40:].isfinite().all(), "the other example is as it was"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_norm_of_what_is_not_finite_is_none(norm, value):
+    x = random(5, 96).bfloat16()
+    x[2, 7] = value
+    for y in _CompiledNorm.apply(x, random(5, 96, seed=1), norm, None, load_kernels()):
+        assert y.isnan().any(dim=1).tolist() == [False, False, True, False, False]
+
+
 def test_without_a_gradient_nothing_is_kept_for_one():
     qkv, _, spans, units, _ = attention_case([5, 2], 1, 32, 0.2)
     assert load_kernels().attention(qkv, spans, 1, 1.0, units, trains=False)[1] is None
@@ -219,6 +241,20 @@ def test_where_nothing_can_be_kept_they_are_compiled_each_time(source):
     (source.parent / "__pycache__").write_text("no folder")
     load_kernels()
     assert sorted(os.listdir(source.parent)) == ["__pycache__", "kernels.c"]
+
+
+def test_the_compiler_may_have_arguments(source, monkeypatch):
+    source.write_text("#ifndef DEFINED\n#error not defined\n#endif\n" + source.read_text())
+    monkeypatch.setenv("CC", "env cc -DDEFINED='a b'")
+    load_kernels()
+
+
+def test_a_compiler_that_hangs_is_left(source, monkeypatch):
+    monkeypatch.setattr(kernels, "COMPILES_FOR", 0.1)
+    monkeypatch.setenv("CC", "sh -c 'sleep 60'")
+    with pytest.raises(NotCompiled, match=r"was not done in 0.1 s"):
+        load_kernels()
+    assert not any((source.parent / "__pycache__").iterdir())
 
 
 def test_a_compiler_that_fails_is_quoted(source):
