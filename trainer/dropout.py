@@ -8,6 +8,7 @@ examples and puts our dropout in the place of the model's own. What a site drops
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -26,7 +27,7 @@ from trainer.kernels import Kernels, Units
 from trainer.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
-PROBE_BATCH, PROBE_LENGTH = 2, 11
+PROBE_BATCH, PROBE_LENGTH = 2, 11  # the length is the least
 Wanted = tuple[int, tuple[int, ...], int]  # a mask: its site's number, its shape, the number of its first example
 # What a site drops, by which of the axes behind the example's are as long as the example.
 KINDS = {(False,): "pooled", (True, False): "tokens", (False, True, True): "attention"}
@@ -41,7 +42,7 @@ class DropoutKeys:
         """by who calls and the number of its call, in order of execution; None: its shape shows no example or token"""
         self.unreached: list[str] = []
         """random operations of the forward that are not ours"""
-        self._recording = False
+        self._probe_length: int | None = None  # while sites are recorded
         self._calls: Counter[Hashable] = Counter()
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -94,8 +95,8 @@ class DropoutKeys:
             first: number of the first example of `x` in the micro-batch; after 0, calls go on with the same site.
         """
         key = self._call_of(caller, first)
-        if self._recording:
-            self.sites[key] = _site_of(x.shape, p)
+        if self._probe_length is not None:
+            self.sites[key] = _site_of(x.shape, p, self._probe_length)
             return None if self.sites[key] is not None else unkeyed_mask(x, p)
         site = self.sites[key]
         if site is None:
@@ -156,17 +157,17 @@ class DropoutKeys:
         return masks
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Inside, the model's forward tells its sites and drops nothing."""
+    def recording(self, length: int) -> Iterator[None]:
+        """Inside, the model's forward over examples of this length tells its sites and drops nothing."""
         global _current
         self.sites, self.unreached = {}, []
         self._calls.clear()
-        self._recording, _current = True, self
+        self._probe_length, _current = length, self
         try:
             with _RandomOperations(self.unreached):
                 yield
         finally:
-            self._recording, _current = False, None
+            self._probe_length, _current = None, None
 
 
 _current: DropoutKeys | None = None
@@ -229,7 +230,7 @@ def install(model: nn.Module, seed: int) -> DropoutKeys:
     backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     _use_keyed_attention(backbone)
     keys = DropoutKeys(seed)
-    _probe(model, keys, getattr(backbone.config, "eos_token_id", None))
+    _probe(model, keys, backbone.config)
     return keys
 
 
@@ -288,25 +289,34 @@ def keyed_attention(
     return torch.matmul(attended, value).transpose(1, 2).contiguous(), None
 
 
-def _site_of(shape: torch.Size, p: float) -> Site | None:
-    along = tuple(size == PROBE_LENGTH for size in shape[1:])
+def _site_of(shape: torch.Size, p: float, length: int) -> Site | None:
+    along = tuple(size == length for size in shape[1:])
     if shape[0] != PROBE_BATCH or along not in KINDS:
         return None
-    return Site(KINDS[along], next(size for size in shape[1:] if size != PROBE_LENGTH), p)
+    return Site(KINDS[along], next(size for size in shape[1:] if size != length), p)
 
 
-def _probe(model: nn.Module, keys: DropoutKeys, end_token: Any) -> None:
+def _probe(model: nn.Module, keys: DropoutKeys, config: PretrainedConfig) -> None:
     """Fills `keys.sites` by one forward in training mode over dummy examples; no weight and no random state changes."""
     training = model.training
     device = next(model.parameters()).device
-    ids = torch.ones(PROBE_BATCH, PROBE_LENGTH, dtype=torch.long, device=device)
+    end_token, length = getattr(config, "eos_token_id", None), _probe_length(model, config)
+    ids = torch.ones(PROBE_BATCH, length, dtype=torch.long, device=device)
     if isinstance(end_token, int):  # encoder-decoders classify by the last end token
         ids[:, -1] = end_token
     mask = torch.ones_like(ids)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), keys.recording():
+    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with random_state, torch.no_grad(), keys.recording(length):
         model.train()
         model(input_ids=ids, attention_mask=mask)
     model.train(training)
+
+
+def _probe_length(model: nn.Module, config: PretrainedConfig) -> int:
+    """A length that nothing else of the model has, so that an axis as long as the example is known for one."""
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    sizes.update(value for value in config.to_dict().values() if isinstance(value, int))
+    return next(length for length in itertools.count(PROBE_LENGTH) if length not in sizes)
 
 
 class _RandomOperations(TorchDispatchMode):

@@ -1,12 +1,11 @@
 /* A step's work beside its matrix products, for CPUs with AVX512-BF16. Built, loaded and called by kernels.py.
 
-   Always holds: activations and their gradients are bf16, all arithmetic is fp32; sums run in an order that the number
-   of threads fixes, so a rerun gives the same bits. Callers check shapes: H and O are multiples of 16, D of 32. */
+   Always holds: activations and their gradients are bf16, all arithmetic is fp32; no sum is shared by threads, so any
+   number of them gives the same bits. Callers check shapes: H is a multiple of 16, D of 32. */
 
 #include <immintrin.h>
 #include <omp.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 typedef uint16_t bf16;
@@ -61,7 +60,7 @@ INLINE __m256i philox(uint64_t key0, uint64_t key1, uint64_t c, uint64_t example
     return _mm256_set_epi64x(w3, w2, w1, w0);
 }
 
-/* Written past the caches: what is drawn now is read much later. */
+/* Written past the caches, for what is drawn now is read much later; a fence must follow. */
 INLINE void decide(flag *keep, __m256i units, int threshold) {
     __mmask32 some = threshold > 255 ? 0 : 0xffffffff;
     __mmask32 stays = _mm256_mask_cmpge_epu8_mask(some, units, _mm256_set1_epi8((char)threshold));
@@ -87,6 +86,7 @@ void draw_masks(flag *keep, const int64_t *places, const int64_t *starts, const 
             decide(to + 32, other, threshold);
         }
         if (block < end) decide(to, philox(seed, step, block, id), threshold);
+        _mm_sfence();
     }
 }
 
@@ -239,33 +239,24 @@ static void put(bf16 *to, long stride, const float *c, long rows, long n, float 
 
 /* ---- attention among the tokens of each example ---- */
 
-/* What a thread works in: one head of an example of up to `longest` tokens. */
+/* What a thread works in, on one head of an example: each part has 4 n max(n, D) bytes, n a multiple of 16. */
 typedef struct {
     int32_t *packed, *scores_by_column, *shares_by_column;
     float *product;
     bf16 *rows;
 } Room;
 
-static void *taken(long bytes) {
-    void *memory = aligned_alloc(64, bytes);
-    if (!memory) abort();
-    return memory;
-}
-
-static Room room_for(long longest, long D) {
-    long wide = rounded_up(longest, 16), square = 4 * wide * wide, most = square > 4 * wide * D ? square : 4 * wide * D;
-    return (Room){taken(most), taken(square), taken(square), taken(most), taken(square)};
-}
-
-static void leave(Room room) {
-    free(room.packed), free(room.scores_by_column), free(room.shares_by_column), free(room.product), free(room.rows);
+static Room own_part(char *room, long part) {
+    room += omp_get_thread_num() * 5 * part;
+    return (Room){(void *)room, (void *)(room + part), (void *)(room + 2 * part), (void *)(room + 3 * part),
+                  (void *)(room + 4 * part)};
 }
 
 /* The examples: where the tokens of each begin, the squared lengths of those before, and where its flags begin. Its shares
-   and its flags are [heads, n, n]. */
+   and its flags are [heads, n, n]. And where `threads` work: five parts each. */
 #define EXAMPLES \
-    const int64_t *starts, const int64_t *lengths, const int64_t *squares, const int64_t *flags, long examples, \
-        long longest
+    const int64_t *starts, const int64_t *lengths, const int64_t *squares, const int64_t *flags, char *memory, \
+        long examples, long threads, long part
 
 /* x [n] to softmax(scaling x), 0 behind n up to a multiple of 16. */
 INLINE void softmax(float *x, long n, float scaling) {
@@ -286,10 +277,10 @@ INLINE void softmax(float *x, long n, float scaling) {
 void attention(const bf16 *qkv, bf16 *y, bf16 *shares, const flag *keep, EXAMPLES, long heads, long D, float scaling,
                float scale) {
     const long stride = 3 * heads * D;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
-        Room room = room_for(longest, D);
-#pragma omp for schedule(dynamic, 4)
+        Room room = own_part(memory, part);
+#pragma omp for schedule(dynamic)
         for (long job = 0; job < examples * heads; job++) {
             const long e = job / heads, h = job % heads, n = lengths[e], wide = rounded_up(n, 16);
             const bf16 *q = qkv + starts[e] * stride + h * D, *k = q + heads * D, *v = k + heads * D;
@@ -309,7 +300,6 @@ void attention(const bf16 *qkv, bf16 *y, bf16 *shares, const flag *keep, EXAMPLE
             product(room.product, (const int32_t *)room.rows, wide / 2, 1, room.packed, n, D, (n + 1) / 2);
             put(y + (starts[e] * heads + h) * D, heads * D, room.product, n, D, scale);
         }
-        leave(room);
     }
 }
 
@@ -335,10 +325,10 @@ INLINE void softmax_backward(const bf16 *shares, const flag *keep, const float *
 void attention_backward(const bf16 *qkv, const bf16 *of_y, bf16 *of_qkv, const bf16 *shares, const flag *keep, EXAMPLES,
                         long heads, long D, float scaling, float scale) {
     const long stride = 3 * heads * D;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
-        Room room = room_for(longest, D);
-#pragma omp for schedule(dynamic, 4)
+        Room room = own_part(memory, part);
+#pragma omp for schedule(dynamic)
         for (long job = 0; job < examples * heads; job++) {
             const long e = job / heads, h = job % heads, n = lengths[e], wide = rounded_up(n, 16), vectors = wide / 16;
             const long begin = starts[e] * stride + h * D;
@@ -373,6 +363,5 @@ void attention_backward(const bf16 *qkv, const bf16 *of_y, bf16 *of_qkv, const b
             product(room.product, room.shares_by_column, 1, wide, room.packed, n, D, (n + 1) / 2);
             put(of_qkv + begin + 2 * heads * D, stride, room.product, n, D, scale);
         }
-        leave(room);
     }
 }

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # The instructions are named one by one, not as "native", so that each processor that has them gives the same bits.
@@ -26,6 +27,7 @@ FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-mfma", "-mbmi2", "-mavx512f", "-mavx512bw",
     "-mavx512dq", "-mavx512vl", "-mavx512bf16",
 )  # fmt: skip
+HASH_BYTES = hashlib.sha256().digest_size
 COMPILES_FOR = 120  # seconds at most; it takes one or two
 
 
@@ -66,9 +68,13 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def take(self, x: torch.Tensor, multiple: int) -> bool:
-        """Whether they can work on x: bf16, on the CPU, its last axis a multiple of so many."""
-        return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % multiple == 0
+    def take_rows(self, x: torch.Tensor) -> bool:
+        """Whether `add_norm` is for x [..., H]."""
+        return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % 16 == 0
+
+    def take_heads(self, qkv: torch.Tensor, num_heads: int) -> bool:
+        """Whether `attention` is for these, [T, 3 H]."""
+        return qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and qkv.shape[-1] % (3 * num_heads * 32) == 0
 
     def draw_masks(
         self,
@@ -95,11 +101,9 @@ class Kernels:
         self,
         x: torch.Tensor,
         residual: torch.Tensor,
+        norm: nn.LayerNorm,
         keep: torch.Tensor | None,
-        weight: torch.Tensor,
         scale: float,
-        bias: torch.Tensor,
-        eps: float,
         trains: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """LayerNorm(residual + scale keep x) in fp32 and bf16, [..., H]; where it trains, also what the backward needs.
@@ -107,19 +111,18 @@ class Kernels:
         Args:
             x: bf16 [..., H].
             residual: fp32 [..., H].
+            norm: its weight and bias are fp32.
             keep: bool [..., H].
-            weight: of LayerNorm, fp32 [H].
             scale: by which the units that stay are multiplied.
-            bias: of LayerNorm, fp32 [H].
-            eps: of LayerNorm.
             trains: see above.
         """
         y, narrow = torch.empty_like(residual), torch.empty_like(x)
         normed = torch.empty_like(x) if trains else None
         inverse = residual.new_empty(residual.shape[:-1]) if trains else None
+        results = y, narrow, normed, inverse
         sizes = residual[..., 0].numel(), residual.shape[-1]
-        self._call("add_norm", x, residual, keep, weight, bias, y, narrow, normed, inverse, *sizes, scale, eps)
-        return y, narrow, normed, inverse
+        self._call("add_norm", x, residual, keep, norm.weight, norm.bias, *results, *sizes, scale, norm.eps)
+        return results
 
     def add_norm_backward(
         self,
@@ -127,13 +130,13 @@ class Kernels:
         of_narrow: torch.Tensor | None,
         normed: torch.Tensor,
         inverse: torch.Tensor,
+        norm: nn.LayerNorm,
         keep: torch.Tensor | None,
-        weight: torch.Tensor,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the residual, fp32, and of x, bf16; [..., H]. Arguments as of `add_norm`."""
         of_residual, of_x = torch.empty_like(normed, dtype=torch.float32), torch.empty_like(normed)
-        tensors = of_y, of_narrow, keep, weight, normed, inverse, of_residual, of_x
+        tensors = of_y, of_narrow, keep, norm.weight, normed, inverse, of_residual, of_x
         self._call("add_norm_backward", *tensors, inverse.numel(), normed.shape[-1], scale)
         return of_residual, of_x
 
@@ -169,8 +172,12 @@ class Kernels:
 def _examples(y: torch.Tensor, spans: Spans, num_heads: int, scaling: float, units: Units | None) -> tuple[Any, ...]:
     """What both directions of attention take besides."""
     keep, places, scale = (units.keep, units.places, units.scale) if units is not None else (None, None, 1.0)
-    sizes = len(spans.starts), spans.longest, num_heads, y.shape[1] // num_heads
-    return keep, spans.starts, spans.lengths, spans.squares, places, *sizes, scaling, scale
+    head_size, threads = y.shape[1] // num_heads, torch.get_num_threads()
+    width = -(-spans.longest // 16) * 16
+    part = 4 * width * max(width, head_size)
+    memory = torch.empty(threads * 5 * part, dtype=torch.uint8)
+    sizes = len(spans.starts), threads, part, num_heads, head_size
+    return keep, spans.starts, spans.lengths, spans.squares, places, memory, *sizes, scaling, scale
 
 
 def _as_c(value: Any) -> Any:
@@ -199,9 +206,7 @@ def load_kernels() -> Kernels:
     key = hashlib.sha256("\0".join([*FLAGS, SOURCE.read_text()]).encode()).hexdigest()[:16]
     kept = SOURCE.parent / "__pycache__" / f"kernels-{key}.so"
     try:
-        with contextlib.suppress(OSError):  # not there yet, or cut off
-            return Kernels(ctypes.CDLL(str(kept)))
-        return _made(kept)
+        return Kernels(ctypes.CDLL(str(kept))) if _is_whole(kept) else _made(kept)
     except OSError as error:
         raise NotCompiled(" ".join(str(error).split())[:200]) from None
 
@@ -216,10 +221,21 @@ def _made(kept: Path) -> Kernels:
         _compile(made)
         kernels = Kernels(ctypes.CDLL(str(made)))
         if keeps:
-            with made.open("rb") as file:
+            with made.open("ab") as file:
+                file.write(hashlib.sha256(made.read_bytes()).digest())
+                file.flush()
                 os.fsync(file.fileno())
             made.replace(kept)
         return kernels
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it is there, and ends with the hash of the rest: one that was cut off would end the process."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-HASH_BYTES]).digest() == content[-HASH_BYTES:]
 
 
 def _compile(made: Path) -> None:

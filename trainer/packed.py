@@ -185,7 +185,8 @@ class _Layer:
         """[T, 3 H] -> [T, H]"""
         attention = self.attention
         num_heads = attention.num_attention_heads
-        if self.kernels is None or not self.kernels.take(projected, 3 * num_heads * 32):
+        projected = projected.to(layout.dtype)  # some adapters give fp32 whatever autocast says
+        if self.kernels is None or not self.kernels.take_heads(projected, num_heads):
             return Attention(layout, num_heads, attention.scaling, self._draw).of_all(projected)
         units = self.keys.units(attention.dropout.p, attention) if self.keys is not None and self._draws() else None
         attended: torch.Tensor = CompiledAttention.apply(
@@ -198,13 +199,16 @@ class _Layer:
         dropout, norm = module.dropout, module.LayerNorm
         if not isinstance(dropout, KeyedDropout):
             return _Hidden(norm(dropout(x) + residual))
-        if self.kernels is None or not self.kernels.take(x, 16) or not _is_frozen_and_fp32(norm):
+        if self.kernels is None or not self.kernels.take_rows(x) or not _is_frozen_and_fp32(norm):
             return _Hidden(norm(dropout.add(x, residual)))
         return _Hidden(*_CompiledNorm.apply(x, residual.float(), norm, dropout.mask(x), self.kernels))
 
 
 def _is_frozen_and_fp32(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and not norm.weight.requires_grad and norm.weight.dtype == torch.float32
+    return type(norm) is nn.LayerNorm and all(
+        tensor is not None and not tensor.requires_grad and tensor.dtype == torch.float32
+        for tensor in (norm.weight, norm.bias)
+    )
 
 
 class _CompiledNorm(torch.autograd.Function):
@@ -215,10 +219,9 @@ class _CompiledNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm, mask: Mask | None, kernels: Kernels
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keep, scale = (mask.keep, mask.scale) if mask is not None else (None, 1.0)
-        how = keep, norm.weight, scale
-        y, narrow, *saved = kernels.add_norm(x, residual, *how, norm.bias, norm.eps, trains=any(ctx.needs_input_grad))
+        y, narrow, *saved = kernels.add_norm(x, residual, norm, keep, scale, trains=any(ctx.needs_input_grad))
         ctx.save_for_backward(*saved)
-        ctx.how, ctx.kernels = how, kernels
+        ctx.how, ctx.kernels = (norm, keep, scale), kernels
         ctx.set_materialize_grads(False)
         return y, narrow
 

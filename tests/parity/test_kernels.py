@@ -210,8 +210,8 @@ def test_any_number_of_threads_gives_the_same_bits(norm):
 def source(tmp_path, monkeypatch):
     """The source at a place of its own, where nothing is compiled yet."""
     copy = shutil.copy(kernels.SOURCE, tmp_path / "kernels.c")
-    monkeypatch.setattr(kernels, "SOURCE", tmp_path / "kernels.c")
-    return tmp_path / copy
+    monkeypatch.setattr(kernels, "SOURCE", copy)
+    return copy
 
 
 def test_they_are_compiled_once(source, monkeypatch):
@@ -227,14 +227,23 @@ def test_they_are_compiled_once(source, monkeypatch):
     assert kept in (source.parent / "__pycache__").iterdir()
 
 
-def test_a_library_that_was_cut_off_is_made_anew(source):
+@pytest.mark.parametrize("harm", ["empty", "a byte less", "its first pages", "one byte another"])
+def test_a_damaged_library_is_made_anew(source, harm):
+    """One of which pages are missing would end the process when it is called."""
     load_kernels()
     (kept,) = (source.parent / "__pycache__").iterdir()
-    size = kept.stat().st_size
-    kept.unlink()
-    kept.write_bytes(b"\x7fELF")
+    content = kept.read_bytes()
+    middle = len(content) // 2
+    harmed = {
+        "empty": b"",
+        "a byte less": content[:-1],
+        "its first pages": content[:12_000],
+        "one byte another": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+    }
+    kept.unlink()  # this process has it in use
+    kept.write_bytes(harmed[harm])
     load_kernels()
-    assert kept.stat().st_size == size
+    assert kept.read_bytes() != harmed[harm] and kernels._is_whole(kept)
 
 
 def test_where_nothing_can_be_kept_they_are_compiled_each_time(source):

@@ -368,8 +368,17 @@ def test_any_other_random_operation_is_found():
     ],
 )
 def test_a_site_is_known_by_its_shape(shape, site):
-    assert (dropout.PROBE_BATCH, dropout.PROBE_LENGTH) == (2, 11)
-    assert dropout._site_of(torch.Size(shape), 0.1) == site
+    assert dropout.PROBE_BATCH == 2
+    assert dropout._site_of(torch.Size(shape), 0.1, length=11) == site
+
+
+@pytest.mark.parametrize("size", [11, 12, 13])
+def test_no_size_of_the_model_is_taken_for_a_length(size):
+    sizes = {"hidden_size": 2 * size, "num_attention_heads": size, "intermediate_size": 12, "num_hidden_layers": 1}
+    keys = install(AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=60, **sizes)), SEED)
+    assert [site.kind for site in keys.sites.values()] == ["tokens", "attention", "tokens", "tokens", "pooled"]
+    assert [site.width for site in keys.sites.values()] == [2 * size, size, 2 * size, 2 * size, 2 * size]
+    assert not keys.unreached
 
 
 # --- random all the same ---
