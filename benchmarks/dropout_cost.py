@@ -33,7 +33,7 @@ from trainer import dropout
 from trainer.backbone import silence_libraries
 from trainer.batching import Plan, collate
 from trainer.building import CPU_TOKENS
-from trainer.model import COMPUTE_TYPES, cast_frozen
+from trainer.model import COMPUTE_TYPES, set_precision
 from trainer.processes import choose_precision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def build(name, precision, kind):
     torch.manual_seed(SEED)
     lora = LoraConfig(TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=p, target_modules=["query", "value"])
     model = get_peft_model(AutoModelForSequenceClassification.from_config(config), lora).train()
-    cast_frozen(model, COMPUTE_TYPES[precision])
+    set_precision(model, COMPUTE_TYPES[precision])
     with autocast(precision):
         keys = dropout.install(model, SEED) if kind == "keyed" else None
     return model, keys, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

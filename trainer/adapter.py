@@ -22,13 +22,22 @@ from safetensors import SafetensorError, safe_open
 from trainer.backbone import Backbone, load_weights
 from trainer.checkpoint import replace_folder
 from trainer.config import Config, UserError
-from trainer.model import cast_frozen
+from trainer.model import set_precision
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter and head under PEFT's own names, copied to the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _state_of(model).items()}
+
+
+def _state_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What PEFT takes for the adapter. Of `bias: all` it takes the head's frozen original too, and its biases twice."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if ".original_module." not in name and ".modules_to_save.default." not in name
+    }
 
 
 def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
@@ -37,7 +46,7 @@ def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], sou
     Raises:
         UserError: any tensor missing, unexpected or of another shape.
     """
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = _state_of(model)
     _refuse_other_keys(set(tensors), set(expected), source)
     wrong = [name for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
     if wrong:
@@ -62,15 +71,15 @@ def load_plain(backbone: Backbone, folder: Path, compute_type: torch.dtype = tor
     """
     model, _ = load_weights(backbone)
     try:
-        model = PeftModel.from_pretrained(model, str(folder))
+        # trainable until the frozen weights are cast: the adapter's own are kept in fp32, as in training
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter does not fit: {' '.join(str(error).split())[:240]}") from None
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         saved = set(file.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    _refuse_other_keys(saved, expected, str(folder))
-    cast_frozen(model, compute_type)
-    return model.eval()
+    _refuse_other_keys(saved, set(_state_of(model)), str(folder))
+    set_precision(model, compute_type)
+    return model.requires_grad_(False).eval()
 
 
 def save_adapter(

@@ -60,8 +60,6 @@ class Layout:
     positions: torch.Tensor
     """place of each token within its example, int64 [T]"""
     num_heads: int
-    dtype: torch.dtype
-    """of the scores"""
     homes: torch.Tensor
     """of each token, the places before its group, G, N, the number of its example in the group, and its position in
     the example; int64 [T, 5]"""
@@ -129,7 +127,6 @@ def lay_out(
         starts=on_device(starts, device),
         positions=on_device(positions, device),
         num_heads=num_heads,
-        dtype=dtype,
         homes=on_device(of_tokens, device),
         tokens=on_device(np.concatenate([each.ravel() for each in tokens]), device),
     )

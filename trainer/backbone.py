@@ -163,7 +163,7 @@ def _why_not_found(name: str, error: Exception) -> str:
 
 def one_line(error: Exception) -> str:
     """What a library says of an error, in one line."""
-    return " ".join(str(error).split())[:240]
+    return " ".join(str(error).split())[:240] or type(error).__name__
 
 
 def _fingerprint(path: str, config: BackboneConfig) -> str:

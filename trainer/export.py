@@ -72,7 +72,7 @@ def export(run: Path, output: Path) -> int:
         _unwrap_head(model)
         try:
             merged: Any = model.merge_and_unload(safe_merge=True)
-        except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+        except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"--run: an adapter of type {config.peft.peft_type} cannot be merged: {error}") from None
         try:
             merged.save_pretrained(temporary)

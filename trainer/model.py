@@ -20,6 +20,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -43,6 +44,7 @@ OURS_TO_SET = {
 }
 # These start from changed backbone weights, so the saved adapter would not fit the backbone it names.
 CHANGES_BACKBONE = ("pissa", "corda", "olora", "loftq", "eva", "lora_ga")
+PRODUCTS = (nn.Linear, transformers.pytorch_utils.Conv1D)
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -136,20 +138,28 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_typ
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32, copy=True)
-    cast_frozen(model, compute_type)
+    set_precision(model, compute_type)
     return model
 
 
-def cast_frozen(model: nn.Module, compute_type: torch.dtype) -> None:
+def set_precision(model: nn.Module, compute_type: torch.dtype) -> None:
     """Keeps frozen matrices (with their biases) in the compute type; under autocast they would be cast at every use.
 
     In memory of torch's own: of a mapped file's, the alignment is chance, and the last bits of small products with it.
+    And what an adapter makes of a product has the product's type: some give fp32, which DeBERTa is not made for.
     """
     for module in model.modules():
-        if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
+        if isinstance(module, PRODUCTS):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(compute_type, copy=True)
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PRODUCTS):
+            module.register_forward_hook(_as_autocast_would)
+
+
+def _as_autocast_would(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
 
 def shard_frozen(model: PeftModel, device: torch.device, world_size: int) -> None:
@@ -221,7 +231,7 @@ def _wrap(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]) -> P
     wrapping.modules_to_save = sorted(extra) or None
     try:
         return peft.get_peft_model(model, wrapping)
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # of whatever kind its methods raise at modules that they are not made for
         raise UserError(f"peft: {one_line(error)}") from None
 
 
@@ -238,14 +248,19 @@ def _check_targets(model: nn.Module, settings: PeftConfig) -> None:
         raise UserError(f"peft.modules_to_save: this backbone has no module {whole[0]!r}")
     if isinstance(targets, list):
         lost = absent(targets) if targets else ["[]"]
+        chosen = [(name, m) for name, m in model.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets)]
     elif isinstance(targets, str) and targets != "all-linear":
         try:
-            lost = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+            chosen = [(name, m) for name, m in model.named_modules() if re.fullmatch(targets, name)]
         except re.error as error:
             raise UserError(f"peft.target_modules: {targets!r} is no regular expression: {error}") from None
+        lost = [] if chosen else [targets]
     else:
         return
     if lost:
         raise UserError(
             f"peft.target_modules: {', '.join(map(repr, lost))} matches nothing; this backbone has {', '.join(kinds)}"
         )
+    empty = [name for name, module in chosen if not any(True for _ in module.parameters())]
+    if empty:
+        raise UserError(f"peft.target_modules: {empty[0]} has no parameters that an adapter could change")

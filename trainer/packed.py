@@ -185,7 +185,6 @@ class _Layer:
         """[T, 3 H] -> [T, H]"""
         attention = self.attention
         num_heads = attention.num_attention_heads
-        projected = projected.to(layout.dtype)  # some adapters give fp32 whatever autocast says
         if self.kernels is None or not self.kernels.take_heads(projected, num_heads):
             return Attention(layout, num_heads, attention.scaling, self._draw).of_all(projected)
         units = self.keys.units(attention.dropout.p, attention) if self.keys is not None and self._draws() else None

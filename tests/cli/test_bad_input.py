@@ -235,6 +235,12 @@ def test_target_that_matches_nothing(attempt):
     )
 
 
+def test_target_without_parameters(attempt):
+    assert attempt("--peft.target_modules", "[query, dropout]") == (
+        "peft.target_modules: roberta.embeddings.dropout has no parameters that an adapter could change"
+    )
+
+
 def test_budget_exceeded(attempt):
     assert attempt("--peft.max_trainable_parameters", "2000").splitlines() == [
         "peft.max_trainable_parameters: 2,212 parameters would train, the budget is 2,000:",

@@ -75,10 +75,17 @@ def test_an_existing_folder_is_refused_and_an_empty_one_used(run, tmp_path):
     assert (taken / "model.safetensors").is_file()
 
 
-def test_a_failed_check_leaves_nothing(run, tmp_path):
-    ended = command("export", ["--run", run, "--output", tmp_path / "model"], [("crooked_merge",)])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("crooked_merge", "the merged model's logits differ by"),
+        ("no_merge", "an adapter of type LORA cannot be merged: impossible to merge"),
+    ],
+)
+def test_what_cannot_be_merged_leaves_nothing(run, tmp_path, fault, said):
+    ended = command("export", ["--run", run, "--output", tmp_path / "model"], [(fault,)])
     assert ended.code == 2
-    assert "the merged model's logits differ by" in ended.stderr
+    assert said in ended.stderr and "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -292,6 +292,16 @@ def forget_an_example(step):
     replace("train_step", around)
 
 
+def no_merge():
+    """PEFT finds that an adapter cannot be merged."""
+    from peft.tuners.lora import LoraModel
+
+    def refused(*_, **__):
+        raise RuntimeError("impossible to merge")
+
+    LoraModel.merge_and_unload = refused
+
+
 def crooked_merge():
     """Merging an adapter gives other weights."""
     from peft.tuners.lora import LoraModel

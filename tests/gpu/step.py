@@ -37,7 +37,7 @@ from trainer import attention, dropout, masks
 from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.graphs import Graphs
-from trainer.model import cast_frozen
+from trainer.model import set_precision
 from trainer.optim import build_optimizer
 from trainer.packed import PackedForward
 from trainer.processes import StopRequest
@@ -199,7 +199,7 @@ def counted(num_layers, whose):
     step = theirs
     if whose != "transformers":
         step = functools.partial(ours, recorded=whose.startswith("recorded"))
-        cast_frozen(model, torch.bfloat16)
+        set_precision(model, torch.bfloat16)
     requests = Requests()
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         for name, mistaken in MISTAKES.get(whose, {}).items():

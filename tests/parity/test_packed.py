@@ -15,7 +15,7 @@ from tests.unit.test_model import METHODS
 from trainer import attention, dropout, masks, packed, products
 from trainer.attention import group_sizes, lay_out
 from trainer.kernels import Kernels, NotCompiled, load_kernels
-from trainer.model import cast_frozen
+from trainer.model import set_precision
 from trainer.packed import PackedForward, PaddedForward, why_not_packed
 
 PAD = 1
@@ -222,7 +222,7 @@ def test_every_peft_method_in_bf16(name, compiled, monkeypatch):
     method, options = IN_BF16[name]
     model, keys = build(method=method, options=options, dtype=torch.float32, **TAKEN_BY_KERNELS)
     exact = results(PaddedForward(model), keys)
-    cast_frozen(model, torch.bfloat16)
+    set_precision(model, torch.bfloat16)
     if kernels is not None:
         keys.use(kernels)
     padded = relative(exact, results(PaddedForward(model), keys, compute_type=torch.bfloat16))
@@ -244,7 +244,7 @@ def test_rounding_in_bf16_is_no_more_than_that_of_the_padded_forward(compiled, m
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
         exact = results(PaddedForward(model), keys)
-        cast_frozen(model, torch.bfloat16)
+        set_precision(model, torch.bfloat16)
         if kernels is not None:
             keys.use(kernels)
         for forward, batches in ((PaddedForward(model), WHOLE), (PackedForward(model, keys, kernels), CUTS["in two"])):

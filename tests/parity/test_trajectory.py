@@ -86,6 +86,13 @@ def test_frozen_weights_shared_out_train_the_same_adapter(found, parity_argument
         assert 0.4 < held < 0.6
 
 
+def test_frozen_weights_shared_out_and_all_biases_trained(parity_arguments):
+    arguments = parity_arguments("biases", 0.1, *SETTINGS, "--batch.max_tokens", "100", "--peft.bias", "all")
+    [(expected, *_)] = on_ranks(1, whole_run, [*arguments, "--run.name", "biases-whole"])
+    for adapter, _ in on_ranks(2, sharded_run, [*arguments, "--run.name", "biases-sharded"]):
+        assert distance(adapter, expected) < TOLERANCE
+
+
 def test_another_seed_trains_another_adapter(found, parity_arguments):
     other = [*parity_arguments("whole", 0.1, *SETTINGS), "--run.seed", "43", "--run.name", "seed"]
     [(adapter, *_)] = on_ranks(1, whole_run, other)

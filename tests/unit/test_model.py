@@ -215,6 +215,24 @@ def test_a_saved_adapter_gives_the_same_logits(method, backbone, batch):
     assert (logits(plain, batch) - logits(model, batch)).abs().max() <= 1e-6
 
 
+def test_in_bf16_too(method, backbone, batch, tmp_path):
+    settings, model, _, _ = method
+    narrow = build_model(backbone, settings, 42, torch.bfloat16).eval()
+    load_adapter_tensors(narrow, adapter_tensors(model), "test")
+    fresh = load_plain(backbone, save(narrow, tmp_path / "adapter"), torch.bfloat16)
+    assert not trained(fresh)
+    types = [{name: p.dtype for name, p in each.named_parameters()} for each in (fresh, narrow)]
+    assert types[0] == types[1], "DoRA's norms would be others"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(fresh, batch), logits(narrow, batch))
+
+
+def test_nothing_is_saved_twice_or_frozen(method):
+    """With `bias: all` PEFT takes the head's frozen original for a part of the adapter."""
+    _, model, _, _ = method
+    assert not [name for name in adapter_tensors(model) if "original_module" in name or "modules_to_save" in name]
+
+
 def test_training_changed_the_logits_by_more_than_the_head(method, backbone, batch):
     """Else the test before would pass with an adapter that is never loaded."""
     settings, model, _, untrained = method
@@ -308,6 +326,18 @@ def test_freshly_drawn_layers_train_and_are_saved(family, tmp_path, tiny_tokeniz
     torch.manual_seed(999)
     fresh = load_plain(backbone, save(model, tmp_path / "adapter"))
     assert (logits(fresh, batch) - logits(model, batch)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["HRA", "LOHA", "OFT", "VERA"])
+def test_adapters_that_give_fp32_train_in_bf16(kind, tmp_path, tiny_tokenizer, batch):
+    """DeBERTa fills its scores in with the least number of the queries' type."""
+    config = DebertaV2Config(**{**SHAPE, "vocab_size": len(tiny_tokenizer)})
+    backbone = saved_backbone(DebertaV2Model, config, tmp_path / "backbone", tiny_tokenizer)
+    settings = PeftConfig(kind, options={**METHODS[kind], "target_modules": ["query_proj", "value_proj"]})
+    model = build_model(backbone, settings, 42, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in trained(model).values())
 
 
 def test_a_head_of_another_number_of_classes_is_drawn_anew(backbone, tmp_path, tiny_tokenizer):
