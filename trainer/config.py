@@ -121,7 +121,7 @@ class PeftConfig:
     max_trainable_parameters: int | None = None
     """budget over all that trains, the head included; exceeding it is an error. null = no budget"""
     options: dict[str, Any] = field(default_factory=dict)
-    """PEFT's own options of that method, written as peft.NAME"""
+    """PEFT's own options of that method, written as peft.NAME; null = PEFT's default, whatever a recipe says"""
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,15 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
     if settings.peft_type not in PEFT_TYPES:
         raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported; supported: {', '.join(PEFT_TYPES)}")
     kind = _kind_of(settings.peft_type)
-    known = {item.name for item in dataclasses.fields(kind)} - OURS_TO_SET
+    known = _names_of(settings.peft_type)
     parser = _parser_of(settings.peft_type)
     problems, options = [], {}
     for name, value in settings.options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; nearest: peft.{near[0]}" if near else f"; it has {', '.join(sorted(known))}"
+            if any(name in _names_of(other) for other in PEFT_TYPES):  # of a recipe for another method, most likely
+                hint = f"; --peft.{name} null leaves it out"
             problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}{hint}")
             continue
         try:
@@ -90,6 +92,10 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
 
 def _kind_of(peft_type: str) -> type[peft.PeftConfig]:
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
+
+
+def _names_of(peft_type: str) -> set[str]:
+    return {item.name for item in dataclasses.fields(_kind_of(peft_type))} - OURS_TO_SET
 
 
 @functools.cache

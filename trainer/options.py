@@ -137,7 +137,8 @@ def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, An
             raise UserError(f"{split} has a layout and no path: --{split} FILE")
     namespace = parser.instantiate(parser.parse_object(nested))
     config = Config(**{group: namespace[group] for group in GROUPS}, recipe=recipe)
-    options = {key.removeprefix("peft."): value for key, value in settings if _is_peft_option(key)}
+    given = {key.removeprefix("peft."): value for key, value in settings if _is_peft_option(key)}
+    options = {name: value for name, value in given.items() if value is not None}
     peft = dataclasses.replace(config.peft, options=options, peft_type=config.peft.peft_type.upper())
     # a run is used later from other folders
     local = Path(config.model.name)

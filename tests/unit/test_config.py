@@ -91,6 +91,12 @@ def test_defaults_then_recipe_then_command_line(recipe):
     assert config.recipe == "own"
 
 
+def test_null_leaves_out_an_adapters_option_of_a_recipe(recipe):
+    path = recipe("data: {train: t.csv}\npeft: {r: 2, lora_alpha: 4, max_trainable_parameters: 9}")
+    peft = parse_config(["--recipe", str(path), "--peft.lora_alpha", "null"]).peft
+    assert (peft.options, peft.max_trainable_parameters) == ({"r": 2}, 9)
+
+
 def test_equals_sign_and_the_last_of_two():
     config = parse("--batch.size=4", "--batch.size", "5", "--run.name=a=b")
     assert (config.batch.size, config.run.name) == (5, "a=b")

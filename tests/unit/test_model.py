@@ -426,6 +426,11 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
     [
         ("LORRA", {}, "'LORRA' is not supported; supported: LORA"),
         ("PREFIX_TUNING", {}, "not supported"),
+        (
+            "LOHA",
+            {"lora_alpha": 3},
+            r"unknown option 'peft\.lora_alpha' for LOHA; --peft\.lora_alpha null leaves it out",
+        ),
         ("LORA", {"lora_alhpa": 3}, r"unknown option 'peft\.lora_alhpa' for LORA; nearest: peft\.lora_alpha"),
         ("LORA", {"r": "many"}, r"peft\.r: 'many' does not fit"),
         ("LORA", {"init_lora_weights": "pissa_niter_4"}, "changes the frozen backbone"),
