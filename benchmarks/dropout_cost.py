@@ -33,6 +33,7 @@ from trainer import dropout
 from trainer.backbone import silence_libraries
 from trainer.batching import Plan, collate
 from trainer.building import CPU_TOKENS
+from trainer.kernels import NotCompiled, load_kernels
 from trainer.model import COMPUTE_TYPES, set_precision
 from trainer.processes import choose_precision
 
@@ -60,6 +61,9 @@ def build(name, precision, kind):
     set_precision(model, COMPUTE_TYPES[precision])
     with autocast(precision):
         keys = dropout.install(model, SEED) if kind == "keyed" else None
+    if keys is not None:
+        with contextlib.suppress(NotCompiled):
+            keys.use(load_kernels())
     return model, keys, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
 
