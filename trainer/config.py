@@ -38,6 +38,9 @@ class RunConfig:
     """true = print nothing but errors"""
 
 
+NO_COLUMN = "\0none"  # no file has a column of this name
+
+
 @dataclass(frozen=True)
 class Source:
     """One split whose layout differs from the data group's; null fields are taken from there."""

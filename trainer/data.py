@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trainer.config import DataConfig, Source, UserError, completed
-from trainer.texts import Table, Texts, read_table
+from trainer.config import NO_COLUMN, DataConfig, Source, UserError, completed
+from trainer.texts import Table, Texts, label_text, read_table
 
 _Part = TypeVar("_Part")
 
@@ -109,6 +109,9 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     if "validation" not in splits and config.validation_fraction > 0:
         held = _hold_out(splits["train"], config.validation_fraction, seed)
         splits = held | {name: split for name, split in splits.items() if name not in held}
+        absent = _absent(held["validation"], label_names)
+        if absent:
+            warnings.append(f"too few rows to hold one out for validation: {_few(absent)}")
     _check_classes(splits["train"], label_names, warnings)
     return Corpus(label_names, splits, warnings)
 
@@ -125,7 +128,9 @@ def load_for_prediction(
         UserError: as `load_corpus`.
     """
     layout = completed(source, completed(config.train or "", config))
-    table = read_table("input", layout, labels_required=False, extra=id_column, quiet=quiet)
+    # a column of labels that was asked for by name must be there
+    labels_required = source.label_column not in (None, NO_COLUMN)
+    table = read_table("input", layout, labels_required, extra=id_column, quiet=quiet)
     warnings: list[str] = []
     split = _checked(table, label_names, warnings)
     return split, table.ids if table.ids is not None else [str(row) for row in split.rows], warnings
@@ -148,8 +153,13 @@ def _for_each(names: Iterable[str], part: Callable[[str], _Part]) -> dict[str, _
     return parts
 
 
+def _as_text(value: Any) -> str:
+    """A class as a configuration names it, as `label_text` has those of the rows."""
+    return label_text(value) or str(value)
+
+
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?[0-9]{1,9}", text) is not None
+    return re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]+)?", text) is not None
 
 
 def _label_names(train: Table, warnings: list[str]) -> list[str]:
@@ -157,14 +167,14 @@ def _label_names(train: Table, warnings: list[str]) -> list[str]:
     configured = train.origin.layout.label_names or train.origin.class_names
     if configured:
         names = configured.values() if isinstance(configured, dict) else configured
-        return list(dict.fromkeys(map(str, names)))
+        return list(dict.fromkeys(map(_as_text, names)))
     found = train.label_values
     if len(found) > max(20, len(train.texts) // 2):
         warnings.append(
             f"{train.origin.where} has {len(found)} classes in {len(train.texts)} rows; does column "
             f"{train.origin.layout.label_column!r} hold the classes (data.label_column)?"
         )
-    return sorted(found, key=lambda text: (0, int(text), text) if _is_number(text) else (1, 0, text))
+    return sorted(found, key=lambda text: (0, float(text), text) if _is_number(text) else (1, 0, text))
 
 
 def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextSplit:
@@ -208,17 +218,19 @@ def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str,
     never meet a test split that counts from 0.
     """
     names = {name: i for i, name in enumerate(label_names)}
-    own = table.origin.layout.label_names or table.origin.class_names or {}
-    if isinstance(own, list):
-        counted = own is table.origin.class_names or own != label_names  # a hub's numbers always count from 0
-        own = {str(i): name for i, name in enumerate(own)} if counted else {}
+    given: Any = table.origin.layout.label_names or table.origin.class_names or {}
+    if isinstance(given, list):
+        # a hub's numbers always count from 0
+        counted = given is table.origin.class_names or list(map(_as_text, given)) != label_names
+        given = dict(enumerate(given)) if counted else {}
+    own = {_as_text(value): _as_text(name) for value, name in given.items()}
     if own and (found <= set(own) or not found & set(names)):
-        strangers = sorted({str(name) for name in own.values()} - set(names))
+        strangers = sorted(set(own.values()) - set(names))
         if strangers:
             raise UserError(
                 f"{table.origin.where}: label_names maps to {strangers[0]!r}, which is no class of train: {_few(names)}"
             )
-        return {str(value): names[str(name)] for value, name in own.items()}
+        return {value: names[name] for value, name in own.items()}
     if all(map(_is_number, found)) and not any(map(_is_number, names)):
         return {str(i): i for i in range(len(label_names))}
     return names
@@ -255,9 +267,16 @@ def _check_classes(train: TextSplit, label_names: list[str], warnings: list[str]
     if len(present) < 2:
         name = label_names[next(iter(present))]
         raise UserError(f"data.train: {train.source} has a single class, {name!r}; a classifier needs two")
-    absent = [name for i, name in enumerate(label_names) if i not in present]
+    absent = _absent(train, label_names)
     if absent:
         warnings.append(f"data.train has no example of {_few(absent)}")
+
+
+def _absent(split: TextSplit, label_names: list[str]) -> list[str]:
+    """The classes of which a labelled split has no example."""
+    assert split.labels is not None
+    counts = np.bincount(split.labels, minlength=len(label_names))
+    return [name for name, count in zip(label_names, counts, strict=True) if count == 0]
 
 
 def _hold_out(train: TextSplit, fraction: float, seed: int) -> dict[str, TextSplit]:
@@ -270,8 +289,8 @@ def _hold_out(train: TextSplit, fraction: float, seed: int) -> dict[str, TextSpl
         held[generator.permutation(members)[: int(len(members) * fraction + 0.5)]] = True
     if not held.any() or held.all():
         raise UserError(
-            f"data.validation_fraction: {fraction} of {len(train)} examples leaves train or validation empty; "
-            "change it, or name data.validation"
+            f"data.validation_fraction: {fraction} of {len(train)} examples, class by class, leaves train or "
+            "validation empty; change it, or name data.validation"
         )
     return {
         "train": train.take("train", np.flatnonzero(~held)),

@@ -16,12 +16,13 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 
 import glob
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jsonargparse
 
-from trainer.config import Source, UserError, main_guard, set_environment
+from trainer.config import NO_COLUMN, Config, Source, UserError, completed, main_guard, set_environment
 from trainer.options import load_finished_run
 
 OUTPUT_TYPES = (".csv", ".jsonl")
@@ -65,7 +66,7 @@ def main() -> int:
     """Scores what the command line asks for; returns the exit code."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="predict.py", description="Predicts the labels of a file.", exit_on_error=False
+        prog="predict.py", description="Predicts the labels of a file.", exit_on_error=False, allow_abbrev=False
     )
     parser.add_class_arguments(Options, as_group=False)
     try:
@@ -81,8 +82,8 @@ def predict(options: Options) -> int:
     Raises:
         UserError: no finished run, unreadable input, or an output of no known type.
     """
-    output = _output(options)
     config, label_names = load_finished_run(Path(options.run))
+    output = _output(options, config)
     set_environment()
 
     from trainer.adapter import load_plain
@@ -129,29 +130,36 @@ def predict(options: Options) -> int:
     return 0
 
 
-def _output(options: Options) -> Path:
-    """The file to write, which must not be the input."""
+def _output(options: Options, config: Config) -> Path:
+    """The file to write, which must not be the input, data of the run, or a part of it."""
     output = Path(options.output)
     if output.suffix.lower() not in OUTPUT_TYPES:
         raise UserError(f"--output: {output} must end in {' or '.join(OUTPUT_TYPES)}")
     if not output.parent.is_dir():
         raise UserError(f"--output: no folder {output.parent}")
-    inputs = [path for path in (options.input, *glob.glob(options.input)) if Path(path).exists()]
-    if output.exists() and any(output.samefile(path) for path in inputs):
-        raise UserError(f"--output: {output} is the input; give another file")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output: {output} cannot be written")
+    if Path(options.run).resolve() in output.resolve().parents:
+        raise UserError(f"--output: {output} lies in the run's folder; give another file")
+    splits = (config.data.train, config.data.validation, config.data.test)
+    used = [completed(split, config.data).path for split in splits if split]
+    for what, patterns in (("the input", [options.input]), ("data of the run", used)):
+        paths = [path for pattern in patterns for path in (pattern, *glob.glob(pattern)) if Path(path).exists()]
+        if output.exists() and any(output.samefile(path) for path in paths):
+            raise UserError(f"--output: {output} is {what}; give another file")
+    if options.max_tokens < 1:
+        raise UserError(f"--max_tokens: {options.max_tokens} must be 1 or more")
     return output
 
 
 def _source(options: Options) -> Source:
     """The input's layout; what it leaves open is the run's."""
-    # a column of this name cannot exist in a file, so no labels are found
-    label_column = "\0ignored" if options.ignore_labels else options.label_column
     return Source(
         path=options.input,
         column_names=options.column_names,
         text_columns=options.text_columns,
         text_pair_columns=options.text_pair_columns,
-        label_column=label_column,
+        label_column=NO_COLUMN if options.ignore_labels else options.label_column,
         label_names=options.label_names,
     )
 

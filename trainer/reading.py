@@ -146,19 +146,25 @@ def _read_csv(path: str, column_names: list[str] | None, wanted: list[str]) -> I
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
         try:
-            rows = (row for row in reader if row)
-            names = column_names or next(rows, [])
+            names = column_names or next((row for row in reader if row), [])
             if len(set(names)) < len(names):
                 raise ValueError(f"two columns have the same name in {names}")
             yield 0, {name: [] for name in names}
-            for chunk in _in_chunks(_whole_rows(reader, rows, names)):
+            for chunk in _in_chunks(_whole_rows(reader, names)):
                 yield len(chunk), dict(zip(names, map(list, zip(*chunk, strict=True)), strict=True))
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error} (a quote that is not closed or not doubled?)") from None
 
 
-def _whole_rows(reader: Any, rows: Iterable[list[str]], names: list[str]) -> Iterator[list[str]]:
-    for row in rows:
+def _whole_rows(reader: Any, names: list[str]) -> Iterator[list[str]]:
+    num_blank = 0
+    for row in reader:
+        if not row:
+            num_blank += 1
+            continue
+        if len(names) == 1:  # a blank line before others is a cell that is empty
+            yield from [[""]] * num_blank
+        num_blank = 0
         if len(row) != len(names):
             raise ValueError(
                 f"line {reader.line_num} has {len(row)} fields, expected {len(names)} ({', '.join(names)[:80]})"

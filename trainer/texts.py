@@ -30,7 +30,7 @@ from trainer.reading import Chunk, Origin, find_origin
 
 SHOWN = 5  # how many rows an error names
 LARGE = 2**26  # bytes of a source from which on its rows are kept in the cache
-LAYOUT = 1  # of the kept rows; another number makes them anew
+LAYOUT = 2  # of the kept rows; another number makes them anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,12 +283,15 @@ def _named(text_columns: Sequence[str]) -> str:
 
 
 def label_text(value: Any) -> str | None:
-    """A label as text; whole numbers read alike from csv ("1"), json (1) and parquet (1.0). None where missing."""
+    """A label as text, whole numbers alike from csv ("1", "1.0"), json (1) and parquet (1.0); None where missing."""
     if value is None or value != value:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip() or None
+    text = str(value).strip()
+    if text.endswith("0") and re.fullmatch(r"-?[0-9]{1,15}\.0+", text):
+        text = str(int(float(text)))
+    return text or None
 
 
 def _checked(chunk: Chunk, column: str, seen: _Seen) -> list[Any]:

@@ -171,6 +171,22 @@ def test_the_input_is_not_written_over(run, labelled, tmp_path):
     assert source.read_bytes() == labelled.read_bytes()
 
 
+def test_neither_the_run_nor_its_data_is_written_over(run, labelled, tmp_path, fault_data):
+    folder = tmp_path / "folder.csv"
+    folder.mkdir()
+    each = {
+        run / "metrics.jsonl": "lies in the run's folder",
+        fault_data / "train.csv": "is data of the run",
+        folder: "cannot be written",
+    }
+    for output, said in each.items():
+        before = output.read_bytes() if output.is_file() else None
+        ended = predict(run, labelled, output)
+        assert (ended.code, ended.stderr.count("\n")) == (2, 1) and said in ended.stderr
+        assert before is None or output.read_bytes() == before
+    assert "--max_tokens: 0" in refused(run, labelled, tmp_path / "out.csv", "--max_tokens", "0")
+
+
 def test_help():
     ended = command("predict", ["--help"])
     assert ended.code == 0

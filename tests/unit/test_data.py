@@ -146,11 +146,38 @@ def test_parquet_columns_of_other_types(tmp_path):
     assert texts_and_labels(load(tmp_path / "x.parquet")) == [("x", "True"), ("y", "False"), ("x", "True")]
 
 
-@pytest.mark.parametrize("values", [[1.0, 0.0], [1, 0], ["1", "0"], [" 1", "0 "]])
+@pytest.mark.parametrize("values", [[1.0, 0.0], [1, 0], ["1", "0"], [" 1", "0 "], ["1.0", "-0.00"]])
 def test_whole_numbers_read_alike(tmp_path, values):
     pq.write_table(pa.table({"text": ["x", "y"], "label": values}), tmp_path / "x.parquet")
     corpus = load(tmp_path / "x.parquet", label_names=["no", "yes"])
     assert texts_and_labels(corpus) == [("x", "yes"), ("y", "no")]
+
+
+def test_classes_called_by_numbers_are_met_under_their_names(tmp_path):
+    """As pandas writes a column of whole numbers in which one was missing."""
+    train = write(tmp_path / "x.csv", "text,label\na,-1.0\nb,0.0\nc,1.0\n")
+    test = write(tmp_path / "y.csv", "text,label\nd,1\ne,0\n")
+    corpus = load(train, test=str(test))
+    assert corpus.label_names == ["-1", "0", "1"]
+    assert texts_and_labels(corpus, "test") == [("d", "1"), ("e", "0")]
+    mapped = load(train, label_names={"-1.0": "bad", 0: "fair", 1.0: "good"})
+    assert texts_and_labels(mapped) == [("a", "bad"), ("b", "fair"), ("c", "good")]
+    halves = write(tmp_path / "z.csv", "text,label\na,0.5\nb,1.5\n")
+    assert load(halves).label_names == ["0.5", "1.5"]
+    assert "unknown, first '1'" in refused(halves, test=str(test))
+
+
+@pytest.mark.parametrize(("content", "row"), [("text\na\n\nb\n\n\n", 2), ("text\n\n\na\n", 1)])
+def test_a_blank_line_of_a_single_column_is_an_empty_cell(tmp_path, content, row):
+    path = write(tmp_path / "x.csv", content)
+    with pytest.raises(UserError, match=rf"empty or missing text \(text\): row {row}"):
+        load_for_prediction(Source(str(path)), DataConfig(train="x"), ["neg", "pos"], None)
+
+
+def test_blank_lines_at_the_end_are_none(tmp_path):
+    path = write(tmp_path / "x.csv", "text\na\nb\n\n\n")
+    split, *_ = load_for_prediction(Source(str(path)), DataConfig(train="x"), ["neg", "pos"], None)
+    assert split.texts == ["a", "b"]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -461,8 +488,8 @@ def test_hold_out_that_leaves_nothing(tmp_path, fraction, count):
     path = numbered(tmp_path / "x.csv", ["a", "b"] * (count // 2))
     said = refused(path, validation_fraction=fraction)
     assert said == (
-        f"data.validation_fraction: {fraction} of {count} examples leaves train or validation empty; "
-        "change it, or name data.validation"
+        f"data.validation_fraction: {fraction} of {count} examples, class by class, leaves train or "
+        "validation empty; change it, or name data.validation"
     )
 
 
@@ -470,6 +497,12 @@ def test_hold_out_that_takes_a_whole_class_is_said(tmp_path):
     path = numbered(tmp_path / "x.csv", ["a"] * 10 + ["b"] * 10 + ["c"])
     corpus = load(path, validation_fraction=0.6)
     assert corpus.warnings == ["data.train has no example of 'c'"]
+
+
+def test_a_class_that_validation_lacks_is_said(tmp_path):
+    path = numbered(tmp_path / "x.csv", ["a"] * 10 + ["b"] * 10 + ["c"] * 2)
+    corpus = load(path, validation_fraction=0.2)
+    assert corpus.warnings == ["too few rows to hold one out for validation: 'c'"]
 
 
 def test_named_validation_is_taken_whole(tmp_path):
@@ -507,5 +540,7 @@ def test_load_for_prediction(tmp_path):
         load_for_prediction(Source(str(path)), config, ["neg", "pos"], None)
     path = write(tmp_path / "y.csv", "t,label\nx,2\ny,1\n")
     assert load_for_prediction(Source(str(path)), config, ["neg", "pos"], None)[0].labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match="has no column 'lable'"):
+        load_for_prediction(Source(str(path), label_column="lable"), config, ["neg", "pos"], None)
     with pytest.raises(UserError, match=r"^--input: .*y\.csv has no column 'id'"):
         load_for_prediction(Source(str(path)), config, ["neg", "pos"], "id")
