@@ -87,6 +87,7 @@ def save_adapter(
     model: PeftModel,
     tensors: dict[str, torch.Tensor],
     tokenizer: Any,
+    max_length: int,
     label_names: list[str],
     card: str,
 ) -> None:
@@ -96,13 +97,21 @@ def save_adapter(
         OSError: the disk is full or not writable; a folder that was there is unchanged.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, max_length, Path(temporary))
         files = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
     files["adapter_model.safetensors"] = safetensors.torch.save(tensors, {"format": "pt"})
     files["adapter_config.json"] = adapter_config_json(model).encode()
     files["labels.json"] = (json.dumps(label_names, ensure_ascii=False) + "\n").encode()
     files["README.md"] = card.encode("utf-8", "backslashreplace")
     replace_folder(folder, files)
+
+
+def save_tokenizer(tokenizer: Any, max_length: int, folder: Path) -> None:
+    """Writes the tokenizer with the run's length, so that whoever truncates gets what the model was trained on."""
+    own = copy.deepcopy(tokenizer)
+    own.init_kwargs.pop("max_length", None)  # of an earlier use
+    own.model_max_length = max_length
+    own.save_pretrained(folder)
 
 
 def check_adapter(

@@ -33,7 +33,10 @@ TOLERANCE = 1e-4  # of logits in fp32: merging adds B A to W before the product 
 def main() -> int:
     """Exports what the command line asks for; returns the exit code."""
     parser = jsonargparse.ArgumentParser(
-        prog="export.py", description="Merges a run's adapter into its backbone.", exit_on_error=False
+        prog="export.py",
+        description="Merges a run's adapter into its backbone.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
@@ -59,7 +62,7 @@ def export(run: Path, output: Path) -> int:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    from trainer.adapter import load_plain
+    from trainer.adapter import load_plain, save_tokenizer
     from trainer.backbone import find_backbone, silence_libraries
 
     silence_libraries()
@@ -78,7 +81,9 @@ def export(run: Path, output: Path) -> int:
             merged.save_pretrained(temporary)
         except SafetensorError as error:  # a full disk is no OSError there
             raise UserError(f"--output: cannot write {output}: {error}") from None
-        backbone.tokenizer.save_pretrained(temporary)
+        for path in temporary.glob("*.safetensors"):  # which safetensors lets nobody else read
+            path.chmod((temporary / "config.json").stat().st_mode)
+        save_tokenizer(backbone.tokenizer, config.data.max_length, temporary)
         fresh = AutoModelForSequenceClassification.from_pretrained(temporary, trust_remote_code=False).eval()
         difference = (_logits(fresh, backbone.tokenizer) - wanted).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):

@@ -235,7 +235,8 @@ def _finish(
     folder, backbone = run.folder, inputs.backbone
     summary = _summary(run, inputs, state, metrics)
     card = model_card(folder.name, run.config, run.label_names, summary)
-    save_adapter(folder / "adapter", run.model, best, backbone.tokenizer, run.label_names, card)
+    max_length = run.config.data.max_length
+    save_adapter(folder / "adapter", run.model, best, backbone.tokenizer, max_length, run.label_names, card)
     if run.sharded:  # it may fit no device but the host, where other kernels round otherwise
         batch = {name: tensor.cpu() for name, tensor in batch.items()}
     check_adapter(

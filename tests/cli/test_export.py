@@ -14,6 +14,7 @@ from tests.conftest import topic_rows
 from tests.faults.harness import changed, command
 
 pytest_plugins = ["tests.faults.fixtures"]
+LENGTH = 48  # data.max_length of the run
 TEXTS = [text for text, _ in topic_rows(9, seed=5)]
 
 
@@ -56,9 +57,19 @@ def test_labels_tokenizer_and_pipeline(exported):
     assert settings["architectures"] == ["RobertaForSequenceClassification"]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(folder))
     assert not [name for name in os.listdir(folder) if "adapter" in name]
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "config.json").stat().st_mode}
     answers = pipeline("text-classification", model=str(folder), device="cpu")(TEXTS)
     assert len(answers) == len(TEXTS)
     assert {answer["label"] for answer in answers} <= set(names)
+
+
+def test_whoever_truncates_gets_the_length_of_training(run, exported):
+    folder, _ = exported
+    assert f"max_length: {LENGTH}\n" in (run / "config.yaml").read_text()
+    for place in (folder, run / "adapter"):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        assert len(tokenizer("match " * 100, truncation=True).input_ids) == LENGTH
+        assert "max_length" not in json.loads((place / "tokenizer_config.json").read_text())
 
 
 def test_an_existing_folder_is_refused_and_an_empty_one_used(run, tmp_path):
