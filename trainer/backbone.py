@@ -170,7 +170,7 @@ def _fingerprint(path: str, config: BackboneConfig) -> str:
     if not Path(path).is_dir():
         return str(getattr(config, "_commit_hash", None))
     digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in [Path(path) / "config.json", *sorted(Path(path).glob("*.safetensors"))]:
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()

@@ -105,7 +105,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         "padded, in batches sorted by length": because,
         "nothing is compiled": compiled.why_not,
         "micro-batches are not recorded": why_not_recorded,
-        "exact up to dropout; out of reach this backbone draws": ", ".join(keys.unreached),
+        "exact up to dropout; out of reach this model draws": ", ".join(keys.unreached),
     }
     optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
     default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS

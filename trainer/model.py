@@ -79,6 +79,11 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         problems.append(
             f"peft.init_lora_weights: {start!r} changes the frozen backbone; the adapter alone would not load"
         )
+    for name, value in options.items():
+        if name.endswith("dropout") and isinstance(value, int | float) and not 0 <= value < 1:
+            problems.append(f"peft.{name}: {value} must be at least 0 and below 1")
+    if settings.peft_type in ("LOHA", "LOKR") and options.get("module_dropout"):
+        problems.append("peft.module_dropout: it leaves out whole adapters, which then get no gradient; only 0 trains")
     if problems:
         raise UserError("\n".join(problems))
     if settings.peft_type == "IA3" and options.get("target_modules"):

@@ -70,7 +70,8 @@ def _is_finished(folder: Path, config: Config) -> bool:
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         raise UserError(f"{folder} holds a run of another configuration: {shown}\nFor a new run: --run.name NAME")
     if finished and os.environ.get("RANK", "0") == "0" and not config.run.quiet:
-        print(f"{folder} is finished; nothing to do. For another run: --run.name NAME", file=sys.stderr)
+        done = "is finished; nothing to do, and its data was not looked at"
+        print(f"{folder} {done}. For another run: --run.name NAME", file=sys.stderr)
     return finished
 
 

@@ -154,8 +154,8 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
         UserError: the checkpoint is of other data or another backbone, or does not fit the model.
     """
     state = checkpoint.state
-    for what, value in run.fingerprints.items():
-        if state["fingerprints"].get(what) != value:
+    for what in dict.fromkeys([*run.fingerprints, *state["fingerprints"]]):
+        if state["fingerprints"].get(what) != run.fingerprints.get(what):
             raise UserError(
                 f"{run.folder} was begun with another {what}; restore that, or start a new run with --run.name NAME"
             )

@@ -131,6 +131,24 @@ def test_another_backbone_is_refused(killed, tiny_backbone, tmp_path):
     assert contents(folder) == before
 
 
+def test_a_backbone_that_computes_otherwise_is_refused(killed, tiny_backbone, tmp_path):
+    _, arguments = killed
+    other = shutil.copytree(tiny_backbone, tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "hidden_act": "relu"}))
+    ended = command("run", changed(arguments, model__name=other), [LESS])
+    assert ended.code == 2
+    assert "begun with another backbone" in ended.stderr
+
+
+def test_a_split_left_out_is_refused(killed):
+    """Else the best adapter so far would be forgotten."""
+    _, arguments = killed
+    ended = command("run", changed(arguments, data__test=None, data__validation=None), [LESS])
+    assert ended.code == 2
+    assert "begun with another" in ended.stderr and "split" in ended.stderr
+
+
 def test_another_configuration_is_refused(killed):
     folder, arguments = killed
     before = contents(folder)

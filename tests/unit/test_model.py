@@ -439,6 +439,8 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
         ("LORA", {"target_modules": ".*nothing"}, "matches nothing"),
         ("LORA", {"target_modules": "("}, "no regular expression"),
         ("LORA", {"r": 0, "target_modules": ATTENTION}, "peft: "),
+        ("LORA", {"lora_dropout": 1.0}, r"peft\.lora_dropout: 1\.0 must be at least 0 and below 1"),
+        ("LOKR", {"module_dropout": 0.1}, r"peft\.module_dropout: it leaves out whole adapters"),
     ],
 )
 def test_wrong_adapter_settings_are_refused_in_words(backbone, peft_type, options, message):
