@@ -108,10 +108,11 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
     if "validation" not in splits and config.validation_fraction > 0:
         held = _hold_out(splits["train"], config.validation_fraction, seed)
+        nowhere = _absent(splits["train"], label_names)
+        rare = [name for name in _absent(held["validation"], label_names) if name not in nowhere]
+        if rare:
+            warnings.append(f"too few rows to hold one out for validation: {_few(rare)}")
         splits = held | {name: split for name, split in splits.items() if name not in held}
-        absent = _absent(held["validation"], label_names)
-        if absent:
-            warnings.append(f"too few rows to hold one out for validation: {_few(absent)}")
     _check_classes(splits["train"], label_names, warnings)
     return Corpus(label_names, splits, warnings)
 

@@ -64,8 +64,8 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; nearest: peft.{near[0]}" if near else f"; it has {', '.join(sorted(known))}"
-            if any(name in _names_of(other) for other in PEFT_TYPES):  # of a recipe for another method, most likely
-                hint = f"; --peft.{name} null leaves it out"
+            if any(name in _names_of(other) for other in PEFT_TYPES):  # of a recipe for another method, perhaps
+                hint += f"; --peft.{name} null leaves it out"
             problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}{hint}")
             continue
         try:
@@ -252,14 +252,17 @@ def _check_targets(model: nn.Module, settings: PeftConfig) -> None:
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
 
+    def matches(name: str, wanted: str) -> bool:
+        return f".{name}".endswith(f".{wanted}")
+
     def absent(wanted: list[str]) -> list[str]:
-        return [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
+        return [w for w in wanted if not any(matches(name, w) for name in names)]
 
     if whole := absent(settings.options.get("modules_to_save") or []):
         raise UserError(f"peft.modules_to_save: this backbone has no module {whole[0]!r}")
     if isinstance(targets, list):
         lost = absent(targets) if targets else ["[]"]
-        chosen = [(name, m) for name, m in model.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets)]
+        chosen = [(name, m) for name, m in model.named_modules() if any(matches(name, t) for t in targets)]
     elif isinstance(targets, str) and targets != "all-linear":
         try:
             chosen = [(name, m) for name, m in model.named_modules() if re.fullmatch(targets, name)]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jsonargparse
+from jsonargparse.typing import PositiveInt
 
 from trainer.config import NO_COLUMN, Config, Source, UserError, completed, main_guard, set_environment
 from trainer.options import load_finished_run
@@ -56,7 +57,7 @@ class Options:
     """true = do not read the label column"""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """arithmetic; no = fp32"""
-    max_tokens: int = 4096
+    max_tokens: PositiveInt = 4096
     """tokens of one batch on one process, padding included"""
     quiet: bool = False
     """true = nothing on stderr but errors; stdout has the metrics alone in any case"""
@@ -147,8 +148,6 @@ def _output(options: Options, config: Config) -> Path:
         paths = [path for pattern in patterns for path in (pattern, *glob.glob(pattern)) if Path(path).exists()]
         if output.exists() and any(output.samefile(path) for path in paths):
             raise UserError(f"--output: {output} is {what}; give another file")
-    if options.max_tokens < 1:
-        raise UserError(f"--max_tokens: {options.max_tokens} must be 1 or more")
     return output
 
 

@@ -378,8 +378,8 @@ def test_finished_run_typed_again(finished, unchanged):
     folder, arguments = finished
     done = run_script("run.py", arguments)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.startswith(f"{folder} is finished; nothing to do")
-    assert done.stderr.endswith("For another run: --run.name NAME\n") and done.stderr.count("\n") == 1
+    said = "is finished; nothing to do, and its data was not looked at. For another run: --run.name NAME"
+    assert done.stderr == f"{folder} {said}\n"
     done = run_script("run.py", [*arguments, "--run.quiet", "true", "--tracking.every_steps", "1"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

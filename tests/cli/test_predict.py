@@ -159,6 +159,7 @@ def test_what_is_refused(run, killed, labelled, tmp_path):
     assert "layout" in refused(run, labelled, output, "--layout", "wide")
     assert "--inputs" in refused(run, labelled, output, "--inputs", "x")
     assert "label_names" in refused(run, labelled, output, "--label_names", "{1: World, 1: Sports}")
+    assert "max_tokens" in refused(run, labelled, output, "--max_tokens", "0")
 
 
 def test_the_input_is_not_written_over(run, labelled, tmp_path):
@@ -184,7 +185,6 @@ def test_neither_the_run_nor_its_data_is_written_over(run, labelled, tmp_path, f
         ended = predict(run, labelled, output)
         assert (ended.code, ended.stderr.count("\n")) == (2, 1) and said in ended.stderr
         assert before is None or output.read_bytes() == before
-    assert "--max_tokens: 0" in refused(run, labelled, tmp_path / "out.csv", "--max_tokens", "0")
 
 
 def test_help():

@@ -142,11 +142,13 @@ def test_a_backbone_that_computes_otherwise_is_refused(killed, tiny_backbone, tm
 
 
 def test_a_split_left_out_is_refused(killed):
-    """Else the best adapter so far would be forgotten."""
-    _, arguments = killed
-    ended = command("run", changed(arguments, data__test=None, data__validation=None), [LESS])
+    """Without that of validation the best adapter so far would be forgotten."""
+    folder, arguments = killed
+    before = contents(folder)
+    ended = command("run", changed(arguments, data__test=None), [LESS])
     assert ended.code == 2
-    assert "begun with another" in ended.stderr and "split" in ended.stderr
+    assert "begun with another test split" in ended.stderr
+    assert contents(folder) == before
 
 
 def test_another_configuration_is_refused(killed):

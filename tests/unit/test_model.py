@@ -429,7 +429,7 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
         (
             "LOHA",
             {"lora_alpha": 3},
-            r"unknown option 'peft\.lora_alpha' for LOHA; --peft\.lora_alpha null leaves it out",
+            r"unknown option 'peft\.lora_alpha' for LOHA; nearest: peft\.alpha; --peft\.lora_alpha null leaves it out",
         ),
         ("LORA", {"lora_alhpa": 3}, r"unknown option 'peft\.lora_alhpa' for LORA; nearest: peft\.lora_alpha"),
         ("LORA", {"r": "many"}, r"peft\.r: 'many' does not fit"),
