@@ -87,7 +87,7 @@ def _rank(end, rank, world_size, port, function, arguments):
         end.send((traceback.format_exc(), None))
 
 
-def build(arguments, double=False):
+def build(arguments, double=False, precision="no"):
     """What `run.py` with these arguments would train with; in fp64 with `double`."""
     from trainer import backbone, building
     from trainer.options import parse_config
@@ -97,13 +97,13 @@ def build(arguments, double=False):
     config = parse_config(list(map(str, arguments)))
     folder = Path(config.run.output_dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = start_accelerator("no", folder)
+    accelerator = start_accelerator(precision, folder)
     plain = building.build_model
     if double:
         building.build_model = lambda *given: plain(*given).double()
     try:
         return building.build(
-            building.prepare(config, folder, "no", accelerator.device), accelerator, StopRequest(), Watch()
+            building.prepare(config, folder, precision, accelerator.device), accelerator, StopRequest(), Watch()
         )
     finally:
         building.build_model = plain
@@ -161,7 +161,7 @@ def weigh_parts_alike(run, step, micro_batches):
     ]
 
 
-def gradients(arguments, cases, wrong=None, recorded=False):
+def gradients(arguments, cases, wrong=None, recorded=False, precision=None):
     """Gradient, loss and sizes of the micro-batches of one step, for each case.
 
     Args:
@@ -171,13 +171,14 @@ def gradients(arguments, cases, wrong=None, recorded=False):
         wrong: a mistake to make: "mean of means", dropout keyed by "rank" or by "position", or replays of the "old
             tokens" or with the "old masks".
         recorded: the work is recorded once for each shape and replayed.
+        precision: None = fp64.
     """
     import torch
 
     from trainer import graphs
     from trainer.step import result_of, train_step
 
-    run = build(arguments, double=True)
+    run = build(arguments, double=precision is None, precision=precision or "no")
     before = [parameter.detach().clone() for parameter in run.trained.values()]
     if wrong == "rank":
         run.dropout.seed += run.accelerator.process_index

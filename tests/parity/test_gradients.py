@@ -27,14 +27,14 @@ def found(parity_arguments):
     """Results by rank of all cases, for a world size and a dropout; computed once."""
 
     @functools.cache
-    def compute(world_size, dropout, wrong, packed, recorded):
-        name = f"gradients-{world_size}-{dropout}-{wrong}-{packed}-{recorded}"
+    def compute(world_size, dropout, wrong, packed, recorded, precision):
+        name = f"gradients-{world_size}-{dropout}-{wrong}-{packed}-{recorded}-{precision}"
         arguments = parity_arguments(name, dropout, *STEP_IS_GRADIENT, "--model.packed", packed)
         cases = CASES if wrong is None else CASES[:5]
-        return on_ranks(world_size, gradients, arguments, cases, wrong, recorded)
+        return on_ranks(world_size, gradients, arguments, cases, wrong, recorded, precision)
 
-    return lambda world_size, dropout, wrong=None, packed="true", recorded=False: compute(
-        world_size, dropout, wrong, packed, recorded
+    return lambda world_size, dropout, wrong=None, packed="true", recorded=False, precision=None: compute(
+        world_size, dropout, wrong, packed, recorded, precision
     )
 
 
@@ -57,6 +57,23 @@ def test_every_factorisation_gives_one_gradient(found, world_size, dropout, pack
             assert rank[case]["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
             assert rank[case]["norm"] == pytest.approx(whole["norm"], rel=TOLERANCE)
             assert np.linalg.norm(whole["gradient"]) == pytest.approx(rank[case]["norm"], rel=1e-9)
+
+
+def relative(result, exact):
+    return float(np.linalg.norm(result["gradient"] - exact["gradient"]) / np.linalg.norm(exact["gradient"]))
+
+
+@pytest.mark.parametrize("packed", ["true", "false"])
+def test_in_bf16_it_is_the_same_up_to_rounding(found, packed):
+    """Which is taken from the padded forward over whole batches on one rank."""
+    exact = {batch: found(1, 0.1, packed="false")[0][(*batch, WHOLE)] for batch in BATCHES}
+    padded = found(1, 0.1, packed="false", precision="bf16")[0]
+    rounding = max(relative(padded[(*batch, WHOLE)], exact[batch]) for batch in BATCHES)
+    for world_size in (1, 2):
+        for rank in found(world_size, 0.1, packed=packed, precision="bf16"):
+            assert max(relative(rank[case], exact[case[:2]]) for case in CASES) < 2.5 * rounding
+    wrong = found(2, 0.1, "mean of means", packed=packed, precision="bf16")[0]
+    assert max(relative(result, exact[case[:2]]) for case, result in wrong.items()) > 10 * rounding
 
 
 def test_recorded_and_replayed_it_is_the_same(found):
