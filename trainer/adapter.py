@@ -1,12 +1,13 @@
 """The adapter in and out: tensors of a trained model, the adapter/ folder, a fresh model from it.
 
 Always holds: an adapter is read strictly, a missing or an unexpected tensor is an error; the folder is plain PEFT,
-beside tokenizer, class names and a model card, and is put in place whole.
+beside tokenizer, class names, the backbone's record and a model card, and is put in place whole.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
@@ -19,10 +20,12 @@ import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from trainer.backbone import Backbone, load_weights
+from trainer.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
 from trainer.checkpoint import replace_folder
-from trainer.config import Config, UserError
+from trainer.config import Config, ModelConfig, UserError, completed
 from trainer.model import set_precision
+
+IDENTITY = "backbone/identity.json"
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -63,6 +66,26 @@ def adapter_config_json(model: PeftModel) -> str:
     return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
 
 
+def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]) -> tuple[Backbone, list[str]]:
+    """The backbone that a finished run trained on, with the adapter's own tokenizer; and warnings.
+
+    Raises:
+        UserError: not found, or another backbone than the recorded one.
+    """
+    folder = run / "adapter"
+    try:
+        recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
+    except FileNotFoundError:  # of a run before there were records
+        return find_backbone(config, label_names, None, folder), [
+            f"{run} has no record of its backbone: whether {config.name} is the one it was trained on is not verified"
+        ]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--run: {folder / IDENTITY} cannot be read: {error}") from None
+    backbone = find_backbone(config, label_names, recorded, folder)
+    refuse_another(recorded, backbone.identity, run)
+    return backbone, []
+
+
 def load_plain(backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32) -> PeftModel:
     """A fresh backbone with the adapter in `folder`, through plain PEFT, in evaluation mode.
 
@@ -86,21 +109,24 @@ def save_adapter(
     folder: Path,
     model: PeftModel,
     tensors: dict[str, torch.Tensor],
-    tokenizer: Any,
+    backbone: Backbone,
     max_length: int,
     label_names: list[str],
     card: str,
 ) -> None:
-    """Writes the adapter folder: plain PEFT layout, the tokenizer, labels.json and README.md.
+    """Writes the adapter folder: plain PEFT layout, the tokenizer, labels.json, README.md and backbone/.
 
     Raises:
         OSError: the disk is full or not writable; a folder that was there is unchanged.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        save_tokenizer(tokenizer, max_length, Path(temporary))
+        save_tokenizer(backbone.tokenizer, max_length, Path(temporary))
         files = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
     files["adapter_model.safetensors"] = safetensors.torch.save(tensors, {"format": "pt"})
     files["adapter_config.json"] = adapter_config_json(model).encode()
+    # in a folder of its own: beside adapter_config.json, transformers would take the adapter for a whole model
+    files["backbone/config.json"] = backbone.config.to_json_string().encode()
+    files[IDENTITY] = (json.dumps(dataclasses.asdict(backbone.identity), indent=2, ensure_ascii=False) + "\n").encode()
     files["labels.json"] = (json.dumps(label_names, ensure_ascii=False) + "\n").encode()
     files["README.md"] = card.encode("utf-8", "backslashreplace")
     replace_folder(folder, files)
@@ -143,9 +169,12 @@ def check_adapter(
         raise RuntimeError(f"{folder} gives other logits than the trained model (by {difference:.2g})")
 
 
-def model_card(name: str, config: Config, label_names: list[str], summary: Mapping[str, Any]) -> str:
+def model_card(
+    name: str, config: Config, backbone: Backbone, label_names: list[str], summary: Mapping[str, Any]
+) -> str:
     """README.md of an adapter, from the run's summary."""
-    front = {"library_name": "peft", "base_model": config.model.name, "pipeline_tag": "text-classification"}
+    identity = backbone.identity
+    front = {"library_name": "peft", "base_model": identity.name, "pipeline_tag": "text-classification"}
     scored = [(split, summary[split]) for split in ("validation", "test") if split in summary]
     rows = "".join(f"| {s} | {m['accuracy']:.4f} | {m['f1_macro']:.4f} | {m['num_examples']} |\n" for s, m in scored)
     names = "\n".join(f"    {i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(label_names))
@@ -164,10 +193,36 @@ Classes, by number (also in labels.json):
 
 {names}
 
-```python
-from peft import AutoPeftModelForSequenceClassification
+These lines classify a text; `backbone/identity.json` says which backbone the adapter needs.
 
-model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", num_labels={len(label_names)})
+{_snippet(backbone, pairs=bool(completed(config.data.train or "", config.data).text_pair_columns))}"""
+
+
+def _snippet(backbone: Backbone, pairs: bool) -> str:
+    """The lines of a model card that load the adapter without Isotrain."""
+    name, imports = backbone.asked.name, ""
+    path, comment = repr(backbone.path), "" if backbone.revision else "  # the backbone's folder"
+    if name.startswith("package:"):
+        package, _, folder = name.removeprefix("package:").partition("/")
+        imports = "from importlib.util import find_spec\n\n"
+        path, comment = f"find_spec({package!r}).submodule_search_locations[0] + {'/' + folder!r}", ""
+    revision = f"revision={backbone.revision!r}, " if backbone.revision else ""
+    text = '{"text": "A text.", "text_pair": "Its pair."}' if pairs else '"A text."'
+    return f"""```python
+{imports}from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+adapter = "adapter"  # this folder
+backbone = {path}{comment}
+
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+config = AutoConfig.from_pretrained(adapter, subfolder="backbone")
+model = AutoModelForSequenceClassification.from_pretrained(
+    backbone, {revision}config=config, dtype="float32", ignore_mismatched_sizes=True
+)
+model = PeftModel.from_pretrained(model, adapter).eval()
+classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+print(classify([{text}], truncation=True, top_k=None))
 ```
 """
 

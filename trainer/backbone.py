@@ -8,13 +8,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -30,16 +36,50 @@ OFFSET_POSITIONS = (
 
 
 @dataclass(frozen=True)
+class Identity:
+    """Which backbone it is: what checkpoints, adapter and summary record."""
+
+    name: str
+    """model.name: hub id, local folder, or package:NAME/dir"""
+    revision: str | None
+    """model.revision as the user gave it"""
+    commit: str | None
+    """the hub's commit; None for a local folder"""
+    files: dict[str, str]
+    """SHA-256 of config.json and of each weights file; equal for every copy of the backbone"""
+
+    def __str__(self) -> str:
+        return f"{self.name} at commit {self.commit}" if self.commit else self.name
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A backbone found and read as far as possible without its weights."""
 
     path: str
     """local folder or hub id"""
     revision: str | None
+    """the hub's commit; None for a local folder"""
     config: BackboneConfig
     tokenizer: Any
-    fingerprint: str
-    """changes when the weights do: the hub's commit, or a hash of the local files"""
+    asked: ModelConfig
+    """what the user asked for"""
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Which backbone it is. Reads the weights of a local folder; downloads those of a hub model that are missing.
+
+        Raises:
+            UserError: a file is missing or cannot be read.
+        """
+        weights = getattr(self.config, "transformers_weights", None) or "model.safetensors"
+        files = _hashes(self.path, self.revision, weights)
+        return Identity(self.asked.name, self.asked.revision, self.revision, files)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over all files of the identity."""
+        return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in self.identity.files.values())).hexdigest()
 
     @property
     def max_positions(self) -> int | None:
@@ -60,20 +100,32 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=r".*broadcast_buffers")
 
 
-def find_backbone(config: ModelConfig, label_names: list[str]) -> Backbone:
+def find_backbone(
+    config: ModelConfig, label_names: list[str], recorded: Identity | None = None, tokenizer_folder: Path | None = None
+) -> Backbone:
     """Reads configuration and tokenizer of the backbone; no weights yet, and none of its code.
+
+    Args:
+        config: what the user asks for.
+        label_names: the classes in order.
+        recorded: the backbone of an earlier start; the same request gets its commit, wherever a branch points now.
+        tokenizer_folder: folder of the tokenizer; None = the backbone's own.
 
     Raises:
         UserError: not found, not reachable, asks for remote code, has only pickled weights, or no fast tokenizer.
     """
-    path = _located(config.name)
+    path, revision = _located(config.name), None
     if config.revision is not None and Path(path).is_dir():
         raise UserError(f"model.revision: {config.revision!r} is of a hub model; {config.name} is a local folder")
     try:
-        backbone_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+        if not Path(path).is_dir():
+            revision = _commit(config, recorded)
+        backbone_config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_folder or path, revision=None if tokenizer_folder else revision, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raise bare ones, strict configurations kinds of their own
-        raise UserError(_why_not_found(config.name, error)) from None
+        raise UserError(_why_not_found(config.name, error, revision)) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model.name: {config.name} has no fast tokenizer (tokenizer.json)")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
@@ -90,7 +142,24 @@ def find_backbone(config: ModelConfig, label_names: list[str]) -> Backbone:
     _set_padding(backbone_config, tokenizer)
     if config.dropout is not None:
         _set_dropout(backbone_config, config.dropout)
-    return Backbone(path, config.revision, backbone_config, tokenizer, _fingerprint(path, backbone_config))
+    return Backbone(path, revision, backbone_config, tokenizer, config)
+
+
+def refuse_another(recorded: Identity, there: Identity, run: Path, otherwise: str = "") -> None:
+    """Makes sure that a backbone is the one that a run was trained on; its name and place may differ.
+
+    Raises:
+        UserError: names both backbones, the first file that differs, and the fix.
+    """
+    differing = [name for name in recorded.files | there.files if recorded.files.get(name) != there.files.get(name)]
+    if differing:
+        was, now = (identity.files.get(differing[0], "absent")[:12] for identity in (recorded, there))
+        hub = f"--model.name {recorded.name} --model.revision {recorded.commit}, or " if recorded.commit else ""
+        raise UserError(
+            f"model.name: {there} is not the backbone that {run} was trained on, {recorded}: "
+            f"SHA-256 of {differing[0]} is {now}..., was {was}...\n"
+            f"Use the same files: {hub}--model.name FOLDER of an unchanged copy{otherwise}"
+        )
 
 
 def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
@@ -149,14 +218,15 @@ def _refuse_broken_weights(path: Path) -> None:
             raise UserError(f"model.name: {file} cannot be read, cut off perhaps: {one_line(error)}") from None
 
 
-def _why_not_found(name: str, error: Exception) -> str:
+def _why_not_found(name: str, error: Exception, commit: str | None) -> str:
     reason = one_line(error)
     if "trust_remote_code" in reason or "custom code" in reason:
         return f"model.name: {name} asks to run code of its own; refused"
     if Path(name).is_dir() or name.startswith("package:"):
         return f"model.name: {name} cannot be read: {reason}"
+    at = f" at commit {commit}" if commit else ""
     return (
-        f"model.name: {name!r} is no local folder, and as a hub model neither cached nor reachable ({reason})\n"
+        f"model.name: {name!r} is no local folder, and as a hub model{at} neither cached nor reachable ({reason})\n"
         "Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR, or run with a hub"
     )
 
@@ -166,14 +236,50 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:240] or type(error).__name__
 
 
-def _fingerprint(path: str, config: BackboneConfig) -> str:
-    if not Path(path).is_dir():
-        return str(getattr(config, "_commit_hash", None))
-    digest = hashlib.sha256()
-    for file in [Path(path) / "config.json", *sorted(Path(path).glob("*.safetensors"))]:
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+def _commit(config: ModelConfig, recorded: Identity | None) -> str:
+    """The commit of a hub model."""
+    asked = (config.name, config.revision)
+    known = recorded.commit if recorded is not None and asked == (recorded.name, recorded.revision) else None
+    return known or Path(hf_hub_download(config.name, "config.json", revision=config.revision)).parent.name
+
+
+def _hashes(path: str, commit: str | None, weights: str) -> dict[str, str]:
+    """SHA-256 of each file that decides what the backbone computes, config.json first."""
+
+    def get(name: str) -> Path | None:
+        if commit is None:
+            return file if (file := Path(path) / name).is_file() else None
+        try:
+            return Path(hf_hub_download(path, name, revision=commit))
+        except EntryNotFoundError:
+            return None
+
+    try:
+        return {name: _sha256(file) for name, file in _files(get, weights).items()}
+    except Exception as error:  # huggingface_hub raises many kinds
+        raise UserError(f"model.name: the files of {path} cannot be read: {one_line(error)}") from None
+
+
+def _files(get: Callable[[str], Path | None], weights: str) -> dict[str, Path]:
+    """config.json and the weights that transformers reads, by name; `weights` is one file or an index of several."""
+    names = [weights]
+    if get(weights) is None:
+        weights = f"{weights}.index.json"
+    if weights.endswith(".index.json") and (index := get(weights)) is not None:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    files = {name: get(name) for name in ("config.json", *names)}
+    if missing := [name for name, file in files.items() if file is None]:
+        raise FileNotFoundError(f"no {missing[0]}, neither cached nor reachable")
+    return {name: file for name, file in files.items() if file is not None}
+
+
+def _sha256(file: Path) -> str:
+    """The hub's cache names large files by their SHA-256; others are read."""
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _set_labels(config: BackboneConfig, label_names: list[str]) -> None:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from trainer import dropout, kernels
-from trainer.backbone import Backbone, find_backbone
+from trainer.backbone import Backbone, Identity, find_backbone, refuse_another
 from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.data import Corpus, load_corpus
@@ -69,8 +69,12 @@ class Inputs:
     """for a CPU"""
 
 
-def prepare(config: Config, folder: Path, precision: str, device: torch.device) -> Inputs:
+def prepare(
+    config: Config, folder: Path, precision: str, device: torch.device, recorded: Identity | None = None
+) -> Inputs:
     """Reads the data, finds the backbone, and checks that they fit together and the configuration; loads no weight.
+
+    `recorded` is the backbone of the run's checkpoints: this very one is used.
 
     Raises:
         UserError: they do not, or are not there.
@@ -78,9 +82,11 @@ def prepare(config: Config, folder: Path, precision: str, device: torch.device) 
     compiled = _for_cpu(config) if device.type == "cpu" else Compiled()
     corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
     _check_names(config, corpus)
-    backbone = find_backbone(config.model, corpus.label_names)
+    backbone = find_backbone(config.model, corpus.label_names, recorded)
     pairs = corpus.splits["train"].text_pairs is not None
     _why_padded(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
+    if recorded is not None:
+        refuse_another(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
     examples = {
         name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
         for name, split in corpus.splits.items()
@@ -138,6 +144,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
             "backbone": inputs.backbone.fingerprint,
             **{f"{name} split": split.fingerprint() for name, split in examples.items()},
         },
+        backbone=inputs.backbone.identity,
         log=RunLog(inputs.folder, accelerator, config.run.quiet),
         stop=stop,
         watch=watch,

@@ -7,6 +7,7 @@ trains (adapter and head), the optimizer's state and a few numbers; never the fr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -109,6 +110,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"manifest.json: {type(error).__name__} {error}") from None
 
 
+def recorded_backbone(folder: Path) -> dict[str, Any] | None:
+    """The backbone that the newest checkpoint with a readable state was trained on; None without a record of it."""
+    for path in reversed(_numbered(folder)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DamagedCheckpoint):
+            entry = json.loads((path / "manifest.json").read_bytes())["files"]["trainer_state.json"]
+            backbone: dict[str, Any] | None = json.loads(_verified(path / "trainer_state.json", entry)).get("backbone")
+            return backbone
+    return None
+
+
 def remove_unfinished(folder: Path) -> None:
     """Removes what a killed writer left; call it while holding the run folder's lock."""
     for path in folder.glob(f"{UNFINISHED}*"):
@@ -128,8 +139,10 @@ def replace_folder(target: Path, files: dict[str, bytes]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, data in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             _write_synced(temporary / name, data)
-        _sync_folder(temporary)
+        for folder in {(temporary / name).parent for name in files} | {temporary}:
+            _sync_folder(folder)
         if target.exists():
             target.rename(retired)
         temporary.rename(target)

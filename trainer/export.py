@@ -40,14 +40,16 @@ def main() -> int:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--model.name", help="unchanged copy of the backbone: folder or hub id; null = as in training")
+    parser.add_argument("--model.revision", help="branch, tag or commit of a hub model; null = as in training")
     try:
         options = parser.parse_args()
     except jsonargparse.ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
-    return export(options.run, options.output)
+    return export(options.run, options.output, options.model.name, options.model.revision)
 
 
-def export(run: Path, output: Path) -> int:
+def export(run: Path, output: Path, name: str | None, revision: str | None) -> int:
     """Merges, saves, reads back and compares; returns the exit code.
 
     Raises:
@@ -56,17 +58,19 @@ def export(run: Path, output: Path) -> int:
     output = output.absolute()  # "." has no name to put another beside
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists; give a new folder")
-    config, label_names = load_finished_run(run)
+    config, label_names = load_finished_run(run, name, revision)
     set_environment()
 
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    from trainer.adapter import load_plain, save_tokenizer
-    from trainer.backbone import find_backbone, silence_libraries
+    from trainer.adapter import find_trained_backbone, load_plain, save_tokenizer
+    from trainer.backbone import silence_libraries
 
     silence_libraries()
-    backbone = find_backbone(config.model, label_names)
+    backbone, unverified = find_trained_backbone(run, config.model, label_names)
+    for line in unverified:
+        print(f"warning: {line}", file=sys.stderr)
     model = load_plain(backbone, run / "adapter")
     wanted = _logits(model, backbone.tokenizer)
     temporary = output.with_name(f".unfinished-{output.name}")

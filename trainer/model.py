@@ -145,6 +145,7 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_typ
     owners = {key.rpartition(".")[0] for key in missing}
     torch.manual_seed(seed)
     model = _wrap(model, adapter_config(settings, backbone.path), owners)
+    model.peft_config["default"].revision = backbone.revision
     check_budget(model, settings)
     for parameter in model.parameters():
         if parameter.requires_grad:

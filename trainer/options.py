@@ -84,8 +84,13 @@ def load_config(path: Path) -> Config:
     return parse_config(["--recipe", str(path)])
 
 
-def load_finished_run(folder: Path) -> tuple[Config, list[str]]:
+def load_finished_run(folder: Path, name: str | None = None, revision: str | None = None) -> tuple[Config, list[str]]:
     """Configuration and class names of a run with a saved adapter.
+
+    Args:
+        folder: of the run.
+        name: another place of its backbone; None = that of the training.
+        revision: another revision of its backbone; None = that of the training.
 
     Raises:
         UserError: the folder is no run, or the run is not finished.
@@ -98,7 +103,10 @@ def load_finished_run(folder: Path) -> tuple[Config, list[str]]:
         label_names = json.loads((folder / "adapter" / "labels.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--run: {folder}: adapter/labels.json cannot be read: {error}") from None
-    return load_config(folder / "config.yaml"), [str(name) for name in label_names]
+    config = load_config(folder / "config.yaml")
+    model = config.model if name is None else dataclasses.replace(config.model, name=name, revision=None)
+    model = model if revision is None else dataclasses.replace(model, revision=revision)
+    return dataclasses.replace(config, model=model), [str(label) for label in label_names]
 
 
 @functools.cache

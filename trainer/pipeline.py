@@ -27,10 +27,10 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from trainer.adapter import check_adapter, load_adapter_tensors, model_card, save_adapter
-from trainer.backbone import silence_libraries
+from trainer.backbone import Identity, silence_libraries
 from trainer.batching import collate, split_by_tokens
 from trainer.building import Inputs, build, prepare
-from trainer.checkpoint import load_newest, remove_unfinished, write_atomic
+from trainer.checkpoint import load_newest, recorded_backbone, remove_unfinished, write_atomic
 from trainer.config import Config, UserError, as_dict
 from trainer.devices import peak_memory_bytes
 from trainer.evaluation import write_evaluation
@@ -63,7 +63,10 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
         if is_finished is not None and accelerator.is_main_process and is_finished():
             sys.exit(0)  # on all ranks: see `together`
         watch.position = "the preparation of the data"
-        inputs = prepare(config, folder, precision, accelerator.device)
+        # read by one process for all: the others may be on machines that do not see the folder
+        known = recorded_backbone(folder / "checkpoints") if accelerator.is_main_process else None
+        (known,) = broadcast_object_list([known])
+        inputs = prepare(config, folder, precision, accelerator.device, Identity(**known) if known else None)
         with _locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
             try:
                 _train(inputs, accelerator, stop, watch)
@@ -186,6 +189,7 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
                 "precision": precision,
                 "versions": {name: version(name) for name in LIBRARIES},
                 "platform": platform.platform(),
+                "backbone": dataclasses.asdict(run.backbone),
                 "resumed_from": state.step if state.resumed_from else None,
             }
         )
@@ -234,9 +238,8 @@ def _finish(
         return
     folder, backbone = run.folder, inputs.backbone
     summary = _summary(run, inputs, state, metrics)
-    card = model_card(folder.name, run.config, run.label_names, summary)
-    max_length = run.config.data.max_length
-    save_adapter(folder / "adapter", run.model, best, backbone.tokenizer, max_length, run.label_names, card)
+    card = model_card(folder.name, run.config, backbone, run.label_names, summary)
+    save_adapter(folder / "adapter", run.model, best, backbone, run.config.data.max_length, run.label_names, card)
     if run.sharded:  # it may fit no device but the host, where other kernels round otherwise
         batch = {name: tensor.cpu() for name, tensor in batch.items()}
     check_adapter(
@@ -292,6 +295,7 @@ def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str
         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
         "compile_seconds": (run.compile_seconds or 0) + run.graphs.seconds if run.graphs else run.compile_seconds,
         "precision": inputs.precision,
+        "backbone": dataclasses.asdict(run.backbone),
         "resumed_from": list(state.resumed_from),
         "label_names": inputs.corpus.label_names,
         "parameters": parameter_table(run.model),

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 import glob
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jsonargparse
@@ -27,6 +27,16 @@ from trainer.config import NO_COLUMN, Config, Source, UserError, completed, main
 from trainer.options import load_finished_run
 
 OUTPUT_TYPES = (".csv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The backbone, where it is no longer where it was trained on."""
+
+    name: str | None = None
+    """hub id, local folder or package:NAME/dir of an unchanged copy; null = as in training"""
+    revision: str | None = None
+    """branch, tag or commit of a hub model; null = the commit of the training"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Options:
     """{label in the input: class name}, or names for numbers counted from 0; null = the run's"""
     ignore_labels: bool = False
     """true = do not read the label column"""
+    model: Copy = field(default_factory=Copy)
     precision: Literal["no", "bf16", "fp16"] = "no"
     """arithmetic; no = fp32"""
     max_tokens: PositiveInt = 4096
@@ -83,12 +94,12 @@ def predict(options: Options) -> int:
     Raises:
         UserError: no finished run, unreadable input, or an output of no known type.
     """
-    config, label_names = load_finished_run(Path(options.run))
+    config, label_names = load_finished_run(Path(options.run), options.model.name, options.model.revision)
     output = _output(options, config)
     set_environment()
 
-    from trainer.adapter import load_plain
-    from trainer.backbone import find_backbone, silence_libraries
+    from trainer.adapter import find_trained_backbone, load_plain
+    from trainer.backbone import silence_libraries
     from trainer.checkpoint import write_atomic
     from trainer.data import load_for_prediction
     from trainer.evaluation import score_split
@@ -102,7 +113,7 @@ def predict(options: Options) -> int:
     split, ids, warnings = load_for_prediction(
         _source(options), config.data, label_names, options.id_column, options.quiet
     )
-    backbone = find_backbone(config.model, label_names)
+    backbone, unverified = find_trained_backbone(Path(options.run), config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
     precision = choose_precision(options.precision)
     same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
@@ -122,7 +133,7 @@ def predict(options: Options) -> int:
     if accelerator.is_main_process:
         write_atomic(output, _rendered(options, ids, logits, label_names))
         if not options.quiet:
-            for line in warnings:
+            for line in [*warnings, *unverified]:
                 print(f"warning: {line}", file=sys.stderr)
             print(f"{len(ids)} predictions: {output}", file=sys.stderr)
         if split.labels is not None:

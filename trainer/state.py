@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 
 from trainer.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors
+from trainer.backbone import Identity
 from trainer.batching import Plan, Tokenised
 from trainer.checkpoint import Checkpoint, DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from trainer.config import Config, UserError, as_dict
@@ -103,6 +104,7 @@ class Training:
     eval_max_tokens: int
     fingerprints: dict[str, str]
     """of data and backbone; a checkpoint of others is refused"""
+    backbone: Identity
     log: RunLog
     stop: StopRequest
     watch: Watch
@@ -133,6 +135,7 @@ def save_state(run: Training, state: TrainState, best: dict[str, torch.Tensor] |
                 "train": dataclasses.asdict(state),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "fingerprints": run.fingerprints,
+                "backbone": dataclasses.asdict(run.backbone),
                 "budgets": [run.plan.max_tokens, run.eval_max_tokens],
                 "config": as_dict(run.config),
             },
@@ -155,7 +158,9 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
     """
     state = checkpoint.state
     for what in dict.fromkeys([*run.fingerprints, *state["fingerprints"]]):
-        if state["fingerprints"].get(what) != run.fingerprints.get(what):
+        if (what, state["fingerprints"].get(what)) == ("backbone", "None"):  # so were hub models once recorded
+            run.log.say(f"warning: whether {run.backbone} is the backbone this run began with is not verified")
+        elif state["fingerprints"].get(what) != run.fingerprints.get(what):
             raise UserError(
                 f"{run.folder} was begun with another {what}; restore that, or start a new run with --run.name NAME"
             )

@@ -2,7 +2,8 @@
 
 Always holds: the tokens are those of the tokenizer's own call, in the order of the split, without padding. They are
 kept in the cache of `datasets` under a hash of the texts, the tokenizer and the settings, so a second run starts at
-once and a changed file can never meet old tokens; there they are plain arrays, mapped into memory and not loaded.
+once and a changed file can never meet old tokens; there they are plain arrays, mapped into memory and not loaded. A
+hash of their content lies beside them: damaged tokens are made again.
 
 Follows the fast tokenizers of `tokenizers`, which let go of Python's lock while they work: the workers are threads.
 """
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -28,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data import TextSplit
 from trainer.texts import cache_folder, forget, progress, sync
 
+HASH = "sha256"  # file beside the arrays
 AT_ONCE = 256  # texts a worker takes at a time: their tokens fit a processor's cache
 BLOCK = 2**24  # numbers of an array that are hashed at a time
 TYPES = {"tokens": np.int32, "lengths": np.int64, "token_types": np.int8}  # of the kept arrays, a file each
@@ -93,7 +96,7 @@ def tokenise(
     else:
         path = folder / _cache_key(split, tokenizer, max_length)
         with FileLock(f"{path}.lock"):
-            arrays = _kept(path, names, len(split)) or _keep(path, names, parts())
+            arrays = _kept(path, names) or _keep(path, names, parts())
     return Examples(
         tokens=arrays["tokens"],
         offsets=np.concatenate([[0], np.cumsum(arrays["lengths"])]),
@@ -169,34 +172,41 @@ def _keep(path: Path, names: list[str], parts: Iterator[Arrays]) -> Arrays:
     unfinished = path.with_name(f"{path.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     unfinished.mkdir()
-    num_examples = 0
     try:
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(unfinished / name, "wb")) for name in names}
+            hashes = {name: hashlib.sha256() for name in names}
             for part in parts:
-                num_examples += len(part["lengths"])
                 for name, array in part.items():
                     files[name].write(array.data)
-        for name in names:
+                    hashes[name].update(array.data)
+        (unfinished / HASH).write_text(_whole_hash(path, [hashes[name] for name in names]))
+        for name in (*names, HASH):
             sync(unfinished / name)
         shutil.rmtree(path, ignore_errors=True)  # of no use, or it would have been taken
         unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    arrays = _kept(path, names, num_examples)
-    assert arrays is not None
-    return arrays
+    return {name: _mapped(path / name, TYPES[name]) for name in names}
 
 
-def _kept(path: Path, names: list[str], num_examples: int) -> Arrays | None:
-    """The arrays in a folder, mapped; None where one is absent or not whole."""
+def _kept(path: Path, names: list[str]) -> Arrays | None:
+    """The arrays in a folder, mapped; None where one is absent or not what was written."""
     try:
-        arrays = {name: _mapped(path / name, TYPES[name]) for name in names}
+        hashes = []
+        for name in names:
+            with open(path / name, "rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256"))
+        if (path / HASH).read_text() != _whole_hash(path, hashes):
+            return None
+        return {name: _mapped(path / name, TYPES[name]) for name in names}
     except (OSError, ValueError):
         return None
-    num_tokens = int(arrays["lengths"].sum())
-    whole = all(len(arrays[name]) == (num_examples if name == "lengths" else num_tokens) for name in names)
-    return arrays if whole else None
+
+
+def _whole_hash(path: Path, hashes: list[Any]) -> str:
+    """One hash for all arrays of a folder, and for the name of the folder, which says what they are the tokens of."""
+    return hashlib.sha256(path.name.encode() + b"".join(each.digest() for each in hashes)).hexdigest()
 
 
 def _mapped(path: Path, kind: type) -> np.ndarray:

@@ -121,8 +121,8 @@ def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, c
     assert after.fingerprint() != before.fingerprint()
 
 
-@pytest.mark.parametrize("name", ["tokens", "lengths", "token_types"])
-@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "longer", "absent"])
+@pytest.mark.parametrize("name", ["tokens", "lengths", "token_types", "sha256"])
+@pytest.mark.parametrize("damage", ["one bit", "cut", "cut late", "empty", "foreign", "longer", "absent"])
 def test_damaged_array_is_made_anew(bert_tokenizer, cache, name, damage):
     split = split_of(words(2500), words(2500, seed=1))
     before = tokenise(split, bert_tokenizer, 16, quiet=True).fingerprint()
@@ -131,7 +131,14 @@ def test_damaged_array_is_made_anew(bert_tokenizer, cache, name, damage):
     if damage == "absent":
         (folder / name).unlink()
     else:
-        cut = {"cut": content[: len(content) // 2], "cut late": content[:-8], "empty": b"", "foreign": b"x" * 5000}
+        flipped = bytes([content[0] ^ 1]) + content[1:]
+        cut = {
+            "one bit": flipped,
+            "cut": content[: len(content) // 2],
+            "cut late": content[:-8],
+            "empty": b"",
+            "foreign": b"x" * 5000,
+        }
         (folder / name).write_bytes(cut.get(damage, content + content))
     again = tokenise(split, bert_tokenizer, 16, quiet=True)
     assert again.fingerprint() == before
