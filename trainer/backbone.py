@@ -153,11 +153,11 @@ def refuse_another(recorded: Identity, there: Identity, run: Path, otherwise: st
     """
     differing = [name for name in recorded.files | there.files if recorded.files.get(name) != there.files.get(name)]
     if differing:
-        was, now = (identity.files.get(differing[0], "absent")[:12] for identity in (recorded, there))
+        was, now = (identity.files.get(differing[0], "none")[:12] for identity in (recorded, there))
         hub = f"--model.name {recorded.name} --model.revision {recorded.commit}, or " if recorded.commit else ""
         raise UserError(
-            f"model.name: {there} is not the backbone that {run} was trained on, {recorded}: "
-            f"SHA-256 of {differing[0]} is {now}..., was {was}...\n"
+            f"{run} was begun with another backbone: SHA-256 of {differing[0]} was {was} ({recorded}), "
+            f"is {now} ({there})\n"
             f"Use the same files: {hub}--model.name FOLDER of an unchanged copy{otherwise}"
         )
 
@@ -262,6 +262,8 @@ def _hashes(path: str, commit: str | None, weights: str) -> dict[str, str]:
 
 def _files(get: Callable[[str], Path | None], weights: str) -> dict[str, Path]:
     """config.json and the weights that transformers reads, by name; `weights` is one file or an index of several."""
+    if get("adapter_config.json") is not None:
+        raise ValueError("an adapter lies beside them (adapter_config.json), which transformers adds to the weights")
     names = [weights]
     if get(weights) is None:
         weights = f"{weights}.index.json"

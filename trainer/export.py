@@ -49,7 +49,7 @@ def main() -> int:
     return export(options.run, options.output, options.model.name, options.model.revision)
 
 
-def export(run: Path, output: Path, name: str | None, revision: str | None) -> int:
+def export(run: Path, output: Path, name: str | None = None, revision: str | None = None) -> int:
     """Merges, saves, reads back and compares; returns the exit code.
 
     Raises:

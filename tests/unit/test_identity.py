@@ -1,0 +1,172 @@
+"""The identity of a backbone: equal for every copy, another one after any change of what it computes."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+from huggingface_hub import constants
+from transformers import AutoModelForMaskedLM
+
+from trainer.backbone import Identity, find_backbone, load_weights, refuse_another
+from trainer.config import ModelConfig, UserError
+
+LABELS = ["a", "b"]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def identity(name, revision=None, recorded=None):
+    return find_backbone(ModelConfig(name=str(name), revision=revision), LABELS, recorded).identity
+
+
+@pytest.fixture
+def folder(tiny_backbone, tmp_path):
+    return shutil.copytree(tiny_backbone, tmp_path / "folder")
+
+
+@pytest.fixture
+def sharded(tiny_backbone, tmp_path):
+    AutoModelForMaskedLM.from_pretrained(tiny_backbone).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    for file in tiny_backbone.glob("*token*"):
+        shutil.copy(file, tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    return tmp_path / "sharded"
+
+
+@pytest.fixture
+def hub(tiny_backbone, tmp_path, monkeypatch):
+    """A hub's cache as a download leaves it: links to blobs, weights named by their SHA-256; no branch points there."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "models--acme--tiny"
+    for name in ("blobs", "refs", f"snapshots/{COMMIT}"):
+        (place / name).mkdir(parents=True)
+    for file in tiny_backbone.iterdir():
+        content = file.read_bytes()
+        kind = hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1
+        blob = place / "blobs" / kind(content).hexdigest()
+        blob.write_bytes(content)
+        (place / "snapshots" / COMMIT / file.name).symlink_to(blob)
+    return place
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+CHANGES = {
+    "weights": lambda folder: flip(folder / "model.safetensors"),
+    "config": lambda folder: edit(folder / "config.json", hidden_act="relu"),
+    "weights with the same values": lambda folder: resave(folder / "model.safetensors"),
+}
+NO_CHANGES = {
+    "another file": lambda folder: (folder / "README.md").write_text("new"),
+    "weights in another format": lambda folder: (folder / "tf_model.h5").write_text("new"),
+    "weights that are not read": lambda folder: resave(folder / "model.safetensors", "other.safetensors"),
+    "tokenizer": lambda folder: edit(folder / "tokenizer_config.json", note="new"),
+    "place": lambda folder: None,
+}
+
+
+def edit(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def resave(file, name=None):
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file.with_name(name or file.name), {"now": "1"})
+
+
+@pytest.mark.parametrize("what", [*CHANGES, *NO_CHANGES])
+def test_what_makes_another_backbone(tiny_backbone, folder, what, tmp_path):
+    was = Identity(**json.loads(json.dumps(dataclasses.asdict(identity(tiny_backbone)))))  # as it is read back
+    {**CHANGES, **NO_CHANGES}[what](folder)
+    there = identity(folder)
+    if what in CHANGES:
+        with pytest.raises(UserError, match=f"{tmp_path} was begun with another backbone: SHA-256 of"):
+            refuse_another(was, there, tmp_path)
+    else:
+        refuse_another(was, there, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["a shard", "another number of shards"])
+def test_every_shard_counts(sharded, what, tmp_path):
+    was = identity(sharded)
+    files = sorted(file.name for file in sharded.glob("*.safetensors"))
+    assert list(was.files) == ["config.json", *files]
+    if what == "a shard":
+        flip(sharded / files[1])
+        assert identity(sharded).files[files[1]] != was.files[files[1]]
+    else:
+        index = sharded / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        kept = {name: file for name, file in content["weight_map"].items() if file != files[1]}
+        index.write_text(json.dumps({**content, "weight_map": kept}))
+    with pytest.raises(UserError, match="another backbone"):
+        refuse_another(was, identity(sharded), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["shard", "index", "weights"])
+def test_missing_weights_are_refused(sharded, what):
+    if what == "shard":
+        next(sharded.glob("model-00002*")).unlink()
+    if what == "index":
+        (sharded / "model.safetensors.index.json").write_text("{")
+    if what == "weights":
+        (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=f"model.name: the files of {sharded} cannot be read: "):
+        identity(sharded)
+
+
+def test_weights_that_an_adapter_changes_are_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="an adapter lies beside them"):
+        identity(folder)
+
+
+def test_a_hub_model_is_its_folder(hub, tiny_backbone):
+    there = identity("acme/tiny", COMMIT)
+    assert (there.name, there.revision, there.commit) == ("acme/tiny", COMMIT, COMMIT)
+    assert there.files == identity(tiny_backbone).files == identity(hub / "snapshots" / COMMIT).files
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "refs/pr/1", COMMIT[:7]])
+def test_any_revision_is_recorded_as_its_commit(hub, revision):
+    (hub / "refs" / (revision or "main")).parent.mkdir(parents=True, exist_ok=True)
+    (hub / "refs" / (revision or "main")).write_text(COMMIT)
+    backbone = find_backbone(ModelConfig(name="acme/tiny", revision=revision), LABELS)
+    assert (backbone.identity.revision, backbone.identity.commit) == (revision, COMMIT)
+    assert load_weights(backbone)[0].config.num_labels == 2
+
+
+def test_the_same_request_gets_the_recorded_commit(hub, tmp_path):
+    was = identity("acme/tiny", COMMIT)
+    was = dataclasses.replace(was, revision="v1.0")
+    assert identity("acme/tiny", "v1.0", was) == was  # no such tag in the cache
+    with pytest.raises(UserError, match="neither cached nor reachable"):
+        identity("acme/tiny", "v2.0", was)
+    shutil.rmtree(hub / "snapshots")
+    with pytest.raises(UserError, match=f"at commit {COMMIT} neither cached nor reachable"):
+        identity("acme/tiny", "v1.0", was)
+
+
+def test_large_files_of_the_cache_are_not_read(hub, tiny_backbone):
+    (weights,) = (file for file in (hub / "blobs").iterdir() if len(file.name) == 64)
+    weights.write_bytes(b"")
+    assert identity("acme/tiny", COMMIT).files == identity(tiny_backbone).files
+
+
+def test_a_hub_model_without_its_weights(hub):
+    (hub / "snapshots" / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"files of acme/tiny cannot be read: no model\.safetensors, neither cached"):
+        identity("acme/tiny", COMMIT)
+
+
+def test_ranks_compare_what_the_identity_holds(hub, folder):
+    prints = [find_backbone(ModelConfig(name="acme/tiny", revision=COMMIT), LABELS).fingerprint]
+    prints.append(find_backbone(ModelConfig(name=str(folder)), LABELS).fingerprint)
+    flip(folder / "model.safetensors")
+    prints.append(find_backbone(ModelConfig(name=str(folder)), LABELS).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
