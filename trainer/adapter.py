@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from trainer.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
 from trainer.checkpoint import replace_folder
 from trainer.config import Config, ModelConfig, UserError, completed
+from trainer.console import writing
 from trainer.model import set_precision
 
 IDENTITY = "backbone/identity.json"
@@ -119,7 +120,7 @@ def save_adapter(
     Raises:
         OSError: the disk is full or not writable; a folder that was there is unchanged.
     """
-    with tempfile.TemporaryDirectory() as temporary:
+    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         save_tokenizer(backbone.tokenizer, max_length, Path(temporary))
         files = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
     files["adapter_model.safetensors"] = safetensors.torch.save(tensors, {"format": "pt"})

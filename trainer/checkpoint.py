@@ -19,6 +19,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from trainer.console import writing
+
 FORMAT = 1
 UNFINISHED = ".unfinished-"
 
@@ -162,13 +164,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         OSError: the disk is full or not writable; the file that was there is unchanged.
     """
     temporary = path.with_name(f"{UNFINISHED}{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(temporary, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_synced(temporary, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:

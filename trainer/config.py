@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trainer.console import keep_streams
+
 
 class UserError(Exception):
     """A mistake the user can mend: one or two lines, shown without a traceback; the program ends with exit code 2."""
@@ -295,18 +297,18 @@ def _go_offline_without_hub() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def main_guard(main: Any) -> int:
+def main_guard(main: Any, result_on_stdout: bool = False) -> int:
     """Calls an entry point; a `UserError`, or a disk's, becomes its lines on stderr and exit code 2.
 
     Only the first process of a machine prints, since all of them meet the same mistake.
     """
+    keep_streams(result_on_stdout)
     try:
-        return int(main() or 0)
+        code = int(main() or 0)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:  # before a run has its own way to stop, or a second Ctrl-C
         return 130
-    except BrokenPipeError:  # the reader of our output has seen enough, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (UserError, OSError) as error:
         if {os.environ.get("LOCAL_RANK", "0"), os.environ.get("SLURM_LOCALID", "0")} == {"0"}:
             print(f"error: {error}", file=sys.stderr, flush=True)

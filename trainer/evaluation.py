@@ -22,6 +22,7 @@ from tqdm import tqdm
 from trainer.batching import Tokenised, collate, split_by_tokens
 from trainer.checkpoint import write_atomic
 from trainer.config import UserError
+from trainer.console import bar_settings
 from trainer.devices import on_device
 from trainer.metrics import classification_metrics, confusion, probabilities, report_text
 from trainer.packed import Forward
@@ -70,7 +71,7 @@ def score_split(
     times_seen = torch.zeros(len(examples.lengths), device=accelerator.device)
     rounds = range(0, len(parts), world_size)
     try:
-        for first in tqdm(rounds, desc=progress, disable=progress is None, leave=False, dynamic_ncols=True):
+        for first in tqdm(rounds, desc=progress, disable=progress is None, leave=False, **bar_settings()):
             # a rank without a part in the last round computes another's for nothing: a sharded model needs every rank
             number = first + rank
             ids = np.array(parts[number if number < len(parts) else -1])

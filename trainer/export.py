@@ -61,11 +61,11 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
     config, label_names = load_finished_run(run, name, revision)
     set_environment()
 
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     from trainer.adapter import find_trained_backbone, load_plain, save_tokenizer
     from trainer.backbone import silence_libraries
+    from trainer.console import writing
 
     silence_libraries()
     backbone, unverified = find_trained_backbone(run, config.model, label_names)
@@ -81,13 +81,11 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
             merged: Any = model.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"--run: an adapter of type {config.peft.peft_type} cannot be merged: {error}") from None
-        try:
+        with writing(output):
             merged.save_pretrained(temporary)
-        except SafetensorError as error:  # a full disk is no OSError there
-            raise UserError(f"--output: cannot write {output}: {error}") from None
-        for path in temporary.glob("*.safetensors"):  # which safetensors lets nobody else read
-            path.chmod((temporary / "config.json").stat().st_mode)
-        save_tokenizer(backbone.tokenizer, config.data.max_length, temporary)
+            for path in temporary.glob("*.safetensors"):  # which safetensors lets nobody else read
+                path.chmod((temporary / "config.json").stat().st_mode)
+            save_tokenizer(backbone.tokenizer, config.data.max_length, temporary)
         fresh = AutoModelForSequenceClassification.from_pretrained(temporary, trust_remote_code=False).eval()
         difference = (_logits(fresh, backbone.tokenizer) - wanted).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):

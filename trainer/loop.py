@@ -247,5 +247,10 @@ def _evaluate(
     if better:
         state = dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0)
         return state, adapter_tensors(run.model)
-    state = dataclasses.replace(state, num_worse=state.num_worse + 1)
-    return dataclasses.replace(state, stopped=state.num_worse == run.config.evaluation.patience), best
+    num_worse, patience = state.num_worse + 1, run.config.evaluation.patience
+    if num_worse == patience:
+        run.log.say(
+            f"early stopping at step {state.step}: evaluation.patience {patience} is used up; the best "
+            f"{run.config.evaluation.metric} is {state.best_value:.4f}, of step {state.best_step}"
+        )
+    return dataclasses.replace(state, num_worse=num_worse, stopped=num_worse == patience), best

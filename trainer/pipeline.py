@@ -12,6 +12,7 @@ import datetime
 import json
 import platform
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 
 from trainer.adapter import check_adapter, load_adapter_tensors, model_card, save_adapter
 from trainer.backbone import Identity, silence_libraries
@@ -32,15 +32,17 @@ from trainer.batching import collate, split_by_tokens
 from trainer.building import Inputs, build, prepare
 from trainer.checkpoint import load_newest, recorded_backbone, remove_unfinished, write_atomic
 from trainer.config import Config, UserError, as_dict
+from trainer.console import quoted
 from trainer.devices import peak_memory_bytes
 from trainer.evaluation import write_evaluation
+from trainer.locks import held
 from trainer.loop import Interrupted, Stopped, score, train
 from trainer.memory import plan_in_force
 from trainer.model import (
     COMPUTE_TYPES,
     parameter_table,
 )
-from trainer.options import config_text
+from trainer.options import config_text, load_config
 from trainer.processes import StopRequest, Watch, agree, choose_precision, together
 from trainer.state import Training, TrainState, restore
 
@@ -53,26 +55,32 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
     Raises:
         UserError: anything the user can mend.
     """
-    stop = StopRequest()
-    stop.listen()
+    stop, notes = StopRequest(), []
+    if not stop.listen():
+        notes.append("started from a thread: a signal ends the run at once, and it continues from the last checkpoint")
     silence_libraries()
-    precision = choose_precision(config.run.precision)
+    kept = _kept_precision(folder) if config.run.precision == "auto" else None
+    precision = choose_precision(kept or config.run.precision, begun=kept is not None)
+    if kept and (alone := choose_precision("auto")) != kept:
+        notes.append(f"run.precision: auto stays {kept}, as when the run began; this machine would choose {alone}")
     _check_trackers(config.tracking.backends)
     same = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
     with together(precision, same, folder, config.tracking.backends) as (accelerator, watch):
         if is_finished is not None and accelerator.is_main_process and is_finished():
             sys.exit(0)  # on all ranks: see `together`
+        precision = accelerator.mixed_precision
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
         watch.position = "the preparation of the data"
-        # read by one process for all: the others may be on machines that do not see the folder
-        known = recorded_backbone(folder / "checkpoints") if accelerator.is_main_process else None
-        (known,) = broadcast_object_list([known])
-        inputs = prepare(config, folder, precision, accelerator.device, Identity(**known) if known else None)
-        with _locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        with held(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            # read by one process for all: the others may be on machines that do not see the folder
+            known = recorded_backbone(folder / "checkpoints") if accelerator.is_main_process else None
+            (known,) = broadcast_object_list([known])
+            inputs = prepare(config, folder, precision, accelerator.device, Identity(**known) if known else None)
             try:
-                _train(inputs, accelerator, stop, watch)
+                _train(inputs, accelerator, stop, watch, notes)
             except Stopped as stopped:
                 if accelerator.is_main_process:
-                    name = {2: "SIGINT (Ctrl-C)", 15: "SIGTERM"}[stopped.signal]
+                    name = f"{signal.Signals(stopped.signal).name}{' (Ctrl-C)' if stopped.signal == 2 else ''}"
                     print(
                         f"stopped by {name} after step {stopped.step}; the state is saved in {folder / 'checkpoints'}. "
                         "The same command, typed again, continues.",
@@ -94,18 +102,16 @@ def _check_trackers(backends: list[str]) -> None:
         raise UserError(f"tracking.backends: {missing[0]!r} is not installed; installed: {', '.join(installed)}")
 
 
-def _locked(folder: Path) -> Any:
-    """The run folder, held by the main process for as long as it lives; the system frees it when the process dies."""
+def _kept_precision(folder: Path) -> str | None:
+    """What `auto` came to when the run began; None for a new run, and for one of an earlier version."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder} is in use by another running command; choose another --run.name") from None
-    except OSError as error:
-        raise UserError(f"run.output_dir: {folder} cannot be written: {error.strerror or error}") from None
+        precision = load_config(folder / "config.yaml").run.precision
+    except UserError:
+        return None
+    return None if precision == "auto" else precision
 
 
-def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch) -> None:
+def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch, notes: list[str]) -> None:
     config, folder = inputs.config, inputs.folder
     watch.position = "the making of the model"
     run = build(inputs, accelerator, stop, watch)
@@ -124,7 +130,7 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
         run.log.say(f"continuing after step {state.step} of {run.total_steps}")
     if is_main:  # only now is it sure that the run is this one
         write_atomic(folder / "config.yaml", config_text(config))
-    for line in _data_lines(inputs):
+    for line in [*_data_lines(inputs), *(f"note: {note}" for note in notes)]:
         run.log.say(line)
     state = _started(run, state, inputs.precision)
     run.log.open(config.tracking.backends, state.step, state.evaluated_step, run.total_steps, as_dict(config))
@@ -269,7 +275,8 @@ def _finish(
     best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
     run.log.say(f"{'adapter':>10}: {folder / 'adapter'}  {best_of}")
     run.log.say(report)
-    run.log.say(f"{'next':>10}: python trainer/predict.py --run {folder} --input FILE.csv --output PREDICTIONS.csv")
+    predict = f"python trainer/predict.py --run {quoted(folder)} --input FILE.csv --output PREDICTIONS.csv"
+    run.log.say(f"{'next':>10}: {predict}")
 
 
 def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -192,4 +192,4 @@ def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[s
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main_guard(main, result_on_stdout=True))

@@ -35,10 +35,14 @@ COLLECTIVE = timedelta(minutes=30)
 """a collective may take so long: the others may be tokenising; a lost process is noticed sooner"""
 
 
-def choose_precision(wanted: str) -> str:
+def choose_precision(wanted: str, begun: bool = False) -> str:
     """Turns `run.precision` into no, bf16 or fp16, on the device that accelerate will choose.
 
     accelerate's own "no" is its default and cannot be told from a choice, so `auto` overrides it.
+
+    Args:
+        wanted: the option, or what `auto` came to when the run began.
+        begun: the run has begun with it, and cannot change it.
 
     Raises:
         UserError: fp16 on a CPU.
@@ -53,7 +57,8 @@ def choose_precision(wanted: str) -> str:
     elif wanted == "auto":
         wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if wanted == "fp16" and on_cpu:
-        raise UserError("run.precision: fp16 on a CPU is dozens of times slower than fp32; use bf16, no or auto")
+        hint = "this run has begun with it: continue on a GPU, or --run.name NAME" if begun else "use bf16, no or auto"
+        raise UserError(f"run.precision: fp16 on a CPU is dozens of times slower than fp32; {hint}")
     return wanted
 
 
@@ -96,7 +101,7 @@ def together(
     """Everything that several processes do together happens inside; alone, it is `start_accelerator`.
 
     Args:
-        precision: no, bf16 or fp16.
+        precision: no, bf16 or fp16; that of rank 0 counts, for the others may not see a run that has begun.
         facts: what must be equal on all processes, by name.
         folder: see `start_accelerator`.
         backends: see `start_accelerator`.
@@ -109,7 +114,8 @@ def together(
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            watch.begin(*meeting.meet({"device": device, "precision": precision, "torch": torch.__version__, **facts}))
+            watch.begin(*meeting.meet({"device": device, "torch": torch.__version__, **facts}))
+            precision = watch.word_of_rank_0("precision", precision)
         with _first_collective(watch) if watch.watching else contextlib.nullcontext():
             accelerator = start_accelerator(precision, folder, backends)
             total = accelerator.reduce(torch.ones((), device=accelerator.device), "sum")
@@ -174,6 +180,12 @@ class Watch:
         self._listeners = [threading.Thread(target=self._listen, args=(other,), daemon=True) for other in lines]
         for thread in (*self._listeners, threading.Thread(target=self._show_life, daemon=True)):
             thread.start()
+
+    def word_of_rank_0(self, name: str, own: str) -> str:
+        """What rank 0 says under a name; `own` is what this rank would say."""
+        if self._rank == 0:
+            self._store.set(name, own)
+        return str(self._store.get(name).decode())
 
     def end(self) -> None:
         """Waits until all processes have come here; from then on one may go without the others."""
@@ -253,8 +265,14 @@ class Watch:
         sys.stderr.flush()
 
 
+STOPS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT,
+    signal.SIGUSR1, signal.SIGUSR2,  # by which Slurm and others warn before a job's time is over
+)  # fmt: skip
+
+
 class StopRequest:
-    """What SIGTERM and SIGINT leave behind: the number of the signal, looked at between steps.
+    """What the signals of `STOPS` leave behind: the number of the first, looked at between steps.
 
     Before the training (`deferred` is False) there is nothing to save: a signal ends the program at once. So does a
     second Ctrl-C, more than a second after the first.
@@ -265,14 +283,18 @@ class StopRequest:
         self.deferred = False
         self._received = 0.0
 
-    def listen(self) -> None:
-        """Takes over both signals."""
-        signal.signal(signal.SIGTERM, self._receive)
-        signal.signal(signal.SIGINT, self._receive)
+    def listen(self) -> bool:
+        """Takes over the signals; returns False in a thread that is not the main one, where Python cannot do that."""
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        for number in STOPS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, self._receive)
+        return True
 
     def counts(self) -> list[int]:
-        """[1, 0] for SIGTERM, [0, 1] for SIGINT, else zeros: can be summed over ranks."""
-        return [int(self.signal == signal.SIGTERM), int(self.signal == signal.SIGINT)]
+        """1 for the signal received, 0 for all others of `STOPS`: can be summed over ranks."""
+        return [int(self.signal == number) for number in STOPS]
 
     def _receive(self, number: int, frame: Any) -> None:
         if not self.deferred:

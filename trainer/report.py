@@ -32,6 +32,7 @@ import numpy.typing as npt
 import yaml
 
 from trainer.config import UserError, main_guard
+from trainer.console import writing
 from trainer.figures import (
     LEARNING_RATE,
     STYLE,
@@ -253,13 +254,14 @@ def build_report(folder: Path, summary: Record | None = None) -> Path:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 import os
 
 from trainer.config import Config, UserError, as_dict, identity, main_guard, run_name, set_environment
+from trainer.console import quoted
 from trainer.options import load_config, parse_config
 
 
@@ -50,7 +51,7 @@ def _is_finished(folder: Path, config: Config) -> bool:
         return False
     if not (folder / "config.yaml").is_file():
         # config.yaml is the first file of a run: a start killed earlier leaves no more than these
-        if any(path.name not in {".lock", ".unfinished-config.yaml"} for path in folder.iterdir()):
+        if any(path.name not in {".lock", ".lock-file", ".unfinished-config.yaml"} for path in folder.iterdir()):
             raise UserError(f"{folder} holds something else than a run; choose another --run.name or --run.output_dir")
         return False
     if config.run.resume == "never":
@@ -60,6 +61,8 @@ def _is_finished(folder: Path, config: Config) -> bool:
     if finished:  # a continuation compares the content of data and backbone; here their names must do
         for values, whole in ((before, as_dict(there)), (now, as_dict(config))):
             values |= {"data": whole["data"], "model": whole["model"]}
+    if config.run.precision == "auto":  # it stays what it came to when the run began
+        now["run"]["precision"] = before["run"]["precision"]
     differing = [
         f"{group}.{name} (there {before[group].get(name)!r}, now {now[group].get(name)!r})"
         for group in now
@@ -71,7 +74,7 @@ def _is_finished(folder: Path, config: Config) -> bool:
         raise UserError(f"{folder} holds a run of another configuration: {shown}\nFor a new run: --run.name NAME")
     if finished and os.environ.get("RANK", "0") == "0" and not config.run.quiet:
         done = "is finished; nothing to do, and its data was not looked at"
-        print(f"{folder} {done}. For another run: --run.name NAME", file=sys.stderr)
+        print(f"{quoted(folder)} {done}. For another run: --run.name NAME", file=sys.stderr)
     return finished
 
 

@@ -7,7 +7,6 @@ The host asks for a step and waits for nothing (fp16's scale aside): whether the
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from trainer.batching import Batch, MicroBatch, collate, shape_of
 from trainer.config import UserError
 from trainer.devices import on_device, on_host
 from trainer.optim import skip_if
+from trainer.processes import STOPS
 from trainer.state import Training
 
 
@@ -184,8 +184,8 @@ def summed(run: Training, found: list[torch.Tensor], known: list[int]) -> torch.
 
 
 def signal_of(counts: list[float]) -> int:
-    """The signal that stops the run, from the numbers of ranks that received SIGTERM and SIGINT; 0 where none did."""
-    return signal.SIGTERM if counts[0] else signal.SIGINT if counts[1] else 0
+    """The signal that stops the run, from the numbers of ranks that received each of `STOPS`; 0 where none did."""
+    return next((number for number, count in zip(STOPS, counts, strict=True) if count), 0)
 
 
 def _seed_other_random_operations(run: Training, step: int) -> None:

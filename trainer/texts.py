@@ -8,12 +8,12 @@ source's content and the layout, so a changed source can never meet old rows; th
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import mmap
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,11 @@ from typing import Any, overload
 import datasets
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from tqdm import tqdm
 
 from trainer.config import Source, UserError
+from trainer.console import bar_settings
+from trainer.locks import say_once, share, taking_turns
 from trainer.reading import Chunk, Origin, find_origin
 
 SHOWN = 5  # how many rows an error names
@@ -107,28 +108,40 @@ def read_table(
         UserError: no such source, or one that cannot be read.
     """
     origin = find_origin(name, layout)
-    folder = cache_folder() if origin.num_bytes >= LARGE else None
+    folder = cache_folder(quiet) if origin.num_bytes >= LARGE else None
     if folder is not None:
-        return _kept_table(folder, origin, labels_required, extra, quiet)
+        try:
+            return _kept_table(folder, origin, labels_required, extra, quiet)
+        except OSError as error:  # of the cache; those of the source are a UserError
+            say_without_cache(folder, error, quiet)
     seen = _Seen()
     rows = pa.Table.from_batches(_batches(origin, extra, seen, True), _schema(layout, extra))
     _refuse_incomplete(origin, seen, labels_required, extra)
     return _table(origin, rows, None, _problem(origin, extra, seen))
 
 
-def cache_folder() -> Path | None:
+def cache_folder(quiet: bool) -> Path | None:
     """Where results are kept for the next start; None where nothing can be written, as in a read-only home."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            path.mkdir(exist_ok=True)
+            share(path)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        say_without_cache(folder, error, quiet)
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    return folder
+
+
+def say_without_cache(folder: Path, error: OSError, quiet: bool) -> None:
+    """Says once that there is no cache: everything works, and the next start prepares the data again."""
+    say_once(f"note: going on without the cache {folder} (HF_DATASETS_CACHE): {error.strerror or error}", quiet)
 
 
 def progress(name: str, unit: str, total: int | None, quiet: bool) -> Any:
     """A bar on a terminal; elsewhere a line a minute, where it takes that long. Of the first process of a machine."""
-    terminal = sys.stderr.isatty()
     return tqdm(
         desc=name,
         unit=f" {unit}",
@@ -136,9 +149,7 @@ def progress(name: str, unit: str, total: int | None, quiet: bool) -> Any:
         total=total,
         disable=quiet or os.environ.get("LOCAL_RANK", "0") != "0",
         leave=False,
-        delay=0 if terminal else 60,
-        mininterval=0.1 if terminal else 60,
-        maxinterval=10 if terminal else 60,
+        **bar_settings(60),
     )
 
 
@@ -169,11 +180,11 @@ def _kept_table(folder: Path, origin: Origin, labels_required: bool, extra: str 
     place = [Path(path).suffix.lower() for path in origin.paths] if origin.hub is None else path
     key = json.dumps([LAYOUT, layout, place, extra, content], sort_keys=True)
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.rows"
-    with FileLock(f"{path}.lock"):
+    with taking_turns(path, quiet) as part:
         found = _opened(path)
         if found is not None and (not labels_required or found[0]["label"].null_count == 0):
             return _table(origin, *found, None)
-        seen, part = _Seen(), path.with_suffix(".part")
+        seen = _Seen()
         try:
             with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _schema(origin.layout, extra)) as writer:
                 for batch in _batches(origin, extra, seen, quiet):
@@ -183,9 +194,11 @@ def _kept_table(folder: Path, origin: Origin, labels_required: bool, extra: str 
                 raise UserError(f"{origin.where}: {origin.layout.path} was changed while it was read")
             problem = _problem(origin, extra, seen)
             found = _opened(part)
-            assert found is not None
+            if found is None:
+                raise OSError("a file in it cannot be mapped")
             if problem is None:
                 sync(part)
+                share(part)
                 part.rename(path)
             return _table(origin, *found, problem)
         finally:

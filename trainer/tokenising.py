@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data import TextSplit
-from trainer.texts import cache_folder, forget, progress, sync
+from trainer.locks import share, taking_turns
+from trainer.texts import cache_folder, forget, progress, say_without_cache, sync
 
 HASH = "sha256"  # file beside the arrays
 AT_ONCE = 256  # texts a worker takes at a time: their tokens fit a processor's cache
@@ -85,18 +85,22 @@ def tokenise(
     """
     with_types = split.text_pairs is not None and "token_type_ids" in tokenizer.model_input_names
     names = list(TYPES) if with_types else list(TYPES)[:2]
-    folder = cache_folder()
+    folder = cache_folder(quiet)
+    arrays: Arrays | None = None
 
     def parts() -> Iterator[Arrays]:
         return _encoded(split, tokenizer, max_length, with_types, quiet, workers or num_cores())
 
-    if folder is None:  # a read-only home: slower the second time, nothing worse
+    if folder is not None:
+        path = folder / _cache_key(split, tokenizer, max_length)
+        try:
+            with taking_turns(path, quiet) as part:
+                arrays = _kept(path, names) or _keep(path, part, names, parts())
+        except OSError as error:
+            say_without_cache(folder, error, quiet)
+    if arrays is None:  # as in a read-only home: slower the second time, nothing worse
         made = list(parts())
         arrays = {name: np.concatenate([part[name] for part in made]) for name in names}
-    else:
-        path = folder / _cache_key(split, tokenizer, max_length)
-        with FileLock(f"{path}.lock"):
-            arrays = _kept(path, names) or _keep(path, names, parts())
     return Examples(
         tokens=arrays["tokens"],
         offsets=np.concatenate([[0], np.cumsum(arrays["lengths"])]),
@@ -167,9 +171,8 @@ def _cache_key(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length:
     return digest.hexdigest()[:32]
 
 
-def _keep(path: Path, names: list[str], parts: Iterator[Arrays]) -> Arrays:
+def _keep(path: Path, unfinished: Path, names: list[str], parts: Iterator[Arrays]) -> Arrays:
     """Writes the arrays into a folder of their own, a part at a time, and maps them; all of them or none are there."""
-    unfinished = path.with_name(f"{path.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     unfinished.mkdir()
     try:
@@ -183,6 +186,7 @@ def _keep(path: Path, names: list[str], parts: Iterator[Arrays]) -> Arrays:
         (unfinished / HASH).write_text(_whole_hash(path, [hashes[name] for name in names]))
         for name in (*names, HASH):
             sync(unfinished / name)
+        share(unfinished)
         shutil.rmtree(path, ignore_errors=True)  # of no use, or it would have been taken
         unfinished.rename(path)
     finally:

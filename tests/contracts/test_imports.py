@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAVES = {"config", "metrics", "figures", "checkpoint", "devices", "kernels"}
+LEAVES = {"console", "config", "metrics", "figures", "checkpoint", "devices", "kernels"}
 BELOW_THE_LOOP = LEAVES | {
-    "tracking", "data", "tokenising", "batching", "optim", "philox", "masks", "dropout", "products", "attention",
-    "packed", "graphs", "backbone", "model", "adapter", "evaluation", "meeting", "processes",
+    "tracking", "locks", "data", "tokenising", "batching", "optim", "philox", "masks", "dropout", "products",
+    "attention", "packed", "graphs", "backbone", "model", "adapter", "evaluation", "meeting", "processes",
 }  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
-    "tracking": {"figures"},
+    **{module: {"console"} for module in ("config", "checkpoint")},
+    "tracking": {"console", "figures"},
+    "locks": {"config", "console"},
     **{module: {"config"} for module in ("options", "reading", "optim")},
     "batching": {"config", "devices"},
     "philox": {"devices"},
@@ -24,9 +26,9 @@ ALLOWED = {
     "processes": {"config", "devices", "meeting"},
     "meeting": {"config"},
     "dropout": {"kernels", "masks", "philox"},
-    "texts": {"config", "reading"},
+    "texts": {"config", "console", "locks", "reading"},
     "data": {"config", "reading", "texts"},
-    "tokenising": {"data", "texts"},
+    "tokenising": {"data", "locks", "texts"},
     "products": {"dropout", "masks"},
     "attention": {"devices", "kernels", "masks"},
     "packed": {"attention", "dropout", "kernels", "masks", "products"},
@@ -40,7 +42,7 @@ ALLOWED = {
     "loop": BELOW_THE_LOOP | {"memory", "state", "step"},
     "building": BELOW_THE_LOOP | {"state"},
     "pipeline": BELOW_THE_LOOP | {"building", "loop", "memory", "options", "report", "state"},
-    "run": {"config", "options", "pipeline"},
+    "run": {"config", "console", "options", "pipeline"},
     "predict": BELOW_THE_LOOP | {"options"},
     "export": BELOW_THE_LOOP | {"options"},
     "report": LEAVES,

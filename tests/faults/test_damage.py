@@ -31,11 +31,11 @@ def damage(path, kind):
 
 
 def contents(folder):
-    """All files below a folder, but the log of its events."""
+    """All files below a folder, but the log of its events and the note of who holds it."""
     return {
         path.relative_to(folder): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and "tfevents" not in path.name
+        if path.is_file() and "tfevents" not in path.name and path.name != ".lock"
     }
 
 

@@ -143,7 +143,12 @@ STOPS = {
 
 @pytest.mark.parametrize(
     ("place", "number"),
-    [*((place, signal.SIGTERM) for place in STOPS), ("in a validation", signal.SIGINT)],
+    [
+        *((place, signal.SIGTERM) for place in STOPS),
+        ("in a validation", signal.SIGINT),
+        ("in a validation", signal.SIGHUP),
+        ("in a step", signal.SIGUSR1),
+    ],
 )
 def test_stopped_by_a_signal(place, number, options, reference, tmp_path):
     arguments = changed(options, run__output_dir=tmp_path)
@@ -152,7 +157,8 @@ def test_stopped_by_a_signal(place, number, options, reference, tmp_path):
     assert ended.code == 128 + number, ended.stderr
     assert "Traceback" not in ended.stderr
     message = re.search(
-        r"stopped by SIG.* after step (\d+); the state is saved in (.*)\. The same command", ended.stderr
+        rf"stopped by {signal.Signals(number).name}.* after step (\d+); the state is saved in (.*)\. The same command",
+        ended.stderr,
     )
     assert message, ended.stderr
     assert checkpoints(folder)[-1].name == f"step-{int(message[1]):08d}"

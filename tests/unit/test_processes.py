@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import wait
 
@@ -15,7 +16,8 @@ from torch.distributed import HashStore
 
 from trainer import meeting
 from trainer.config import UserError
-from trainer.processes import choose_precision, start_accelerator
+from trainer.processes import STOPS, StopRequest, choose_precision, start_accelerator
+from trainer.step import signal_of
 
 LOST = os.EX_TEMPFAIL
 
@@ -240,6 +242,51 @@ def test_a_way_to_this_host_begins_at_its_own_address():
     assert meeting._way_to("127.0.1.1", 1) == "127.0.0.1"
 
 
+# --- signals ---
+
+
+@pytest.fixture
+def handlers():
+    """Puts the handlers of signals back."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_is_counted_over_ranks_and_named(handlers, number):
+    first, second = StopRequest(), StopRequest()
+    for stop in (first, second):
+        stop.deferred = True
+        assert stop.listen()
+        assert signal_of(stop.counts()) == 0
+    signal.raise_signal(number)
+    assert first.signal == 0 and second.signal == number
+    sums = [float(sum(counts)) for counts in zip(first.counts(), second.counts(), second.counts(), strict=True)]
+    assert signal_of(sums) == number
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_before_the_training_a_signal_ends_the_program(handlers, number):
+    StopRequest().listen()
+    with pytest.raises(SystemExit) as ended:
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+
+
+def test_what_nohup_ignores_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopRequest().listen()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+
+
+def test_a_thread_hears_no_signals_and_works(handlers):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(StopRequest().listen).result() is False
+
+
 # --- precision and the number of processes ---
 
 
@@ -267,6 +314,8 @@ def test_fp16_on_a_cpu_is_refused(unlaunched, wanted, launched_with):
     unlaunched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
     with pytest.raises(UserError, match="fp16 on a CPU is dozens of times slower"):
         choose_precision(wanted)
+    with pytest.raises(UserError, match="this run has begun with it"):
+        choose_precision("fp16", begun=True)
 
 
 @pytest.mark.parametrize(("has_bf16", "chosen"), [(True, "bf16"), (False, "fp16")])

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,14 +133,12 @@ def test_hyperparameters_text_and_figure(tmp_path):
     assert scalars(folder) == {"final/test_accuracy": [(7, 0.75)]}
 
 
-@pytest.mark.parametrize(
-    ("owner", "broken"), [(Accelerator, "init_trackers"), (Accelerator, "log"), (TensorBoardTracker, "finish")]
-)
-def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypatch, capsys, owner, broken):
+@pytest.mark.parametrize("broken", ["start", "log", "finish"])
+def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypatch, capsys, broken):
     def fails(*arguments, **settings):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(owner, broken, fails)
+    monkeypatch.setattr(TensorBoardTracker, broken, fails)
     folder = tmp_path / "run"
     log = opened(folder, quiet=False)
     train(log, 1, 3, 1.0)
@@ -146,7 +146,133 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypa
     log.finals(CONFIG, {"final/test_loss": 1.0}, 3, 0.5)
     log.close()
     assert len(lines(folder)) == 4
-    assert capsys.readouterr().err.count("warning: trackers failed and may miss values: no network") == 1
+    assert capsys.readouterr().err.count("warning: tensorboard failed and may miss values: no network") == 1
+
+
+class Service:
+    """Stands in for a tracker's package, with the calls that Accelerate makes; `broken` is the one that fails."""
+
+    def __init__(self, name, broken=None):
+        self.name, self.broken, self.calls = name, broken, []
+        self.id = f"run of {name}"  # of W&B and SwanLab
+        self.info = SimpleNamespace(run_id=self.id)  # of MLflow
+        self.utils = SimpleNamespace(
+            validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
+        )
+
+    def __getattr__(self, call):
+        if call.startswith("__"):
+            raise AttributeError(call)
+        if self.broken == "import":
+            raise ImportError("built for another Python")
+
+        def answer(*arguments, **settings):
+            if call == self.broken:
+                raise RuntimeError("no network")
+            self.calls.append((call, arguments, settings))
+            return [] if call == "search_experiments" else self
+
+        return answer if call != "config" else SimpleNamespace(update=answer)
+
+    def made(self, call):
+        return [(arguments, settings) for name, arguments, settings in self.calls if name == call]
+
+
+@pytest.fixture
+def service(monkeypatch):
+    def install(name, broken=None):
+        made = Service(name, broken)
+        monkeypatch.setitem(sys.modules, name, made)
+        return made
+
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return install
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        *(("wandb", call) for call in ("import", "init", "config", "log", "finish")),
+        *(("mlflow", call) for call in ("import", "start_run", "log_params", "log_metrics", "end_run")),
+    ],
+)
+def test_no_tracker_takes_another_with_it(tmp_path, service, capsys, name, broken, first):
+    service(name, broken)
+    folder = tmp_path / "run"
+    log = opened(folder, backends=(name, "tensorboard") if first else ("tensorboard", name), quiet=False)
+    train(log, 1, 5, 1.0)
+    log.finals(CONFIG, {"final/test_loss": 2.0}, 5, 1.0)
+    log.close()
+    assert scalars(folder) == {"train/loss": [(step, 1.0) for step in range(1, 6)], "final/test_loss": [(6, 2.0)]}
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warning.startswith(f"warning: {name} failed and may miss values: ")
+
+
+def test_a_tracker_that_fails_again_and_again_is_left_out_and_one_that_recovers_is_not(tmp_path, service):
+    wandb = service("wandb", "log")
+    log = opened(tmp_path / "run", backends=("wandb",))
+    train(log, 1, 2, 1.0)
+    wandb.broken = None
+    train(log, 3, 3, 1.0)
+    wandb.broken = "log"
+    train(log, 4, 6, 1.0)
+    wandb.broken = None
+    train(log, 7, 9, 1.0)
+    assert [settings["step"] for _, settings in wandb.made("log")] == [3]
+
+
+def test_wandb_gets_the_configuration_the_runs_name_and_the_same_run_after_a_resume(tmp_path, service):
+    wandb, folder = service("wandb"), tmp_path / "my run"
+    for step in (0, 3):
+        log = opened(folder, step=step, backends=("wandb",))
+        train(log, step + 1, step + 3, 1.0)
+        log.close()
+    (_, first), (_, second) = wandb.made("init")
+    assert (first["project"], first["name"], first.get("id")) == ("isotrain", "my run", None)
+    assert second == {**first, "id": "run of wandb"} and second["resume"] == "allow"
+    (values,), _ = wandb.made("config")[0]
+    assert values == {
+        "run.seed": 1,
+        "run.name": "null",
+        "optim.betas": "[0.9, 0.999]",
+        "optim.class_weights": '{"a <b>": 2.0}',
+    }
+    assert [settings["step"] for _, settings in wandb.made("log")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_wandbs_own_variables_name_project_and_run(tmp_path, service, monkeypatch):
+    wandb = service("wandb")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    opened(tmp_path / "run", backends=("wandb",)).close()
+    (_, settings) = wandb.made("init")[0]
+    assert (settings["project"], settings["name"]) == ("theirs", "mine")
+
+
+def test_mlflow_gets_the_configuration_the_runs_name_and_the_same_run_after_a_resume(tmp_path, service):
+    mlflow, folder = service("mlflow"), tmp_path / "my run"
+    for step in (0, 3):
+        log = opened(folder, step=step, backends=("mlflow",))
+        log.scalars({"validation/f1/C++": 1.0}, step + 3, 1.0)
+        log.close()
+    assert mlflow.made("create_experiment")[0][1]["name"] == "isotrain"
+    (_, first), (_, second) = mlflow.made("start_run")
+    assert (first["run_name"], first["run_id"], second["run_id"]) == ("my run", None, "run of mlflow")
+    ((params,), _), *others = mlflow.made("log_params")
+    assert params["optim.betas"] == "[0.9, 0.999]" and not others  # it refuses a parameter that changes
+    assert [values for (values,), _ in mlflow.made("log_metrics")] == [{"validation/f1/C__": 1.0}] * 2
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"wandb": '])
+def test_a_damaged_record_of_trackers_begins_a_new_run(tmp_path, service, content):
+    wandb, folder = service("wandb"), tmp_path / "run"
+    folder.mkdir()
+    (folder / "trackers.json").write_text(content)
+    opened(folder, backends=("wandb",)).close()
+    assert wandb.made("init")[0][1].get("id") is None
+    assert json.loads((folder / "trackers.json").read_text()) == {"wandb": "run of wandb"}
 
 
 def test_a_figure_that_fails_stops_nothing(tmp_path, capsys):

@@ -1,0 +1,190 @@
+"""Run folders and caches that several commands share: one at a time, and none waits for ever."""
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from trainer import locks
+from trainer.config import UserError
+from trainer.locks import held, share, taking_turns
+
+NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
+
+
+@pytest.fixture
+def no_locks(monkeypatch, request):
+    """A file system whose flock gives an errno."""
+
+    def flock(descriptor, operation):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def other_command(code):
+    command = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom trainer.locks import *\n{code}"
+    return subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60)
+
+
+# --- run folders ---
+
+
+def test_a_run_folder_is_held_by_one_and_says_by_whom(tmp_path):
+    with held(tmp_path / "run"), pytest.raises(UserError) as refused, held(tmp_path / "run"):
+        pass
+    message = str(refused.value)
+    assert f"{tmp_path}/run is in use by another running command (process {os.getpid()} on {socket.gethostname()})" in (
+        message
+    )
+    assert message.endswith(f"rm {tmp_path}/run/.lock")
+
+
+@pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
+def test_without_locks_of_the_file_system_a_run_folder_is_held_by_one(tmp_path, no_locks):
+    folder = tmp_path / "run"
+    with held(folder):
+        (folder / "config.yaml").touch()
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"), held(folder):
+            pass
+    with held(folder):
+        pass
+    assert (folder / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
+def test_a_lock_left_by_a_dead_process_of_this_machine_frees_itself(tmp_path, no_locks):
+    done = other_command(
+        f"import os; lock = SoftFileLock({str(tmp_path / '.lock-file')!r}); lock.acquire(); os._exit(9)"
+    )
+    assert done.returncode == 9 and (tmp_path / ".lock-file").exists(), done.stderr
+    with held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
+def test_a_lock_left_by_a_dead_machine_says_which_and_how_to_free_the_folder(tmp_path, no_locks):
+    (tmp_path / ".lock").touch()  # as from a start on a machine where locks work
+    (tmp_path / ".lock-file").write_text("4711\nnode-17\n")
+    with pytest.raises(UserError, match=r"\(process 4711 on node-17\)") as refused, held(tmp_path):
+        pass
+    os.remove(str(refused.value).rpartition("rm ")[2])
+    with held(tmp_path):
+        pass
+
+
+def test_a_folder_made_for_a_refused_run_goes_with_it(tmp_path):
+    with pytest.raises(UserError, match="no such file"), held(tmp_path / "runs" / "x"):
+        raise UserError("no such file")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs").mkdir()
+    with held(tmp_path / "runs" / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, place):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=f"run.output_dir: {tmp_path}/{place} cannot be written: "),
+        held(tmp_path / place),
+    ):
+        pass
+
+
+def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match=f"{tmp_path}/run cannot be written: No space left"), held(tmp_path / "run"):
+        pass
+
+
+# --- caches ---
+
+
+def test_a_part_of_a_cache_is_prepared_by_one_at_a_time(tmp_path):
+    entry = tmp_path / "x"
+    with taking_turns(entry, True) as part:
+        assert part == tmp_path / "x.part"
+        other = other_command(f"print(FileLock({str(entry) + '.lock'!r}).acquire(timeout=0))")
+        assert "Timeout" in other.stderr
+
+
+@pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
+def test_without_locks_each_process_prepares_its_own(tmp_path, no_locks):
+    (tmp_path / "x.lock").touch()  # filelock leaves it
+    with taking_turns(tmp_path / "x", True) as one, taking_turns(tmp_path / "x", True) as other:
+        assert len({one, other, tmp_path / "x.part"}) == 3
+
+
+def test_a_holder_that_does_not_end_is_named_and_not_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    monkeypatch.setattr(locks, "SOON", 0.1)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with open(tmp_path / "x.lock", "w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with taking_turns(tmp_path / "x", False) as part:
+            assert part != tmp_path / "x.part"
+    assert f"waiting for another process that prepares the same data (it holds {tmp_path}/x.lock)" in (
+        capsys.readouterr().err
+    )
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize(("folder", "file", "inner"), [(0o2775, 0o664, 0o2775), (0o1777, 0o666, 0o777)])
+def test_in_a_shared_folder_all_may_use_what_one_has_put_there(tmp_path, folder, file, inner):
+    tmp_path.chmod(folder)
+    before = os.umask(0o077)
+    try:
+        with taking_turns(tmp_path / "x", True) as part:
+            part.mkdir()
+            (part / "tokens").touch()
+            share(part)
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "x.lock") == file
+    assert (mode(part), mode(part / "tokens")) == (inner, file)
+
+
+def test_in_a_private_folder_the_umask_counts(tmp_path):
+    tmp_path.chmod(0o755)
+    before = os.umask(0o077)
+    try:
+        with taking_turns(tmp_path / "x", True) as part:
+            part.touch()
+            share(part)
+    finally:
+        os.umask(before)
+    assert (mode(tmp_path / "x.lock"), mode(part)) == (0o600, 0o600)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs two users")
+def test_a_lock_of_another_user_that_may_not_be_opened_stops_nobody(tmp_path):
+    place = tmp_path
+    while place != place.parent:
+        place.chmod(place.stat().st_mode | 0o055)
+        place = place.parent
+    tmp_path.chmod(0o777)
+    (tmp_path / "x.lock").touch(0o600)
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from trainer.locks import *
+with taking_turns(Path({str(tmp_path / "x")!r}), True) as part: part.touch(); print(part.exists())
+"""
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
