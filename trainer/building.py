@@ -25,6 +25,7 @@ from trainer.config import Config, UserError
 from trainer.data import Corpus, load_corpus
 from trainer.graphs import NOT_COMPILED, Graphs
 from trainer.kernels import Kernels
+from trainer.labels import describe_look_alikes, match_labels
 from trainer.metrics import METRICS
 from trainer.model import COMPUTE_TYPES, build_model, check_fit, shard_frozen
 from trainer.optim import build_optimizer
@@ -250,7 +251,8 @@ def _example_weights(config: Config, labels: np.ndarray, label_names: list[str])
     if weights == "balanced":
         counts = np.bincount(labels, minlength=len(label_names))
         return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[labels]
-    return np.array([float(weights.get(name, 1.0)) for name in label_names])[labels]
+    named = {label: weights[word] for word, label in match_labels(weights, label_names).items()}
+    return np.array([float(named.get(name, 1.0)) for name in label_names])[labels]
 
 
 def _check_names(config: Config, corpus: Corpus) -> None:
@@ -260,14 +262,20 @@ def _check_names(config: Config, corpus: Corpus) -> None:
         UserError: a name that does not.
     """
     metric, weights = config.evaluation.metric, config.optim.class_weights
-    allowed = [*METRICS, *(f"f1/{name}" for name in corpus.label_names)]
-    if metric not in allowed:
-        raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}")
+    names = corpus.label_names
+    if metric not in METRICS and not (metric.startswith("f1/") and match_labels([metric[3:]], names)):
+        allowed = [*METRICS, *(f"f1/{name}" for name in names)]
+        hint = describe_look_alikes(metric, allowed)
+        raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}{hint}")
     if isinstance(weights, dict):
-        unknown = set(weights) - set(corpus.label_names)
+        matched = match_labels(weights, names)
+        unknown = sorted(set(weights) - set(matched))
         if unknown:
-            raise UserError(f"optim.class_weights: {sorted(unknown)[0]!r} is no class; classes: {corpus.label_names}")
+            hint = describe_look_alikes(unknown[0], names)
+            raise UserError(f"optim.class_weights: {unknown[0]!r} is no class; classes: {names}{hint}")
+        if len(set(matched.values())) < len(matched):
+            raise UserError(f"optim.class_weights: {list(weights)} name a class twice; classes: {names}")
         if any(not 0 <= weight < float("inf") for weight in weights.values()):
             raise UserError("optim.class_weights: weights must be at least 0")
-        if sum(weights.get(name, 1.0) > 0 for name in corpus.label_names) < 2:
+        if sum(weight > 0 for weight in weights.values()) + len(names) - len(weights) < 2:
             raise UserError("optim.class_weights: at least two classes need a weight above 0")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.console import keep_streams
+from trainer.labels import label_text
 
 
 class UserError(Exception):
@@ -57,7 +58,7 @@ class Source:
     """columns that hold the second text of a pair"""
     label_column: str | None = None
     """column that holds the label"""
-    label_names: list[str | int] | dict[str, str | int] | None = None
+    label_names: list[str] | dict[str, str] | None = None
     """class names in order, or {value in the file: class name}"""
 
 
@@ -81,7 +82,7 @@ class DataConfig:
     """columns that hold the second text of a pair, joined by a space; null = single texts"""
     label_column: str = "label"
     """column that holds the label, by name or by number"""
-    label_names: list[str | int] | dict[str, str | int] | None = None
+    label_names: list[str] | dict[str, str] | None = None
     """class names in order (numbers then count from 0), or {value in the data: class name}; null = as found, sorted"""
     max_length: int = 512
     """longest example in tokens, special tokens included; the rest of a text is cut off"""
@@ -376,5 +377,7 @@ def _impossible_layout(key: str, layout: DataConfig | Source) -> Iterator[str]:
     listed = list(names.values()) if isinstance(names, dict) else names or []
     if names is not None and (not listed or not all(str(name).strip() for name in listed)):
         yield f"{key}.label_names: {names!r} has no name, or an empty one"
-    if isinstance(names, list) and len(set(names)) < len(names):
-        yield f"{key}.label_names: {next(n for n in names if names.count(n) > 1)!r} stands twice"
+    first: dict[str | None, int] = {}  # 1 and 1.0 are one label
+    twice = [name for i, name in enumerate(names or ()) if first.setdefault(label_text(name), i) != i]
+    if twice:
+        yield f"{key}.label_names: {twice[0]!r} stands twice"

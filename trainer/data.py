@@ -2,7 +2,7 @@
 
 Always holds: a split that leaves this module has no empty text, and only known labels; its order is the file's. What is
 wrong with the data is said with the file and the row (counted from 1, the header not counted) before any weight is
-loaded. Nothing is removed: duplicates are counted and reported.
+loaded. Nothing is removed: duplicates are counted and reported, and a hold-out keeps equal texts in one split.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from trainer.config import NO_COLUMN, DataConfig, Source, UserError, completed
-from trainer.texts import Table, Texts, label_text, read_table
+from trainer.labels import INVISIBLE, describe_look_alikes, is_number, label_text, look_alikes, match_labels, quoted
+from trainer.reading import find_origin, option
+from trainer.texts import Table, Texts, read_table
 
 _Part = TypeVar("_Part")
+MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}  # as libraries write a value that is missing
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ class Corpus:
 
     label_names: list[str]
     """class number -> name, [C]"""
+    label_values: dict[str, str]
+    """{label of the training data: class name}; where train lacks a class, the label that would mean it"""
     splits: dict[str, TextSplit]
     warnings: list[str]
     """what the user should know, a line each"""
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Counts per split: examples, labels, duplicates within train, rows of test found in train."""
+        """Counts per split: examples, labels, duplicates within train, rows of the others found in train."""
         counts: dict[str, dict[str, Any]] = {}
         for name, split in self.splits.items():
             labels = split.labels if split.labels is not None else np.zeros(0, dtype=np.int64)
@@ -79,20 +84,22 @@ class Corpus:
                 "label_counts": dict(zip(self.label_names, per_class, strict=True)),
             }
         counts["train"]["num_duplicates"], in_train = self._repeated
-        if "test" in counts:
-            counts["test"]["num_in_train"] = in_train
+        for name, number in in_train.items():
+            counts[name]["num_in_train"] = number
         return counts
 
     @functools.cached_property
-    def _repeated(self) -> tuple[int, int]:
-        """Duplicates within train, and rows of test found in train."""
-        train, test = self.splits["train"], self.splits.get("test")
-        digests = np.concatenate([train.digests, test.digests]) if test is not None else train.digests
+    def _repeated(self) -> tuple[int, dict[str, int]]:
+        """Duplicates within train, and rows of each other split found in train."""
+        names = ["train", *(name for name in self.splits if name != "train")]
+        digests = np.concatenate([self.splits[name].digests for name in names])
+        ends = np.cumsum([len(self.splits[name]) for name in names])
         suspects = _suspects(digests)
-        numbers, of_train = _numbered(digests[suspects]), suspects < len(train)
+        numbers, splits = _numbered(digests[suspects]), np.searchsorted(ends, suspects, side="right")
         in_train = np.zeros(len(suspects), dtype=bool)
-        in_train[numbers[of_train]] = True
-        return int(of_train.sum() - in_train.sum()), int(in_train[numbers[~of_train]].sum())
+        in_train[numbers[splits == 0]] = True
+        found = {name: int(in_train[numbers[splits == i]].sum()) for i, name in enumerate(names) if i}
+        return int((splits == 0).sum() - in_train.sum()), found
 
 
 def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
@@ -103,18 +110,30 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     """
     warnings: list[str] = []
     named = [name for name in ("train", "validation", "test") if getattr(config, name) is not None]
-    tables = _for_each(named, lambda name: read_table(name, completed(getattr(config, name), config), quiet=quiet))
-    label_names = _label_names(tables["train"], warnings)
-    splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
-    if "validation" not in splits and config.validation_fraction > 0:
-        held = _hold_out(splits["train"], config.validation_fraction, seed)
-        nowhere = _absent(splits["train"], label_names)
-        rare = [name for name in _absent(held["validation"], label_names) if name not in nowhere]
-        if rare:
-            warnings.append(f"too few rows to hold one out for validation: {_few(rare)}")
-        splits = held | {name: split for name, split in splits.items() if name not in held}
-    _check_classes(splits["train"], label_names, warnings)
-    return Corpus(label_names, splits, warnings)
+    layouts = {name: completed(getattr(config, name), config) for name in named}
+    _refuse_mixed_pairs(layouts)
+    tables = _for_each(named, lambda name: read_table(name, layouts[name], quiet=quiet))
+    label_names, doubt = _label_names(tables["train"])
+    try:
+        splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
+        first = _first_of_equals(splits["train"].digests)
+        warnings += _two_labels(splits["train"], first)
+        if "validation" not in splits and config.validation_fraction > 0:
+            held = _hold_out(splits["train"], first, config.validation_fraction, seed)
+            nowhere = _absent(splits["train"], label_names)
+            rare = [name for name in _absent(held["validation"], label_names) if name not in nowhere]
+            if rare:
+                warnings.append(f"too few rows to hold one out for validation: {_few(rare)}")
+            splits = held | {name: split for name, split in splits.items() if name not in held}
+        _check_classes(splits["train"], label_names, warnings)
+    except UserError as error:
+        raise UserError(f"{doubt}\n{error}" if doubt else str(error)) from None
+    if doubt and len(label_names) > 20:  # a few rows with a class each are somebody's first try
+        warnings.insert(0, doubt)
+    if alike := look_alikes(label_names):
+        shown = "; ".join(map(quoted, alike[:3])) + ("; ..." if len(alike) > 3 else "")
+        warnings.append(f"classes differ only in {INVISIBLE}: {shown}")
+    return Corpus(label_names, _label_values(tables["train"], label_names), splits, warnings)
 
 
 def load_for_prediction(
@@ -128,13 +147,31 @@ def load_for_prediction(
     Raises:
         UserError: as `load_corpus`.
     """
-    layout = completed(source, completed(config.train or "", config))
+    trained = completed(config.train or "", config)
+    layout = completed(source, trained)
+    if bool(layout.text_pair_columns) != bool(trained.text_pair_columns):
+        has, lacks = ("the run", "--input") if trained.text_pair_columns else ("--input", "the run")
+        raise UserError(f"--text_pair_columns: {has} has pairs of texts and {lacks} has single texts; both must agree")
     # a column of labels that was asked for by name must be there
     labels_required = source.label_column not in (None, NO_COLUMN)
     table = read_table("input", layout, labels_required, extra=id_column, quiet=quiet)
     warnings: list[str] = []
     split = _checked(table, label_names, warnings)
-    return split, table.ids if table.ids is not None else [str(row) for row in split.rows], warnings
+    if table.ids is None:
+        return split, [str(row) for row in split.rows], warnings
+    return split, _whole_ids(table.ids, f"--input: {layout.path}: column {id_column!r}", warnings), warnings
+
+
+def id_columns(source: Source, config: DataConfig) -> list[str]:
+    """The columns of an input that are called ID, in any case, and hold neither texts nor labels.
+
+    Raises:
+        UserError: an input that cannot be read.
+    """
+    layout = completed(source, completed(config.train or "", config))
+    used = {*(layout.text_columns or []), *(layout.text_pair_columns or []), layout.label_column}
+    _, columns = next(find_origin("input", layout).chunks([]), (0, {}))
+    return [column for column in columns if column.strip().casefold() == "id" and column not in used]
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
@@ -159,23 +196,44 @@ def _as_text(value: Any) -> str:
     return label_text(value) or str(value)
 
 
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]+)?", text) is not None
+def _label_names(train: Table) -> tuple[list[str], str | None]:
+    """Class names in order, and why they may not be classes.
 
-
-def _label_names(train: Table, warnings: list[str]) -> list[str]:
-    """Class names in order: as configured, else as the hub says, else as found in train, sorted."""
+    The order is as configured, else as the data set says, else as found in train, sorted.
+    """
     configured = train.origin.layout.label_names or train.origin.class_names
     if configured:
         names = configured.values() if isinstance(configured, dict) else configured
-        return list(dict.fromkeys(map(_as_text, names)))
-    found = train.label_values
-    if len(found) > max(20, len(train.texts) // 2):
-        warnings.append(
-            f"{train.origin.where} has {len(found)} classes in {len(train.texts)} rows; does column "
+        return list(dict.fromkeys(map(_as_text, names))), None
+    found, num_rows = train.label_values, len(train.texts)
+    doubt = None
+    are_amounts = all(map(is_number, found)) and any("." in text for text in found)
+    if len(found) > max(4, num_rows // 2) or (are_amounts and len(found) > 20):
+        doubt = (
+            f"{train.origin.where} has {len(found)} classes in {num_rows} rows; does column "
             f"{train.origin.layout.label_column!r} hold the classes (data.label_column)?"
         )
-    return sorted(found, key=lambda text: (0, float(text), text) if _is_number(text) else (1, 0, text))
+    return sorted(found, key=lambda text: (0, float(text), text) if is_number(text) else (1, 0, text)), doubt
+
+
+def _label_values(train: Table, label_names: list[str]) -> dict[str, str]:
+    """{label of the training data: class name}; where train lacks a class, the label that would mean it."""
+    meaning = _meaning(train, set(train.label_values), label_names)
+    values = {value: meaning[label] for value, label in match_labels(train.label_values, meaning).items()}
+    present = set(values.values())
+    values |= {label: number for label, number in meaning.items() if number not in present}
+    return {value: label_names[number] for value, number in values.items()}
+
+
+def _refuse_mixed_pairs(layouts: dict[str, Source]) -> None:
+    """All splits hold pairs of texts, or none does."""
+    pairs = [name for name, layout in layouts.items() if layout.text_pair_columns]
+    single = [name for name in layouts if name not in pairs]
+    if pairs and single:
+        raise UserError(
+            f"{option(pairs[0])} has pairs of texts and {option(single[0])} has single texts; set "
+            f"{option(single[0])}.text_pair_columns, or leave it out of {option(pairs[0])} too"
+        )
 
 
 def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextSplit:
@@ -199,14 +257,15 @@ def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warn
     """Positions in `table.label_values` -> class numbers [N]."""
     found = set(table.label_values)
     meaning = _meaning(table, found, label_names)
-    numbers = np.array([meaning.get(value, -1) for value in table.label_values])[codes]
+    matched = match_labels(found, meaning)
+    numbers = np.array([meaning[matched[value]] if value in matched else -1 for value in table.label_values])[codes]
     unknown = np.flatnonzero(numbers < 0)
     if len(unknown):
         first = table.label_values[codes[unknown[0]]]
         told = f"{len(unknown)} of {len(codes)} labels are unknown, first {first!r} in row {unknown[0] + 1}"
-        raise UserError(_unknown_label(table, told, label_names, meaning))
+        raise UserError(_unknown_label(table, told, first, label_names, meaning))
     if _could_count_otherwise(found, meaning):
-        read = ", ".join(f"{value} = {label_names[meaning[value]]}" for value in sorted(found)[:4])
+        read = ", ".join(f"{value} = {label_names[meaning[matched[value]]]}" for value in sorted(found)[:4])
         warnings.append(f"{table.origin.where}: its labels could count from 0 or from 1; they were read as {read}")
     return numbers
 
@@ -225,14 +284,15 @@ def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str,
         counted = given is table.origin.class_names or list(map(_as_text, given)) != label_names
         given = dict(enumerate(given)) if counted else {}
     own = {_as_text(value): _as_text(name) for value, name in given.items()}
-    if own and (found <= set(own) or not found & set(names)):
-        strangers = sorted(set(own.values()) - set(names))
+    if own and (len(match_labels(found, own)) == len(found) or not match_labels(found, names)):
+        classes = match_labels(own.values(), names)
+        strangers = sorted(set(own.values()) - set(classes))
         if strangers:
             raise UserError(
                 f"{table.origin.where}: label_names maps to {strangers[0]!r}, which is no class of train: {_few(names)}"
             )
-        return {value: names[name] for value, name in own.items()}
-    if all(map(_is_number, found)) and not any(map(_is_number, names)):
+        return {value: names[classes[name]] for value, name in own.items()}
+    if all(map(is_number, found)) and not any(map(is_number, names)):
         return {str(i): i for i in range(len(label_names))}
     return names
 
@@ -245,15 +305,16 @@ def _could_count_otherwise(found: set[str], meaning: dict[str, int]) -> bool:
     return False
 
 
-def _unknown_label(table: Table, told: str, label_names: list[str], meaning: dict[str, int]) -> str:
+def _unknown_label(table: Table, told: str, label: str, label_names: list[str], meaning: dict[str, int]) -> str:
     message = f"{table.origin.where}: {table.origin.layout.path}: {told}; known: {_few(meaning)}"
+    message += describe_look_alikes(label, meaning)
     count = len(label_names)
     counts_from = [n for n in (0, 1) if set(table.label_values) <= {str(n + i) for i in range(count)}]
     if counts_from and count <= 20:
         first = counts_from[0]
         example = ", ".join(f"{first + i}: {name}" for i, name in enumerate(label_names))
-        option = "--label_names" if table.origin.name == "input" else f"--{table.origin.where}.label_names"
-        message += f"\n{table.origin.where} counts its labels from {first}; map them: {option} '{{{example}}}'"
+        flag = "--label_names" if table.origin.name == "input" else f"--{table.origin.where}.label_names"
+        message += f"\n{table.origin.where} counts its labels from {first}; map them: {flag} '{{{example}}}'"
     return message
 
 
@@ -280,23 +341,86 @@ def _absent(split: TextSplit, label_names: list[str]) -> list[str]:
     return [name for name, count in zip(label_names, counts, strict=True) if count == 0]
 
 
-def _hold_out(train: TextSplit, fraction: float, seed: int) -> dict[str, TextSplit]:
-    """Train without, and validation with, a fraction of every class; a function of the labels and the seed alone."""
+def _hold_out(train: TextSplit, first: np.ndarray, fraction: float, seed: int) -> dict[str, TextSplit]:
+    """Train without, and validation with, a fraction of every class.
+
+    Rows of equal text stay together, in the class of the first of them. Without such rows, the choice is a function of
+    the labels and the seed alone.
+
+    Args:
+        train: N examples.
+        first: position of the first example of the same text, [N].
+        fraction: of the rows of every class.
+        seed: of the run.
+    """
     assert train.labels is not None
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x5B117]))
+    copies = np.bincount(first, minlength=len(train))
     held = np.zeros(len(train), dtype=bool)
     for label in np.unique(train.labels):
         members = np.flatnonzero(train.labels == label)
-        held[generator.permutation(members)[: int(len(members) * fraction + 0.5)]] = True
+        wanted, taken = int(len(members) * fraction + 0.5), 0
+        for member in generator.permutation(members[first[members] == members]):
+            if taken >= wanted:
+                break
+            if taken + copies[member] / 2 <= wanted:  # else the class is closer to its share without them
+                held[member] = True
+                taken += copies[member]
+    held = held[first]
     if not held.any() or held.all():
+        together = ", equal texts together" if copies.max() > 1 else ""
         raise UserError(
-            f"data.validation_fraction: {fraction} of {len(train)} examples, class by class, leaves train or "
+            f"data.validation_fraction: {fraction} of {len(train)} examples, class by class{together}, leaves train or "
             "validation empty; change it, or name data.validation"
         )
     return {
         "train": train.take("train", np.flatnonzero(~held)),
         "validation": train.take("validation", np.flatnonzero(held)),
     }
+
+
+def _first_of_equals(digests: np.ndarray) -> np.ndarray:
+    """Position of the first digest that equals each of digests [N, 2], int64 [N]."""
+    first, suspects = np.arange(len(digests)), _suspects(digests)
+    if len(suspects):
+        _, positions, numbers = np.unique(_numbered(digests[suspects]), return_index=True, return_inverse=True)
+        first[suspects] = suspects[positions[numbers]]
+    return first
+
+
+def _two_labels(train: TextSplit, first: np.ndarray) -> Iterator[str]:
+    """A warning where one text has more than one label."""
+    assert train.labels is not None
+    others = np.flatnonzero(train.labels != train.labels[first])
+    if len(others):
+        rows = f"{train.rows[first[others[0]]] + 1} and {train.rows[others[0]] + 1}"
+        yield f"data.train: texts with more than one label: {len(set(first[others])):,}, first in rows {rows}"
+
+
+def _whole_ids(ids: list[str], where: str, warnings: list[str]) -> list[str]:
+    """Ids as they were before a column of floats held them: 100.0 becomes 100.
+
+    Raises:
+        UserError: ids that are missing, or have lost digits.
+    """
+    are_floats = all(re.fullmatch(r"-?[0-9]+\.0+", text) for text in ids)
+    whole = [text.partition(".")[0] for text in ids] if are_floats else ids
+    rows: dict[str, int] = {}
+    repeated = []
+    for row, text in enumerate(whole):
+        if text.strip().lower() in MISSING_IDS:
+            raise UserError(f"{where}: row {row + 1} has no id ({text!r})")
+        if re.fullmatch(r"-?[0-9](\.[0-9]+)?[eE]\+[0-9]+", text) or (are_floats and abs(float(text)) >= 2**53):
+            raise UserError(f"{where}: row {row + 1}: {ids[row]!r} has lost digits; write the ids as text or integers")
+        if rows.setdefault(text, row) != row:
+            repeated.append(row)
+    if are_floats:
+        warnings.append(f"{where}: ids such as {ids[0]!r} are written as {whole[0]!r}")
+    if repeated:
+        text, again = whole[repeated[0]], repeated[0] + 1
+        told = f"repeated ids: {len(repeated):,}, first {text!r} in rows {rows[text] + 1} and {again}"
+        warnings.append(f"{where}: {told}")
+    return whole
 
 
 def _suspects(digests: np.ndarray) -> np.ndarray:

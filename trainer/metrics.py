@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.labels import match_labels
+
 METRICS = ("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro", "mcc", "loss")
 
 
@@ -64,7 +66,8 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
 def metric_value(metrics: dict[str, Any], name: str) -> float:
     """The metric `name`; `f1/CLASS` is the F1 of one class."""
     if name.startswith("f1/"):
-        return float(metrics["per_class"][name.removeprefix("f1/")]["f1"])
+        word = name.removeprefix("f1/")
+        return float(metrics["per_class"][match_labels([word], metrics["per_class"])[word]]["f1"])
     return float(metrics[name])
 
 

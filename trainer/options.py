@@ -151,9 +151,7 @@ def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, An
     # a run is used later from other folders
     local = Path(config.model.name)
     model = dataclasses.replace(config.model, name=str(local.absolute()) if local.is_dir() else config.model.name)
-    splits = {split: with_text_labels(getattr(config.data, split)) for split in ("train", "validation", "test")}
-    data = with_text_labels(dataclasses.replace(config.data, **splits))
-    return dataclasses.replace(config, peft=peft, model=model, data=data)
+    return dataclasses.replace(config, peft=peft, model=model)
 
 
 def _command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -188,7 +186,8 @@ def _value(key: str, text: str) -> Any:
     """A value of the command line. PEFT's options, lists and mappings are YAML; the rest is read by its type."""
     kind = _TYPES.get(key, "")
     opening = ("{",) if "Source" in kind else ("{", "[") if "[" in kind else ()
-    return _yaml(text) if _is_peft_option(key) or (opening and text.startswith(opening)) else text
+    is_yaml = _is_peft_option(key) or (opening and text.startswith(opening))
+    return _yaml(text, words=key.endswith(".label_names")) if is_yaml else text
 
 
 def _is_peft_option(key: str) -> bool:
@@ -311,7 +310,10 @@ def _beside(recipe: Path, value: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no` is a word and `1e-4` a number. A key twice in one mapping is an error."""
+    """YAML 1.2's scalars: `no` is a word and `1e-4` a number. A key twice in one mapping is an error.
+
+    Keys and class names are words as they are written: `1.0`, `true` and `null` too.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in pairs if tag.endswith((":null", ":merge"))]
@@ -323,7 +325,13 @@ class _Loader(yaml.SafeLoader):
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise ValueError(f"{twice!r} stands twice in line {node.start_mark.line + 1} and below")
-        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+        self.flatten_mapping(node)
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {key.start_mark.line + 1} has a list or a mapping as a key")
+            if key.value == "label_names":
+                _keep_words(value)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -337,14 +345,32 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def _yaml(text: str) -> Any:
-    """YAML text -> plain values.
+def _keep_words(node: yaml.Node) -> None:
+    """Makes text of the scalars in a list or a mapping."""
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        children = [value for _, value in node.value]
+    for child in children:
+        if isinstance(child, yaml.ScalarNode):
+            child.tag = "tag:yaml.org,2002:str"
+        else:
+            _keep_words(child)
+
+
+def _yaml(text: str, words: bool = False) -> Any:
+    """YAML text -> plain values; with `words`, the scalars in a list or a mapping stay text.
 
     Raises:
         UserError: not YAML, or nothing a setting could hold.
     """
     try:
-        value = yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if words:
+            _keep_words(node)
+        value = loader.construct_document(node)
         json.dumps(value, default=str)  # refuses an alias that leads back to itself
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())[:200]}") from None
@@ -354,9 +380,17 @@ def _yaml(text: str) -> Any:
 jsonargparse.set_loader("yaml", _yaml, exceptions=(UserError,))  # of predict.py's options too
 
 
-def with_text_labels(layout: Any) -> Any:
-    """A layout whose class names are text: YAML reads those in {1: 5} and [1, 2] as numbers."""
-    names = getattr(layout, "label_names", None)
-    if isinstance(names, dict):
-        return dataclasses.replace(layout, label_names={value: str(name) for value, name in names.items()})
-    return dataclasses.replace(layout, label_names=[str(name) for name in names]) if names is not None else layout
+def parse_label_names(text: str) -> list[str] | dict[str, str]:
+    """The value of an option `label_names` of a command that has no recipe.
+
+    Raises:
+        UserError: it is no list of names and no mapping to names.
+    """
+    try:
+        names = _yaml(text, words=True)
+    except UserError as error:
+        raise UserError(f"--label_names: {error}") from None
+    listed = list(names.values()) if isinstance(names, dict) else names
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name.strip() for name in listed):
+        raise UserError(f"--label_names: {text!r} must be [name, ...] or {{label in the input: name, ...}}")
+    return names

@@ -152,9 +152,11 @@ def _data_lines(inputs: Inputs) -> list[str]:
     counts = corpus.summary()
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in corpus.splits.items())
     cut = sum(int((split.lengths == max_length).sum()) for split in inputs.examples.values())
+    is_held_out = inputs.config.data.validation is None and "validation" in corpus.splits
+    together = "; the held-out validation has none of its texts" if is_held_out else ""
     notes = {
-        "duplicates within train": counts["train"]["num_duplicates"],
-        "rows of test found in train": counts.get("test", {}).get("num_in_train", 0),
+        f"duplicates within train{together}": counts["train"]["num_duplicates"],
+        **{f"rows of {name} found in train": counts[name]["num_in_train"] for name in corpus.splits if name != "train"},
         f"examples fill all {max_length} tokens and may be cut": cut,
     }
     return [
@@ -305,6 +307,7 @@ def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str
         "backbone": dataclasses.asdict(run.backbone),
         "resumed_from": list(state.resumed_from),
         "label_names": inputs.corpus.label_names,
+        "label_values": inputs.corpus.label_values,
         "parameters": parameter_table(run.model),
         "data": inputs.corpus.summary(),
     }

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 import glob
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ import jsonargparse
 from jsonargparse.typing import PositiveInt
 
 from trainer.config import NO_COLUMN, Config, Source, UserError, completed, main_guard, set_environment
-from trainer.options import load_finished_run
+from trainer.labels import is_number, label_text, match_labels, quoted
+from trainer.options import load_finished_run, parse_label_names
 
 OUTPUT_TYPES = (".csv", ".jsonl")
 
@@ -50,9 +52,11 @@ class Options:
     output: str
     """csv or jsonl file to write"""
     layout: Literal["full", "contest"] = "full"
-    """full = id, prediction, confidence and a probability per class; contest = ID,Label with class numbers from 0"""
+    """full = id, prediction, confidence and a probability per class; contest = ID,Label with the labels of the
+    training data, or those of label_names"""
     id_column: str | None = None
-    """column of the input that holds the ids; null = the row, counted from 0"""
+    """column of the input that holds the ids; null = a column called ID, in any case, else the row; '' = the row,
+    counted from 0"""
     column_names: list[str] | None = None
     """names of the columns of an input without a header; [] = its first row is the header; null = as the run's data"""
     text_columns: list[str] | None = None
@@ -61,8 +65,8 @@ class Options:
     """columns that hold the second text of a pair; null = the run's"""
     label_column: str | None = None
     """column that holds the labels, where there are any; null = the run's"""
-    label_names: list[str | int] | dict[str, str | int] | None = None
-    """{label in the input: class name}, or names for numbers counted from 0; null = the run's"""
+    label_names: str | None = None
+    """{label in the input: class name}, or [names for numbers counted from 0]; null = the run's"""
     ignore_labels: bool = False
     """true = do not read the label column"""
     model: Copy = field(default_factory=Copy)
@@ -101,7 +105,7 @@ def predict(options: Options) -> int:
     from trainer.adapter import find_trained_backbone, load_plain
     from trainer.backbone import silence_libraries
     from trainer.checkpoint import write_atomic
-    from trainer.data import load_for_prediction
+    from trainer.data import id_columns, load_for_prediction
     from trainer.evaluation import score_split
     from trainer.metrics import classification_metrics
     from trainer.model import COMPUTE_TYPES
@@ -110,9 +114,10 @@ def predict(options: Options) -> int:
     from trainer.tokenising import tokenise
 
     silence_libraries()
-    split, ids, warnings = load_for_prediction(
-        _source(options), config.data, label_names, options.id_column, options.quiet
-    )
+    source = _source(options)
+    labels, what_labels = labels_to_write(options, config, label_names)
+    id_column, what_ids = _id_column(options, id_columns(source, config.data) if options.id_column is None else [])
+    split, ids, warnings = load_for_prediction(source, config.data, label_names, id_column, options.quiet)
     backbone, unverified = find_trained_backbone(Path(options.run), config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
     precision = choose_precision(options.precision)
@@ -130,12 +135,14 @@ def predict(options: Options) -> int:
             num_labels=len(label_names),
             progress=None if options.quiet or not accelerator.is_main_process else "predicting",
         )
+    assert len(ids) == len(split) == len(logits), "a row was lost"
     if accelerator.is_main_process:
-        write_atomic(output, _rendered(options, ids, logits, label_names))
+        write_atomic(output, _rendered(options, ids, logits, label_names, labels))
         if not options.quiet:
             for line in [*warnings, *unverified]:
                 print(f"warning: {line}", file=sys.stderr)
             print(f"{len(ids)} predictions: {output}", file=sys.stderr)
+            print(f"{what_ids}; {what_labels}", file=sys.stderr)
         if split.labels is not None:
             scores = classification_metrics(logits, split.labels, label_names)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
@@ -170,23 +177,84 @@ def _source(options: Options) -> Source:
         text_columns=options.text_columns,
         text_pair_columns=options.text_pair_columns,
         label_column=NO_COLUMN if options.ignore_labels else options.label_column,
-        label_names=options.label_names,
+        label_names=parse_label_names(options.label_names) if options.label_names is not None else None,
     )
 
 
-def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[str]) -> str:
-    """The output file's text."""
+def _id_column(options: Options, found: list[str]) -> tuple[str | None, str]:
+    """The column of the ids, None for the row's number, and what the output holds in words."""
+    if options.id_column is not None:
+        found = [options.id_column] if options.id_column else []
+    if len(found) == 1:
+        return found[0], f"ids: column {found[0]!r} of the input"
+    several = f", since {quoted(found)} could hold ids (see --id_column)" if found else ""
+    return None, f"ids: the row, counted from 0{several}"
+
+
+def labels_to_write(options: Options, config: Config, label_names: list[str]) -> tuple[list[str], str]:
+    """What stands for each class in the output [C], and what that is in words.
+
+    A submission holds the labels of the data. It holds the names of the classes where several labels mean one class,
+    and where the names are numbers and the labels are not.
+    """
+    if options.layout == "full":
+        return label_names, "labels: the names of the classes"
+    values, origin = _label_values(options, config, label_names)
+    if values is None:
+        numbers = [str(i) for i in range(len(label_names))]
+        return (
+            numbers,
+            f"labels: class numbers counted from 0, as this run has no record of its data's: {quoted(numbers)}",
+        )
+    of_class: dict[str, list[str]] = {name: [] for name in label_names}
+    for value, name in values.items():
+        of_class[name].append(value)
+    several = [name for name, own in of_class.items() if len(own) > 1]
+    if several:
+        why = f"several labels of {origin} mean {several[0]!r} ({quoted(of_class[several[0]])})"
+        return label_names, f"labels: the names of the classes, since {why}: {quoted(label_names)}"
+    labels = [own[0] for own in of_class.values()]
+    if all(map(is_number, label_names)) and not all(map(is_number, labels)):
+        return label_names, f"labels: the numbers that data.label_names gives: {quoted(label_names)}"
+    return labels, f"labels: those of {origin}: {quoted(labels)}"
+
+
+def _label_values(options: Options, config: Config, label_names: list[str]) -> tuple[dict[str, str] | None, str]:
+    """{label: class name}, and where it is from; None where nothing says it, as in some runs of earlier versions."""
+    if options.label_names is not None:
+        given = parse_label_names(options.label_names)
+        given = given if isinstance(given, dict) else {str(i): name for i, name in enumerate(given)}
+        classes = match_labels(given.values(), label_names)
+        if set(classes.values()) == set(label_names):
+            return {label_text(value) or value: classes[name] for value, name in given.items()}, "--label_names"
+    summary = json.loads((Path(options.run) / "summary.json").read_text(encoding="utf-8"))
+    if "label_values" in summary:
+        return summary["label_values"], "the training data"
+    configured = completed(config.data.train or "", config.data).label_names
+    if configured is None or all(map(is_number, label_names)):
+        return dict(zip(label_names, label_names, strict=True)), "the training data"
+    if isinstance(configured, dict):
+        classes = match_labels(configured.values(), label_names)
+        return {label_text(value) or value: classes[name] for value, name in configured.items()}, "data.label_names"
+    return None, ""
+
+
+def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[str], labels: list[str]) -> str:
+    """The output file's text; `labels` stand for the classes."""
     from trainer.evaluation import csv_text, predictions
 
+    in_json = options.output.lower().endswith(".jsonl")
+    written: dict[str, Any] = dict(zip(label_names, labels, strict=True))
+    if in_json and options.layout == "contest" and all(re.fullmatch("0|-?[1-9][0-9]*", label) for label in labels):
+        written = {name: int(label) for name, label in written.items()}
     header = ["id", "prediction", "confidence", *(f"probability:{name}" for name in label_names)]
     rows: list[list[Any]] = [
-        [example, name, max(shares), *shares]
+        [example, written[name], max(shares), *shares]
         for example, (name, shares) in zip(ids, predictions(logits, label_names), strict=True)
     ]
     if options.layout == "contest":
-        header = ["ID", "Label"]
-        rows = [[row[0], label_names.index(row[1])] for row in rows]
-    if options.output.lower().endswith(".jsonl"):
+        header, rows = ["ID", "Label"], [row[:2] for row in rows]
+    if in_json:
         return "".join(json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
     return csv_text([header, *[[f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in rows]])
 

@@ -27,11 +27,12 @@ from tqdm import tqdm
 from trainer.config import Source, UserError
 from trainer.console import bar_settings
 from trainer.locks import say_once, share, taking_turns
+from trainer.labels import label_text
 from trainer.reading import Chunk, Origin, find_origin
 
 SHOWN = 5  # how many rows an error names
 LARGE = 2**26  # bytes of a source from which on its rows are kept in the cache
-LAYOUT = 2  # of the kept rows; another number makes them anew
+LAYOUT = 3  # of the kept rows; another number makes them anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,18 +294,6 @@ def _joined(chunk: Chunk, columns: Sequence[str], seen: _Seen) -> list[str]:
 
 def _named(text_columns: Sequence[str]) -> str:
     return f"text ({', '.join(text_columns)})"
-
-
-def label_text(value: Any) -> str | None:
-    """A label as text, whole numbers alike from csv ("1", "1.0"), json (1) and parquet (1.0); None where missing."""
-    if value is None or value != value:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).strip()
-    if text.endswith("0") and re.fullmatch(r"-?[0-9]{1,15}\.0+", text):
-        text = str(int(float(text)))
-    return text or None
 
 
 def _checked(chunk: Chunk, column: str, seen: _Seen) -> list[Any]:

@@ -113,7 +113,7 @@ def test_contest_layout_with_ids(run, wanted, tmp_path):
     assert ended.code == 0, ended.stderr
     header, *found = read_csv(tmp_path / "out.csv")
     assert header == ["ID", "Label"]
-    assert found == [[number, str(i)] for (number, _), i in zip(rows, wanted.argmax(axis=1), strict=True)]
+    assert found == [[number, CLASSES[i]] for (number, _), i in zip(rows, wanted.argmax(axis=1), strict=True)]
 
 
 def test_another_layout_of_columns_and_labels_counted_from_1(run, wanted, tmp_path):

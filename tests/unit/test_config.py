@@ -19,7 +19,7 @@ from trainer.config import (
     run_name,
     set_environment,
 )
-from trainer.options import config_text, load_config, load_finished_run, option_names, parse_config
+from trainer.options import config_text, load_config, load_finished_run, option_names, parse_config, parse_label_names
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--data.train", "train.csv"]
@@ -188,9 +188,39 @@ def test_label_mappings_have_text_keys(recipe):
     assert parse("--data.label_names", "[1, 2]").data.label_names == ["1", "2"]
 
 
-@pytest.mark.parametrize("names", ["[1, 2.0]", "[a, null]", "[a, true]", "{1: null}", "[[a]]"])
-def test_label_names_are_texts_or_whole_numbers(names):
+WORDS = ["false", "true", "null", "~", "NA", "1.0", "yes", "no", "on", "1e3", "0x1", "2020-01-01", ".5", "007", "1:30"]
+
+
+def test_class_names_are_words_as_they_are_written(recipe):
+    listed, mapping = f"[{', '.join(WORDS)}]", "{" + ", ".join(f"{word}: {word}" for word in WORDS) + "}"
+    named, weighed = dict(zip(WORDS, WORDS, strict=True)), dict.fromkeys(WORDS, 2)
+    assert parse("--data.label_names", listed).data.label_names == WORDS
+    assert parse("--data.label_names", mapping).data.label_names == named
+    assert parse("--data.test", f"{{path: x, label_names: {mapping}}}").data.test.label_names == named
+    assert parse("--data.test", "x", "--data.test.label_names", listed).data.test.label_names == WORDS
+    assert parse_label_names(listed) == WORDS and parse_label_names(mapping) == named
+    weights = "{" + ", ".join(f"{word}: 2" for word in WORDS) + "}"
+    assert parse("--optim.class_weights", weights).optim.class_weights == weighed
+    text = f"data: {{train: {{path: x, label_names: &a {listed}}}, label_names: {mapping}, test: {{path: y, "
+    text += f"label_names: *a}}}}\noptim: {{class_weights: {weights}}}\nevaluation: {{metric: f1/false}}"
+    config = parse_config(["--recipe", str(recipe(text))])
+    assert config.data.label_names == named and config.data.train.label_names == config.data.test.label_names == WORDS
+    assert config.optim.class_weights == weighed and config.evaluation.metric == "f1/false"
+
+
+@pytest.mark.parametrize("names", ["[[a]]", "{1: [a]}", "{[1]: a}", "{1: {a: b}}", "[a, '']", "{1: }", "{1: a, 1: b}"])
+def test_label_names_are_texts(names):
     assert "data.label_names" in problems("--data.label_names", names)
+    with pytest.raises(UserError):
+        parse_label_names(names)
+
+
+def test_no_label_names_is_null(recipe):
+    for null in ("null", "~", ""):
+        assert (
+            parse_config(["--recipe", str(recipe(f"data: {{train: x, label_names: {null}}}"))]).data.label_names is None
+        )
+    assert parse("--data.label_names", "null").data.label_names is None
 
 
 def test_a_split_of_its_own_layout(recipe):
@@ -341,6 +371,8 @@ def test_wrong_type_says_what_is_wanted(key, value, wanted):
         (["--data.label_names", "[]"], "data.label_names: [] has no name, or an empty one"),
         (["--data.label_names", "[a, ' ']"], "data.label_names: ['a', ' '] has no name, or an empty one"),
         (["--data.label_names", "[a, a]"], "data.label_names: 'a' stands twice"),
+        (["--data.label_names", "[1, 2, 1.0]"], "data.label_names: '1.0' stands twice"),
+        (["--data.test", "{path: x, label_names: {1: a, 1.0: b}}"], "data.test.label_names: '1.0' stands twice"),
         (["--data.validation_fraction", "0", "--evaluation.patience", "1"], "evaluation.patience needs a validation "
          "split; data.validation_fraction is 0"),
     ],

@@ -143,7 +143,7 @@ def test_parquet_columns_of_other_types(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "x.parquet")
-    assert texts_and_labels(load(tmp_path / "x.parquet")) == [("x", "True"), ("y", "False"), ("x", "True")]
+    assert texts_and_labels(load(tmp_path / "x.parquet")) == [("x", "true"), ("y", "false"), ("x", "true")]
 
 
 @pytest.mark.parametrize("values", [[1.0, 0.0], [1, 0], ["1", "0"], [" 1", "0 "], ["1.0", "-0.00"]])

@@ -1,0 +1,465 @@
+"""Labels as they are spelled, what a submission holds, ids, and the rows that two splits share."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import write_csv
+from trainer.building import _check_names, _example_weights
+from trainer.config import Config, DataConfig, EvaluationConfig, OptimConfig, Source, UserError
+from trainer.data import id_columns, load_corpus, load_for_prediction
+from trainer.labels import label_text, look_alikes, match_labels
+from trainer.metrics import metric_value
+from trainer.predict import Options, _id_column, _rendered, labels_to_write
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache):
+    """Each test with its own cache."""
+
+
+def load(train, seed=1, **settings):
+    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), seed)
+
+
+def labelled(path, labels):
+    """A file of one text for each label, by its ending: csv as text, json and parquet by type."""
+    texts = [f"text {i}" for i in range(len(labels))]
+    if path.suffix == ".csv":
+        return write_csv(path, zip(texts, labels, strict=True))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts, "label": labels}), path)
+    else:
+        path.write_text(json.dumps([{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]))
+    return path
+
+
+# --- spelling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(True, "true"), (False, "false"), ("False", "False"), (1.0, "1"), ("1.0", "1"), (0.5, "0.5"), (" a ", "a"),
+     ("null", "null"), ("NA", "NA"), (None, None), (float("nan"), None), ("", None), ("007", "007"), ("1e3", "1e3")],
+)  # fmt: skip
+def test_a_label_as_text(value, text):
+    assert label_text(value) == text
+
+
+def test_a_word_means_its_own_spelling_first_and_then_its_value():
+    labels = ["1", "1000", "0.5", "false", "007", "World", "inf", "1.5.2"]
+    words = ["1.0", "1e3", "+1", ".5", "False", "FALSE", "7", "007", "0x1", "world", "1e999", "1.5.20", "-1", "NaN"]
+    assert match_labels(words, labels) == {
+        "1.0": "1", "1e3": "1000", "+1": "1", ".5": "0.5", "False": "false", "FALSE": "false", "007": "007",
+    }  # fmt: skip
+    assert match_labels(["True", "true", "TRUE"], ["True", "true"]) == {"True": "True", "true": "true"}
+    assert match_labels(["1000", "1e3"], ["1e3", "1000"]) == {"1000": "1000", "1e3": "1e3"}
+    assert match_labels(["12345678901234567", "1" * 5000], ["12345678901234568", "1" * 4999]) == {}
+
+
+@pytest.mark.parametrize("group", [
+    ["Sports", "sports"], ["Sci/Tech", "Sci / Tech"], ["new york", "new  york"], ["a b", "a\xa0b"], ["ab", "a\u200bb"],
+    ["\ufeffa", "a"], ["caf\u00e9", "cafe\u0301"], ["\uff21", "A"], ["a\u00adb", "ab"], ["\u2764", "\u2764\ufe0f"],
+    ["STRASSE", "stra\u00dfe"], ["a\tb", "a b"], ["a", "A", "\u200ba"], ["true", "True"],
+])  # fmt: skip
+def test_classes_that_look_alike_are_named(tmp_path, group):
+    assert look_alikes(["other", *group, "another"]) == [group]
+    corpus = load(labelled(tmp_path / "x.json", ["other", *group]))
+    assert len(corpus.label_names) == 1 + len(group), "they stay classes of their own"
+    (warning,) = corpus.warnings
+    said = warning.partition("Unicode form: ")[2]
+    assert said.isprintable() and sorted(eval(f"[{said}]")) == sorted(group)
+    assert len(set(said.split(", "))) == len(group)
+
+
+def test_classes_that_differ_are_not_called_alike(tmp_path):
+    names = ["a", "b", "1", "-1", "+1", "C", "C++", "C#", "a-b", "a_b", "ab", "\u0430", "\u044f"]
+    assert look_alikes(names) == []
+    assert load(labelled(tmp_path / "x.csv", names)).warnings == []
+
+
+def test_an_unknown_label_names_the_class_that_it_looks_like(tmp_path):
+    train = labelled(tmp_path / "x.json", ["Caf\u00e9", "Bar"])
+    test = labelled(tmp_path / "y.json", ["Bar", "Cafe\u0301"])
+    with pytest.raises(UserError, match=r"'Cafe\\u0301', 'Caf\\xe9' differ only in case, spaces, invisible") as error:
+        load(train, test=str(test))
+    assert str(error.value).count("\n") == 0
+
+
+BOOLS = {"x.csv": ["false", "true"], "p.csv": ["False", "True"], "x.json": [False, True], "x.parquet": [False, True]}
+
+
+@pytest.mark.parametrize("train", BOOLS)
+def test_truth_values_of_any_file_meet_those_of_any_other(tmp_path, train):
+    path = labelled(tmp_path / train, BOOLS[train])
+    for other, labels in BOOLS.items():
+        test = labelled(tmp_path / f"test-{other}", labels)
+        assert load(path, test=str(test)).splits["test"].labels.tolist() == [0, 1]
+        for names in ({"false": "other", "true": "praise"}, {"False": "other", "True": "praise"}):
+            mapped = load(path, test=str(test), label_names=names)
+            assert mapped.label_names == ["other", "praise"]
+            assert mapped.splits["train"].labels.tolist() == mapped.splits["test"].labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "word", ["false", "null", "~", "NA", "1.0", "yes", "on", "1e3", "0x1", "2020-01-01", ".5", "007"]
+)
+def test_words_of_yaml_meet_those_of_the_data(tmp_path, word):
+    path = labelled(tmp_path / "x.csv", [word, "other"])
+    mapped = load(path, label_names={word: "a", "other": "b"})
+    assert (mapped.label_names, mapped.splits["train"].labels.tolist()) == (["a", "b"], [0, 1])
+    listed = load(path, label_names=["other", word])
+    assert listed.splits["train"].labels.tolist() == [1, 0]
+    config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
+    _check_names(config, listed)
+    assert _example_weights(config, listed.splits["train"].labels, listed.label_names).tolist() == [3, 1]
+    per_class = {name: {"f1": float(name == "other")} for name in listed.label_names}
+    assert metric_value({"per_class": per_class}, f"f1/{word}") == 0
+
+
+@pytest.mark.parametrize(("word", "value"), [("1.0", 1), ("1e3", 1000.0), (".5", 0.5), ("false", False), ("2", 2.0)])
+def test_words_of_yaml_meet_the_numbers_of_parquet(tmp_path, word, value):
+    path = labelled(tmp_path / "x.parquet", [value, value * 2 + 9 if value else True])
+    corpus = load(path)
+    config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
+    _check_names(config, corpus)
+    assert _example_weights(config, corpus.splits["train"].labels, corpus.label_names).tolist() == [3, 1]
+
+
+def test_a_class_that_is_weighted_twice_or_is_none(tmp_path):
+    corpus = load(labelled(tmp_path / "x.csv", ["1", "Sports"]))
+    for weights, said in (
+        ({"1": 2, "1.0": 3}, "name a class twice"),
+        ({"sports": 2}, "'sports', 'Sports' differ only"),
+    ):
+        with pytest.raises(UserError, match=said):
+            _check_names(Config(optim=OptimConfig(class_weights=weights)), corpus)
+    with pytest.raises(UserError, match="'f1/sports', 'f1/Sports' differ only"):
+        _check_names(Config(evaluation=EvaluationConfig(metric="f1/sports")), corpus)
+
+
+# --- what a submission holds ------------------------------------------------------------------------------------------
+
+FOUR = ["World", "Sports", "Business", "Tech"]
+
+
+def submission(folder, config, classes, values, output="x.csv", **options):
+    """The labels that a prediction of each class in turn is written as, and the line that says what they are."""
+    (folder / "summary.json").write_text(json.dumps({} if values is None else {"label_values": values}))
+    asked = Options(str(folder), "input.csv", output, layout="contest", **options)
+    labels, told = labels_to_write(asked, config, classes)
+    text = _rendered(asked, [str(i) for i in range(len(labels))], np.eye(len(labels)) * 9, classes, labels)
+    return text, told
+
+
+@pytest.mark.parametrize(
+    ("data", "names", "written", "told"),
+    [
+        ([0, 4], None, ["0", "4"], "those of the training data: '0', '4'"),
+        ([0.0, 4.0], None, ["0", "4"], "those of the training data"),
+        ([-1, 0, 1], None, ["-1", "0", "1"], "those of the training data"),
+        (["b", "a"], None, ["a", "b"], "those of the training data: 'a', 'b'"),
+        ([False, True], None, ["false", "true"], "those of the training data"),
+        (["False", "True"], None, ["False", "True"], "those of the training data"),
+        ([1, 2, 10], None, ["1", "2", "10"], "those of the training data"),
+        (["007", "8"], None, ["007", "8"], None),
+        (["yes", "no"], {"yes": "1", "no": "0"}, ["1", "0"], "the numbers that data.label_names gives: '1', '0'"),
+        (["+", "-"], {"+": "+1", "-": "-1"}, ["+1", "-1"], "the numbers that data.label_names gives"),
+        ([0, 1, 2, 3], FOUR, ["0", "1", "2", "3"], "those of the training data: '0', '1', '2', '3'"),
+        ([0, 2, 3], FOUR, ["0", "1", "2", "3"], "those of the training data"),
+        (FOUR, FOUR, FOUR, "those of the training data"),
+        ([1, 2, 3, 4], dict(zip("1234", FOUR, strict=True)), ["1", "2", "3", "4"], "those of the training data"),
+        ([1.0, 2.0], {"2.0": "pos", "1.0": "neg"}, ["2", "1"], "those of the training data"),
+        ([4, 0], {"4": "pos", "0": "neg"}, ["4", "0"], "those of the training data"),
+        ([1, 2], {"1": "0", "2": "1"}, ["1", "2"], "those of the training data: '1', '2'"),
+        ([0, 1], {"0": "1", "1": "0"}, ["0", "1"], "those of the training data"),
+        (["p", "n"], {"p": "pos", "n": "neg"}, ["p", "n"], "those of the training data: 'p', 'n'"),
+        (["pos", "neg"], {"p": "pos", "n": "neg"}, ["pos", "neg"], "those of the training data"),
+        ([1, 0], {"1": "pos", "yes": "pos", "0": "neg"}, ["1", "0"], "those of the training data"),
+        ([1, 2, 4], {"1": "neg", "2": "neg", "4": "pos"}, ["neg", "pos"],
+         "the names of the classes, since several labels of the training data mean 'neg' ('1', '2'): 'neg', 'pos'"),
+        ([1, 2, 4], {"1": "0", "2": "0", "4": "1"}, ["0", "1"], "the names of the classes, since several"),
+        ([10**12, 10**12 + 1], {str(10**12): "1", str(10**12 + 1): "0"}, [str(10**12), str(10**12 + 1)], None),
+    ],
+)  # fmt: skip
+def test_a_submission_holds_the_labels_of_the_data(tmp_path, data, names, written, told):
+    kind = ".parquet" if isinstance(data[0], bool | float) else ".csv"
+    corpus = load(labelled(tmp_path / f"x{kind}", data), label_names=names)
+    values = json.loads(json.dumps(corpus.label_values))
+    text, said = submission(tmp_path, Config(), corpus.label_names, values)
+    assert text == "ID,Label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(written))
+    assert said.startswith(f"labels: {told or ''}")
+
+
+def test_a_submission_holds_the_labels_of_the_inputs_own_mapping(tmp_path):
+    values = dict(zip("0123", FOUR, strict=True))
+    mapping = f"{{{', '.join(f'{i + 1}: {name}' for i, name in enumerate(FOUR))}}}"
+    text, told = submission(tmp_path, Config(), FOUR, values, label_names=mapping)
+    assert text.split() == ["ID,Label", "0,1", "1,2", "2,3", "3,4"] and "those of --label_names" in told
+    text, told = submission(tmp_path, Config(), FOUR, values, label_names="[Sports, World, Business, Tech]")
+    assert text.split() == ["ID,Label", "0,1", "1,0", "2,2", "3,3"]
+    _, told = submission(tmp_path, Config(), FOUR, values, label_names="{7: World}")
+    assert "those of the training data: '0'" in told
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "written", "told"),
+    [
+        (None, ["0", "4"], ["0", "4"], "those of the training data"),
+        (None, ["a", "b"], ["a", "b"], "those of the training data"),
+        ({"4": "pos", "0": "neg"}, ["pos", "neg"], ["4", "0"], "those of data.label_names"),
+        ({"yes": "1", "no": "0"}, ["1", "0"], ["1", "0"], ""),
+        (["neg", "pos"], ["neg", "pos"], ["0", "1"], "class numbers counted from 0, as this run has no record"),
+        (["4", "0"], ["4", "0"], ["4", "0"], "those of the training data"),
+    ],
+)
+def test_a_run_of_an_earlier_version(tmp_path, names, classes, written, told):
+    config = Config(data=DataConfig(train=Source("x.csv", label_names=names)))
+    text, said = submission(tmp_path, config, classes, None)
+    assert [line.split(",")[1] for line in text.split()] == ["Label", *written]
+    assert told in said
+
+
+def test_truth_values_of_a_run_of_an_earlier_version(tmp_path):
+    """It calls the labels of a parquet file False and True."""
+    for name, labels in BOOLS.items():
+        source = Source(str(labelled(tmp_path / name, labels)))
+        split, *_ = load_for_prediction(source, DataConfig(train="x"), ["False", "True"], None)
+        assert split.labels.tolist() == [0, 1]
+
+
+def test_whole_numbers_are_numbers_in_jsonl(tmp_path):
+    def labels(names):
+        text, _ = submission(tmp_path, Config(), names, {name: name for name in names}, output="x.jsonl")
+        return [json.loads(line)["Label"] for line in text.splitlines()]
+
+    assert labels(["0", "4", "-1"]) == [0, 4, -1]
+    assert labels(["007", "8"]) == ["007", "8"] and labels(["a", "1"]) == ["a", "1"]
+
+
+# --- ids --------------------------------------------------------------------------------------------------------------
+
+
+def ids_of(path, id_column="id"):
+    _, ids, warnings = load_for_prediction(Source(str(path)), DataConfig(train="x"), ["a", "b"], id_column)
+    return ids, warnings
+
+
+def with_ids(path, ids):
+    if path.suffix == ".csv":
+        return write_csv(path, [(text, f"text {i}") for i, text in enumerate(ids)], ("id", "text"))
+    pq.write_table(pa.table({"id": ids, "text": [f"text {i}" for i in range(len(ids))]}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "ids"),
+    [
+        ("x.parquet", [100.0, 7.0], ["100", "7"]),
+        ("x.csv", ["100.0", "7.0", "-3.00"], ["100", "7", "-3"]),
+        ("x.parquet", [2**53 - 1.0], [str(2**53 - 1)]),
+        ("x.csv", ["1.0", "1.1", "1.10"], ["1.0", "1.1", "1.10"]),
+        ("x.csv", ["100.0", "b"], ["100.0", "b"]),
+        ("x.parquet", [100.0, 1.5], ["100.0", "1.5"]),
+        ("x.csv", ["12345678901234567890", "9007199254740993"], ["12345678901234567890", "9007199254740993"]),
+        ("x.parquet", [2**60 + 1, 7], [str(2**60 + 1), "7"]),
+        ("x.csv", ["007", " 8", "NA", "12e34", "1e5"], ["007", " 8", "NA", "12e34", "1e5"]),
+    ],
+)
+def test_ids_that_a_column_of_floats_held_are_whole_again(tmp_path, name, given, ids):
+    found, warnings = ids_of(with_ids(tmp_path / name, given))
+    assert found == ids
+    changed = ids != [str(value) for value in given]
+    assert len(warnings) == changed and (not changed or f"are written as {ids[0]!r}" in warnings[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "told"),
+    [
+        ("x.parquet", [1.0, float("nan"), 3.0], "column 'id': row 2 has no id ('nan')"),
+        ("x.parquet", [1, None, 3], "1 row has an empty or missing id: row 2"),
+        ("x.csv", ["1", "", "3"], "1 row has an empty or missing id: row 2"),
+        ("x.csv", ["1", "2", " "], "row 3 has no id (' ')"),
+        ("x.csv", ["NaN", "1"], "row 1 has no id ('NaN')"),
+        ("x.csv", ["1", "None"], "row 2 has no id ('None')"),
+        ("x.parquet", [1.0, 2.0**53], "row 2: '9007199254740992.0' has lost digits"),
+        ("x.parquet", [1.0, 1.2345678901234567e18], "row 2: '1.2345678901234568e+18' has lost digits"),
+        ("x.csv", ["1.23457E+18", "7"], "row 1: '1.23457E+18' has lost digits"),
+        ("x.csv", ["1e+16"], "row 1: '1e+16' has lost digits"),
+    ],
+)
+def test_ids_that_are_missing_or_have_lost_digits_are_refused(tmp_path, name, given, told):
+    with pytest.raises(UserError) as error:
+        ids_of(with_ids(tmp_path / name, given))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_repeated_ids_are_reported(tmp_path):
+    ids, warnings = ids_of(with_ids(tmp_path / "x.csv", ["7", "8", "7", "9", "8", "7"]))
+    assert ids == ["7", "8", "7", "9", "8", "7"]
+    assert warnings == [f"--input: {tmp_path}/x.csv: column 'id': repeated ids: 3, first '7' in rows 1 and 3"]
+    _, warnings = ids_of(with_ids(tmp_path / "x.csv", ["7.0", "7.00"]))
+    assert "repeated ids: 1, first '7' in rows 1 and 2" in warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [("ID,text", ["ID"]), ("id,text", ["id"]), (" Id ,text", [" Id "]), ("uid,text", []), ("id,ID,text", ["id", "ID"]),
+     ("text,label", [])],
+)  # fmt: skip
+def test_the_column_of_ids_is_found(tmp_path, header, found):
+    path = tmp_path / "x.csv"
+    path.write_text(f"{header}\n{','.join('abc'[: header.count(',') + 1])}\n")
+    assert id_columns(Source(str(path)), DataConfig(train="x")) == found
+    column, told = _id_column(Options("r", "i", "o"), found)
+    assert column == (found[0] if len(found) == 1 else None)
+    assert told == {0: "ids: the row, counted from 0", 1: f"ids: column {found[:1]} of the input"}.get(
+        len(found), "ids: the row, counted from 0, since 'id', 'ID' could hold ids (see --id_column)"
+    ).replace("[", "").replace("]", "")
+    assert _id_column(Options("r", "i", "o", id_column=""), found)[0] is None
+    assert id_columns(Source(str(path)), DataConfig(train="x", text_columns=["ID"], label_column="id")) == [
+        column for column in found if column == " Id "
+    ]
+
+
+def test_the_column_of_ids_is_found_in_json_and_parquet(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "Id": 1}\n{"text": "b", "Id": 2}\n')
+    assert id_columns(Source(str(tmp_path / "x.jsonl")), DataConfig(train="x")) == ["Id"]
+    assert id_columns(Source(str(with_ids(tmp_path / "x.parquet", [1, 2]))), DataConfig(train="x")) == ["id"]
+
+
+# --- pairs, and rows that splits share --------------------------------------------------------------------------------
+
+
+def test_splits_agree_on_pairs(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [("a", "b", 0), ("c", "d", 1)], ("text", "pair", "label"))
+    pairs, single = Source(str(path), text_pair_columns=["pair"]), Source(str(path), text_pair_columns=[])
+    told = (
+        "data.test has pairs of texts and data.train has single texts; set data.train.text_pair_columns, or leave it "
+        "out of data.test too"
+    )
+    with pytest.raises(UserError) as error:
+        load(path, test=pairs)
+    assert str(error.value) == told
+    with pytest.raises(UserError, match=r"^data\.train has pairs of texts and data\.validation has single texts; "):
+        load(path, validation=single, text_pair_columns=["pair"])
+    assert load(path, test=pairs, text_pair_columns=["pair"]).splits["test"].text_pairs == ["b", "d"]
+    for config, source in ((DataConfig(train="x"), pairs), (DataConfig(train=pairs), single)):
+        with pytest.raises(UserError, match=r"^--text_pair_columns: .* has single texts; both must agree$"):
+            load_for_prediction(source, config, ["0", "1"], None)
+
+
+def test_rows_of_train_in_validation_and_test_are_counted(tmp_path):
+    train = write_csv(tmp_path / "train.csv", [("x", "a"), ("x", "a"), ("y", "b"), ("z", "b")])
+    both = write_csv(tmp_path / "both.csv", [("x", "a"), ("q", "b"), ("z", "b"), ("z", "b")])
+    summary = load(train, validation=str(both), test=str(train)).summary()
+    assert {name: part.get("num_in_train") for name, part in summary.items()} == {
+        "train": None, "validation": 3, "test": 4,
+    }  # fmt: skip
+    assert summary["train"]["num_duplicates"] == 1
+    assert load(train).summary()["train"]["num_duplicates"] == 1
+
+
+def test_equal_texts_stay_on_one_side_of_the_hold_out(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [(f"text {i}", "abc"[i % 3]) for i in range(150) for _ in range(rng.integers(1, 5))]
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    path = write_csv(tmp_path / "x.csv", rows)
+    for seed in range(5):
+        corpus = load(path, seed=seed, validation_fraction=0.2)
+        train, held = corpus.splits["train"], corpus.splits["validation"]
+        assert not set(train.texts) & set(held.texts)
+        assert sorted([*train.rows, *held.rows]) == list(range(len(rows)))
+        assert corpus.summary()["validation"]["num_in_train"] == 0
+        shares = np.bincount(held.labels) / np.bincount(np.concatenate([train.labels, held.labels]))
+        assert np.abs(shares - 0.2).max() < 0.02
+        again = load(path, seed=seed, validation_fraction=0.2)
+        assert again.splits["validation"].rows.tolist() == held.rows.tolist()
+
+
+@pytest.mark.parametrize("copies", [2, 6])
+def test_a_hold_out_of_texts_that_all_repeat(tmp_path, copies):
+    path = write_csv(tmp_path / "x.csv", [(f"text {i}", "abc"[i % 3]) for i in range(15) for _ in range(copies)])
+    held = load(path, validation_fraction=0.1).splits["validation"]
+    assert np.bincount(held.labels).tolist() == [copies] * 3 or copies == 2
+    assert (np.unique(held.texts, return_counts=True)[1] == copies).all()
+
+
+def test_a_text_of_most_rows_is_not_held_out(tmp_path):
+    rows = [("the same", "a")] * 80 + [(f"text {i}", "ab"[i % 2]) for i in range(40)]
+    path = write_csv(tmp_path / "x.csv", rows)
+    for seed in range(10):
+        held = load(path, seed=seed, validation_fraction=0.1).splits["validation"]
+        assert "the same" not in held.texts and np.bincount(held.labels).tolist() == [10, 2]
+
+
+def test_a_hold_out_that_equal_texts_forbid_says_so(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [("x", "a")] * 10 + [("y", "b")] * 10)
+    with pytest.raises(UserError, match="class by class, equal texts together, leaves train or validation empty"):
+        load(path, validation_fraction=0.1)
+
+
+def test_the_hold_out_of_earlier_versions(tmp_path):
+    """Without equal texts, the split of a seed is fixed for ever."""
+    labels = [i % 3 for i in range(30)]
+    held = load(labelled(tmp_path / "x.csv", labels), seed=42, validation_fraction=0.2).splits["validation"]
+    assert held.rows.tolist() == [0, 5, 6, 13, 17, 25]
+
+
+def test_texts_with_two_labels_are_counted(tmp_path):
+    rows = [("x", "a"), ("y", "a"), ("x", "b"), ("x", "a"), ("y", "a"), ("z", "b"), ("z", "a")]
+    corpus = load(write_csv(tmp_path / "x.csv", rows))
+    assert corpus.warnings == ["data.train: texts with more than one label: 2, first in rows 1 and 3"]
+
+
+# --- a label column that holds no classes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [str(1000 + i) for i in range(45)],
+        [f"a text of its own {i}" for i in range(45)],
+        [str(i * 0.75) for i in range(30)] * 2,
+        [str(i) for i in range(12)],
+        [str(i) for i in range(25)] * 1 + [str(i) for i in range(10)],
+    ],
+)
+def test_what_is_wrong_with_a_label_column_is_said_first(tmp_path, labels):
+    path = labelled(tmp_path / "x.csv", labels)
+    with pytest.raises(UserError) as error:
+        load(path, validation_fraction=0.1)
+    first = str(error.value).splitlines()[0]
+    assert first == (
+        f"data.train has {len(set(labels))} classes in {len(labels)} rows; does column 'label' hold the classes "
+        "(data.label_column)?"
+    )
+
+
+@pytest.mark.parametrize(("count", "each"), [(77, 20), (4, 1), (150, 3), (20, 1), (9, 2)])
+def test_many_classes_are_no_fault(tmp_path, count, each):
+    corpus = load(labelled(tmp_path / "x.csv", [f"class {i}" for i in range(count)] * each))
+    assert corpus.warnings == [] and len(corpus.label_names) == count
+
+
+def test_a_class_for_each_row_is_warned_of_where_it_can_be_trained(tmp_path):
+    path = labelled(tmp_path / "x.csv", [f"class {i}" for i in range(77)])
+    assert "77 classes in 77 rows" in load(path, validation=str(path)).warnings[0]
+    assert load(path, label_names=[f"class {i}" for i in range(77)]).warnings == []
+
+
+# --- every row --------------------------------------------------------------------------------------------------------
+
+
+def test_no_row_is_lost_between_reader_and_output(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('ID,text,label\n1,"a\n\nb",x\n\n2,c,\n\n3,"",y\n4,d,zzz\n\n')
+    source = Source(str(path), label_column="\0none")
+    with pytest.raises(UserError, match=r"1 row has an empty or missing text \(text\): row 3"):
+        load_for_prediction(source, DataConfig(train="x"), ["a", "b"], "ID")
+    path.write_text(path.read_text().replace('""', "e"))
+    split, ids, _ = load_for_prediction(source, DataConfig(train="x"), ["a", "b"], "ID")
+    assert (split.texts, ids, split.labels) == (["a\n\nb", "c", "e", "d"], ["1", "2", "3", "4"], None)
