@@ -116,6 +116,7 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     label_names, doubt = _label_names(tables["train"])
     try:
         splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
+        _refuse_single_class(splits["train"], label_names)
         first = _first_of_equals(splits["train"].digests)
         warnings += _two_labels(splits["train"], first)
         if "validation" not in splits and config.validation_fraction > 0:
@@ -125,9 +126,11 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
             if rare:
                 warnings.append(f"too few rows to hold one out for validation: {_few(rare)}")
             splits = held | {name: split for name, split in splits.items() if name not in held}
-        _check_classes(splits["train"], label_names, warnings)
+        _refuse_single_class(splits["train"], label_names)
     except UserError as error:
         raise UserError(f"{doubt}\n{error}" if doubt else str(error)) from None
+    if absent := _absent(splits["train"], label_names):
+        warnings.append(f"data.train has no example of {_few(absent)}")
     if doubt and len(label_names) > 20:  # a few rows with a class each are somebody's first try
         warnings.insert(0, doubt)
     if alike := look_alikes(label_names):
@@ -323,15 +326,12 @@ def _few(names: Any) -> str:
     return ", ".join(map(repr, names[:12])) + (f", ... ({len(names)})" if len(names) > 12 else "")
 
 
-def _check_classes(train: TextSplit, label_names: list[str], warnings: list[str]) -> None:
+def _refuse_single_class(train: TextSplit, label_names: list[str]) -> None:
     assert train.labels is not None
     present = set(np.flatnonzero(np.bincount(train.labels)).tolist())
     if len(present) < 2:
         name = label_names[next(iter(present))]
         raise UserError(f"data.train: {train.source} has a single class, {name!r}; a classifier needs two")
-    absent = _absent(train, label_names)
-    if absent:
-        warnings.append(f"data.train has no example of {_few(absent)}")
 
 
 def _absent(split: TextSplit, label_names: list[str]) -> list[str]:
