@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from trainer.config import Source, UserError
 from trainer.console import bar_settings
-from trainer.locks import say_once, share, taking_turns
 from trainer.labels import label_text
+from trainer.locks import say_once, share, taking_turns
 from trainer.reading import Chunk, Origin, find_origin
 
 SHOWN = 5  # how many rows an error names
