@@ -19,8 +19,9 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
 
-from trainer.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
+from trainer.backbone import Backbone, Identity, find_backbone, load_weights, one_line, refuse_another
 from trainer.checkpoint import replace_folder
 from trainer.config import Config, ModelConfig, UserError, completed
 from trainer.console import writing
@@ -75,14 +76,18 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
     """
     folder = run / "adapter"
     try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare ones
+        raise UserError(f"--run: the tokenizer in {folder} cannot be read: {one_line(error)}") from None
+    try:
         recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
     except FileNotFoundError:  # of a run before there were records
-        return find_backbone(config, label_names, None, folder), [
+        return find_backbone(config, label_names, None, tokenizer), [
             f"{run} has no record of its backbone: whether {config.name} is the one it was trained on is not verified"
         ]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--run: {folder / IDENTITY} cannot be read: {error}") from None
-    backbone = find_backbone(config, label_names, recorded, folder)
+    backbone = find_backbone(config, label_names, recorded, tokenizer)
     refuse_another(recorded, backbone.identity, run)
     return backbone, []
 
@@ -174,8 +179,9 @@ def model_card(
     name: str, config: Config, backbone: Backbone, label_names: list[str], summary: Mapping[str, Any]
 ) -> str:
     """README.md of an adapter, from the run's summary."""
-    identity = backbone.identity
-    front = {"library_name": "peft", "base_model": identity.name, "pipeline_tag": "text-classification"}
+    front = {"library_name": "peft", "pipeline_tag": "text-classification"}
+    if backbone.revision:  # the hub takes no local folder for a base model
+        front["base_model"] = backbone.path
     scored = [(split, summary[split]) for split in ("validation", "test") if split in summary]
     rows = "".join(f"| {s} | {m['accuracy']:.4f} | {m['f1_macro']:.4f} | {m['num_examples']} |\n" for s, m in scored)
     names = "\n".join(f"    {i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(label_names))
@@ -185,7 +191,8 @@ def model_card(
 # {name}
 
 A {config.peft.peft_type} adapter and classification head, trained by Isotrain: {summary["trainable_parameters"]:,}
-trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]}.
+trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]}. `backbone/identity.json` names the
+backbone, with its commit on the hub and the SHA-256 of its files.
 
 | split | accuracy | macro F1 | examples |
 |---|---|---|---|
@@ -194,12 +201,12 @@ Classes, by number (also in labels.json):
 
 {names}
 
-These lines classify a text; `backbone/identity.json` says which backbone the adapter needs.
+These lines classify a text:
 
-{_snippet(backbone, pairs=bool(completed(config.data.train or "", config.data).text_pair_columns))}"""
+{loading_lines(backbone, pairs=bool(completed(config.data.train or "", config.data).text_pair_columns))}"""
 
 
-def _snippet(backbone: Backbone, pairs: bool) -> str:
+def loading_lines(backbone: Backbone, pairs: bool) -> str:
     """The lines of a model card that load the adapter without Isotrain."""
     name, imports = backbone.asked.name, ""
     path, comment = repr(backbone.path), "" if backbone.revision else "  # the backbone's folder"

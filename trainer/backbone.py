@@ -101,7 +101,7 @@ def silence_libraries() -> None:
 
 
 def find_backbone(
-    config: ModelConfig, label_names: list[str], recorded: Identity | None = None, tokenizer_folder: Path | None = None
+    config: ModelConfig, label_names: list[str], recorded: Identity | None = None, tokenizer: Any = None
 ) -> Backbone:
     """Reads configuration and tokenizer of the backbone; no weights yet, and none of its code.
 
@@ -109,7 +109,7 @@ def find_backbone(
         config: what the user asks for.
         label_names: the classes in order.
         recorded: the backbone of an earlier start; the same request gets its commit, wherever a branch points now.
-        tokenizer_folder: folder of the tokenizer; None = the backbone's own.
+        tokenizer: to use with it; None = its own.
 
     Raises:
         UserError: not found, not reachable, asks for remote code, has only pickled weights, or no fast tokenizer.
@@ -121,9 +121,8 @@ def find_backbone(
         if not Path(path).is_dir():
             revision = _commit(config, recorded)
         backbone_config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder or path, revision=None if tokenizer_folder else revision, trust_remote_code=False
-        )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare ones, strict configurations kinds of their own
         raise UserError(_why_not_found(config.name, error, revision)) from None
     if not getattr(tokenizer, "is_fast", False):

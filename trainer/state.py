@@ -161,8 +161,9 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
         if (what, state["fingerprints"].get(what)) == ("backbone", "None"):  # so were hub models once recorded
             run.log.say(f"warning: whether {run.backbone} is the backbone this run began with is not verified")
         elif state["fingerprints"].get(what) != run.fingerprints.get(what):
+            hint = " (texts, labels, or tokens of another tokenizer)" if what.endswith(" split") else ""
             raise UserError(
-                f"{run.folder} was begun with another {what}; restore that, or start a new run with --run.name NAME"
+                f"{run.folder} was begun with another {what}{hint}; restore that, or start a new run: --run.name NAME"
             )
     load_adapter_tensors(run.model, checkpoint.adapter, str(run.folder))
     try:

@@ -174,7 +174,8 @@ def test_the_record_of_a_hub_model(place):
     assert state["backbone"] == start["backbone"] == summary["backbone"] == found
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("acme/tiny", OLD)
-    assert "base_model: acme/tiny" in (run / "adapter" / "README.md").read_text()
+    cards = [(place / "runs" / name / "adapter" / "README.md").read_text() for name in ("hub", "nli")]
+    assert ["base_model: acme/tiny\n" in cards[0], "base_model" in cards[1]] == [True, False]
 
 
 # --- predict and export -----------------------------------------------------------------------------------------------
@@ -262,6 +263,14 @@ def test_a_run_without_a_record_predicts_with_a_warning(place, hub, predicted, t
     assert warnings == [
         f"warning: {run} has no record of its backbone: whether acme/tiny is the one it was trained on is not verified"
     ]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "backbone/identity.json"])
+def test_a_damaged_file_of_the_adapter_is_named(place, hub, predicted, tmp_path, name):
+    run = shutil.copytree(place / "runs" / "hub", tmp_path / "damaged")
+    (run / "adapter" / name).write_text('{"name":')
+    (said,) = refused(lambda: predicted(run))
+    assert said.startswith("--run: ") and str(run / "adapter") in said and "cannot be read: " in said
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The identity of a backbone: equal for every copy, another one after any change of what it computes."""
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -10,7 +11,8 @@ import safetensors.torch
 from huggingface_hub import constants
 from transformers import AutoModelForMaskedLM
 
-from trainer.backbone import Identity, find_backbone, load_weights, refuse_another
+from trainer.adapter import loading_lines
+from trainer.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
 from trainer.config import ModelConfig, UserError
 
 LABELS = ["a", "b"]
@@ -162,6 +164,21 @@ def test_a_hub_model_without_its_weights(hub):
     (hub / "snapshots" / COMMIT / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"files of acme/tiny cannot be read: no model\.safetensors, neither cached"):
         identity("acme/tiny", COMMIT)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("path", ["acme/tiny", "/a b/'q'\"d\"\n```\n# x", "/ü\u2028\\n{0}", "package:a_b/model/x'y"])
+def test_the_cards_lines_are_python(path, pairs):
+    """Whatever a folder is called; the card's fence ends where it should."""
+    commit = COMMIT if path == "acme/tiny" else None
+    card = loading_lines(Backbone(path, commit, None, None, ModelConfig(name=path)), pairs)
+    lines = card.split("\n")
+    assert [i for i, line in enumerate(lines) if line.startswith("```")] == [0, len(lines) - 2]
+    tree = ast.parse("\n".join(lines[1:-2]))
+    literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    wanted = ["a_b", "/model/x'y"] if path.startswith("package:") else [path]
+    assert all(word in literals for word in wanted)
+    assert (COMMIT in literals) == (commit is not None)
 
 
 def test_ranks_compare_what_the_identity_holds(hub, folder):
