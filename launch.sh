@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The front door: finds or makes the Python environment, chooses the topology, says so, and becomes `accelerate launch`.
 # It never changes directory, so relative paths stay the caller's and `runs/` appears where the command was typed.
+[ -n "${BASH_VERSION-}" ] || { echo "launch.sh: this shell is not bash; type ./launch.sh or bash launch.sh" >&2; exit 2; }
 set -euo pipefail
 
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
@@ -13,7 +14,8 @@ usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-r
 
   --topology NAME   cpu, cpu_multi, gpu, multi_gpu, multi_node or fsdp; default: by srun, NNODES and the visible GPUs.
                     multi_node: run it on every machine with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, or
-                    in a Slurm job as `srun ./launch.sh`, which sets them (examples/slurm/train.sbatch)
+                    in a Slurm job as `srun ./launch.sh` or in the pods of a PyTorchJob, which set them
+                    (docs/topologies.md). cpu or gpu inside srun: each task is a run of its own
   --processes N     processes on this machine, or of this Slurm task; default: one per visible GPU, or 2 for cpu_multi
   --max-restarts N  start again, from the newest checkpoint, where processes crashed or were lost; default: 0
   --dry-run         print the plan, and the command on stdout; install nothing, start nothing
@@ -65,7 +67,7 @@ die() {
 }
 
 read_arguments() {
-    action=run topology='' processes='' max_restarts=0 recipe='' precision=''
+    action=run topology='' processes='' processes_from='' max_restarts=0 recipe='' precision=''
     arguments=()
     while (($#)); do
         case $1 in
@@ -105,6 +107,8 @@ choose_python() {
     missing=''
     if [[ -n ${ISOTRAIN_PYTHON-} ]]; then
         python=$ISOTRAIN_PYTHON python_from=ISOTRAIN_PYTHON
+        absent=$(missing_pin "$python" "$root/requirements.txt" any)
+        [[ -z $absent ]] || die "ISOTRAIN_PYTHON=$python lacks $absent; install requirements.txt into it, or unset it"
         return
     fi
     python=${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/}python3 python_from="the active environment"
@@ -119,18 +123,19 @@ choose_python() {
     [[ -z $missing ]] || python_from+="; .venv will be made"
 }
 
-# Prints the first pin in the files that an interpreter does not meet. 2.13.0+cpu meets ==2.13.0.
-missing_pin() { # python files...
+# Prints the first pin in the file that an interpreter does not meet. 2.13.0+cpu meets ==2.13.0; with `any` every version
+# does.
+missing_pin() { # python [file [any]]
     "$1" -P - "${@:2}" 2>/dev/null <<'PYTHON' || echo "Python 3.11 or later"
 import importlib.metadata, re, sys
 
-for line in (line for path in sys.argv[1:] for line in open(path)):
+for line in (line for path in sys.argv[1:2] for line in open(path)):
     if pin := re.match(r"([\w.-]+)(?:\[.*?\])?==([\w.]+)", line):
         try:
             version = importlib.metadata.version(pin[1])
         except importlib.metadata.PackageNotFoundError:
             version = ""
-        if version.split("+")[0] != pin[2]:
+        if not version or version.split("+")[0] != pin[2] and sys.argv[2:] != ["any"]:
             print(f"{pin[1]}=={pin[2]}")
             break
 PYTHON
@@ -184,12 +189,17 @@ install() { "$python" -m pip install -qq --disable-pip-version-check "$@" >&2; }
 
 choose_topology() {
     gpus=$(count_gpus)
-    topology_from=--topology
+    topology_from=--topology tasks_here=0
+    nodes_from=NNODES node_rank_from=NODE_RANK master_from="MASTER_ADDR and MASTER_PORT"
+    if [[ -z ${NNODES-} ]]; then
+        refuse_ranks
+        in_srun || nodes_of_pods
+    fi
     if [[ -z $topology ]]; then
         if in_srun; then
             topology=multi_node topology_from="srun with several tasks"
         elif [[ ${NNODES:-1} != 1 ]]; then
-            topology=multi_node topology_from="NNODES=$NNODES"
+            topology=multi_node topology_from="$nodes_from=$NNODES"
         elif ((gpus > 1)); then
             topology=multi_gpu topology_from="$gpus GPUs visible"
         elif ((gpus)); then
@@ -197,6 +207,13 @@ choose_topology() {
         else
             topology=cpu topology_from="no GPU visible"
         fi
+    elif in_srun && [[ $topology =~ ^(cpu|gpu)$ ]]; then
+        topology_from="--topology; each task of srun is a run of its own"
+        count_tasks_here
+    elif [[ $topology != multi_node && ${NNODES:-1} != 1 ]]; then
+        die "--topology $topology is for one machine, and $nodes_from=$NNODES; use --topology multi_node --processes N"
+    elif [[ $topology != multi_node ]] && in_srun; then
+        die "--topology $topology is for one machine, and srun has several tasks; use --topology multi_node --processes N"
     fi
     config=$root/accelerate_configs/$topology.yaml
     if [[ ! -f $config ]]; then
@@ -207,14 +224,51 @@ choose_topology() {
 # Whether srun started this with other tasks. The job script itself, or an `salloc` shell, is alone.
 in_srun() { [[ -n ${SLURM_STEP_ID-} ]] && ((${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}} > 1)); }
 
+# Launchers of which each process is a rank, not a node; trainer/run.py knows them.
+refuse_ranks() {
+    local name
+    for name in OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE MVP_COMM_WORLD_SIZE JSM_NAMESPACE_SIZE MPI_LOCALNRANKS PMI_SIZE \
+        FLUX_JOB_SIZE SKYPILOT_NUM_NODES DSTACK_NODES_NUM; do
+        if [[ ! ${!name:-1} =~ ^[01]$ && ! ($name == PMI_SIZE && -n ${SLURM_STEP_ID-}) ]]; then
+            die "$name=${!name}: one of several processes; start trainer/run.py with this launcher, or set NNODES," \
+                "NODE_RANK, MASTER_ADDR and MASTER_PORT for launch.sh (docs/topologies.md)"
+        fi
+    done
+    [[ ${SM_HOSTS-} != *,* ]] || die "SM_HOSTS=$SM_HOSTS: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT for launch.sh"
+}
+
+# Kubernetes: PET_ variables, or WORLD_SIZE and RANK, which count pods where there is no LOCAL_RANK.
+nodes_of_pods() {
+    if [[ -n ${PET_NNODES-} ]]; then
+        [[ $PET_NNODES =~ ^[1-9][0-9]*$ ]] || die "PET_NNODES=$PET_NNODES: a fixed number of pods (no elasticPolicy)"
+        NNODES=$PET_NNODES nodes_from=PET_NNODES
+    elif [[ ${WORLD_SIZE:-1} =~ ^[1-9][0-9]*$ ]]; then
+        [[ ${WORLD_SIZE:-1} != 1 ]] || return 0
+        [[ -z ${LOCAL_RANK-} ]] ||
+            die "WORLD_SIZE=$WORLD_SIZE and LOCAL_RANK=$LOCAL_RANK: another launcher started this; give it trainer/run.py"
+        NNODES=$WORLD_SIZE nodes_from="the pods' WORLD_SIZE"
+    else
+        die "WORLD_SIZE=$WORLD_SIZE: 1 or more"
+    fi
+    if [[ -n ${PET_NODE_RANK-} ]]; then
+        NODE_RANK=$PET_NODE_RANK node_rank_from=PET_NODE_RANK
+    else
+        NODE_RANK=${RANK-} node_rank_from=RANK
+    fi
+    MASTER_ADDR=${PET_MASTER_ADDR:-${MASTER_ADDR-}} MASTER_PORT=${PET_MASTER_PORT:-${MASTER_PORT-}}
+    if [[ -z $processes && ${PET_NPROC_PER_NODE-} =~ ^[1-9][0-9]*$ ]]; then # not auto, gpu, cpu
+        processes=$PET_NPROC_PER_NODE processes_from=PET_NPROC_PER_NODE
+    fi
+}
+
 choose_nodes() {
-    nodes=1 tasks_here=0
+    nodes=1
     [[ $topology == multi_node ]] || return 0
-    nodes_from=NNODES node_rank_from=NODE_RANK master_from="MASTER_ADDR and MASTER_PORT"
     if in_srun; then nodes_of_srun; fi
     for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT; do
         [[ -n ${!name-} ]] || die "multi_node needs $name (and all of NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT)"
     done
+    [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] && ((MASTER_PORT < 65536)) || die "MASTER_PORT=$MASTER_PORT: 1 to 65535"
     [[ $NNODES =~ ^[1-9][0-9]*$ ]] || die "NNODES=$NNODES: 1 or more"
     [[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || die "NODE_RANK=$NODE_RANK: 0 to $((NNODES - 1))"
     nodes=$NNODES
@@ -239,13 +293,18 @@ nodes_of_srun() {
     else
         MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + SLURM_STEP_ID) % 12000)) master_from+="; port by job and step"
     fi
-    # Those on this host: 2(x3),1 reads two on each of three hosts, then one.
-    tasks_here=$(tr , '\n' <<<"$SLURM_STEP_TASKS_PER_NODE" | awk -F '[(x)]+' -v host="$SLURM_NODEID" \
+    count_tasks_here
+}
+
+# Those on this host: 2(x3),1 reads two on each of three hosts, then one.
+count_tasks_here() {
+    tasks_here=$(tr , '\n' <<<"${SLURM_STEP_TASKS_PER_NODE-1}" | awk -F '[(x)]+' -v host="${SLURM_NODEID-0}" \
         '{ end += $2 ? $2 : 1 } host < end { print $1; exit }')
 }
 
 choose_processes() {
     local default
+    : "${processes_from:=--processes}"
     case $topology in
         cpu) default=1 ;;
         cpu_multi) default=2 ;;
@@ -253,12 +312,11 @@ choose_processes() {
         multi_node) default=$((gpus ? gpus : 1)) ;;
         *) default=$gpus ;;
     esac
-    processes_from=--processes
     if [[ -z $processes ]]; then
         ((default)) || die "--topology $topology needs a GPU and none is visible (nvidia-smi -L); --processes N insists"
         processes=$default processes_from="default of $topology"
         # The same for every task, also for one that has a host to itself.
-        if ((tasks_here && nodes > SLURM_STEP_NUM_NODES)); then processes=1 processes_from="several tasks on a host"; fi
+        if ((tasks_here && nodes > ${SLURM_STEP_NUM_NODES:-1})); then processes=1 processes_from="several tasks on a host"; fi
     fi
     [[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes $processes: 1 or more"
     if [[ $processes != 1 && $topology =~ ^(cpu|gpu)$ ]]; then
@@ -277,7 +335,7 @@ choose_threads() {
 # `devices`: this task's part of the GPUs, where Slurm shows all of a host's to each of its tasks.
 choose_devices() {
     devices='' devices_from="by SLURM_LOCALID, of $gpus visible"
-    if ((tasks_here > 1 && gpus > processes)); then
+    if ((tasks_here > 1 && gpus > processes)) && [[ $topology != cpu ]]; then
         ((tasks_here * processes <= gpus)) ||
             die "$tasks_here tasks on $(hostname) need $((tasks_here * processes)) GPUs, and $gpus are visible"
         devices=${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((gpus - 1)))}
@@ -297,9 +355,13 @@ choose_precision() {
 plan_command() {
     # ISOTRAIN_NUM_PROCESSES is what was asked for: run.py stops if it finds itself in another number.
     environment=("ISOTRAIN_NUM_PROCESSES=$((nodes * processes))" "OMP_NUM_THREADS=$threads")
-    # accelerate passes use_cpu on to single processes only.
-    if [[ $topology == cpu_multi || ($topology == multi_node && $gpus == 0) ]]; then
-        environment+=(ACCELERATE_USE_CPU=true)
+    # And in the same way what it must find. accelerate passes use_cpu on to single processes only.
+    environment+=("ISOTRAIN_PRECISION=$precision")
+    if [[ $topology == cpu* || ($topology == multi_node && $gpus == 0) ]]; then
+        environment+=(ISOTRAIN_DEVICE=cpu ACCELERATE_USE_CPU=true)
+    else
+        environment+=(ACCELERATE_USE_CPU=false)
+        ((gpus == 0)) || environment+=(ISOTRAIN_DEVICE=cuda)
     fi
     [[ -z $devices ]] || environment+=("CUDA_VISIBLE_DEVICES=$devices")
 
@@ -315,6 +377,10 @@ plan_command() {
 
 count_gpus() {
     local present visible
+    if [[ ${ACCELERATE_USE_CPU-} =~ ^([Tt]rue|[Yy]es|1)$ ]]; then
+        echo 0
+        return
+    fi
     present=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || true
     visible=$(tr , '\n' <<<"${CUDA_VISIBLE_DEVICES-}" | grep -c '^[^-]') || true # "" and -1 hide them all
     [[ -n ${CUDA_VISIBLE_DEVICES+set} ]] || visible=$present

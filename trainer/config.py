@@ -311,9 +311,19 @@ def main_guard(main: Any, result_on_stdout: bool = False) -> int:
     except KeyboardInterrupt:  # before a run has its own way to stop, or a second Ctrl-C
         return 130
     except (UserError, OSError) as error:
-        if {os.environ.get("LOCAL_RANK", "0"), os.environ.get("SLURM_LOCALID", "0")} == {"0"}:
+        if speaks_for_its_machine():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def speaks_for_its_machine() -> bool:
+    """Whether this process is alone or the first of its run on this machine, so that its words are read once."""
+    environment = os.environ
+    if environment.get("WORLD_SIZE", "1") in {"", "0", "1"}:
+        return True
+    # each task of `srun ./launch.sh` is a node to torchrun, also where several share a machine
+    joined = environment.get("GROUP_RANK") == environment.get("SLURM_PROCID")
+    return {environment.get("LOCAL_RANK", "0"), environment.get("SLURM_LOCALID", "0") if joined else "0"} == {"0"}
 
 
 def impossible(config: Config) -> Iterator[str]:

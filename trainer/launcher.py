@@ -23,11 +23,14 @@ import time
 
 import psutil
 
-# Exit codes of a rank: ended by its own error, and as it missed another (the code for "try again").
-CRASHED, LOST = 1, os.EX_TEMPFAIL
+# Exit codes of a rank: ended by its own error, by the user's, and as it missed another (the code for "try again").
+CRASHED, MISTAKE, LOST = 1, 2, os.EX_TEMPFAIL
 KILLED = 128 + signal.SIGKILL
-STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 PAUSE_SECONDS = 4
+# Between two lines about what is waited for, and until it is given up.
+TELL_SECONDS, GATHERING_SECONDS = 10, 300
 # What torchrun grants the ranks that are left when one has failed, of the half minute in which a group has to be down.
 SHUTDOWN_SECONDS = 20
 
@@ -46,13 +49,11 @@ def main() -> int:
         again = [f"--max-restarts={own.max_restarts}", f"--restart={own.restart}", *arguments]
         # Not a loop: what torchrun and its store keep open, the port above all, ends with the program.
         os.execv(sys.executable, [sys.executable, "-P", __file__, *again])
-    if code == KILLED:
-        _say(f"{_what_happened(code)}; the same command continues the run")
     return code
 
 
 def _hand_on_stops() -> list[int]:
-    """From now on hands SIGHUP, SIGINT and SIGTERM on to the ranks; returns the list that those received go to.
+    """From now on hands the signals that ask for an end on to the ranks; returns the list that those received go to.
 
     A handler, unlike an ignored signal, is not inherited: until run.py has its own, a signal ends it at once. A thread
     does the work, for the main thread may be in torchrun's C++ and wait for another machine.
@@ -64,7 +65,7 @@ def _hand_on_stops() -> list[int]:
     def hand_on() -> None:
         while True:
             number = os.read(reading, 1)[0]
-            if number not in STOPS:  # torchrun has a handler too, for SIGQUIT
+            if number not in STOPS:  # torchrun has a handler too, for SIGURG
                 continue
             received.append(number)
             ranks = psutil.Process().children()
@@ -85,7 +86,7 @@ def _hand_on_stops() -> list[int]:
 def _run_group(arguments: list[str], restarted: bool) -> int:
     """`accelerate launch` with these arguments; returns 128 + signal for a rank that a signal ended."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of names it cannot resolve
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun would put its own handlers in the place of ours
+    _clear_environment()
     logging.disable(logging.ERROR)  # torchrun's account of a failed rank, which has itself said why
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
@@ -97,6 +98,10 @@ def _run_group(arguments: list[str], restarted: bool) -> int:
     args = launch_command_parser().parse_args(arguments)
     if restarted:
         _wait_for_the_others(args.main_process_ip, args.main_process_port)
+    args.num_machines = args.num_machines or 1
+    if args.num_machines > 1:
+        meeting = (args.num_machines, int(args.machine_rank), args.main_process_ip, args.main_process_port)
+        threading.Thread(target=_tell_who_is_missing, args=meeting, daemon=True).start()
     code = 0
     try:
         launch_command(args)
@@ -109,9 +114,44 @@ def _run_group(arguments: list[str], restarted: bool) -> int:
         code = first.exitcode
     except (ConnectionError, DistError) as failure:
         reason = str(failure).partition("\n")[0]
-        _say(f"no meeting with the other machines at {args.main_process_ip}:{args.main_process_port}: {reason}")
-        code = LOST
+        place = f"{args.main_process_ip}:{args.main_process_port}"
+        if args.num_machines > 1 and (isinstance(failure, ConnectionError) or "EADDRINUSE" in reason):
+            _say(f"{place}: the port is in use by another program; set another MASTER_PORT on all machines")
+            code = MISTAKE
+        else:
+            _say(f"no meeting with the other machines at {place}: {reason}")
+            code = LOST
+    if code < 0:
+        _say(f"{_what_happened(128 - code)}; the same command continues the run")
     return code if code >= 0 else 128 - code
+
+
+def _clear_environment() -> None:
+    """This launcher alone says what the group is: torchrun reads every option from a PET_ variable as well."""
+    for name in list(os.environ):
+        if name in GROUP or (name.startswith("PET_") and name != "PET_SHUTDOWN_TIMEOUT"):
+            del os.environ[name]
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGURG"  # one nobody sends: torchrun's handlers would replace ours
+    os.environ["ISOTRAIN_LAUNCHER"] = str(os.getpid())
+
+
+def _tell_who_is_missing(num_nodes: int, node_rank: int, address: str, port: int) -> None:
+    """Says every few seconds whom torchrun waits for, until it has started the ranks; gives up after five minutes."""
+    began, place = time.monotonic(), f"{address}:{port}"
+    while True:
+        time.sleep(TELL_SECONDS)
+        if psutil.Process().children():
+            return
+        try:
+            socket.create_connection((address, int(port)), timeout=3).close()
+            missing = f"the others of {num_nodes} nodes; all meet at {place}"
+        except OSError as error:
+            missing = f"node 0 at MASTER_ADDR:MASTER_PORT {place}: {error.strerror or error}"
+        left = GATHERING_SECONDS - (time.monotonic() - began)
+        if left <= 0:
+            _say(f"node {node_rank} gives up after {GATHERING_SECONDS} s without {missing}")
+            os._exit(LOST)
+        _say(f"node {node_rank} waits for {missing} ({left:.0f} s left)")
 
 
 def _was_lost(code: int) -> bool:

@@ -13,6 +13,7 @@ import os
 import secrets
 import selectors
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +21,16 @@ from datetime import timedelta
 from typing import Any
 
 import psutil
-from torch.distributed import PrefixStore, rendezvous
+from torch.distributed import PrefixStore, TCPStore
 
-from trainer.config import UserError
+from trainer.config import UserError, speaks_for_its_machine
 
 SILENCE = 20.0
 """seconds without a sign of life after which a process counts as lost; the signs come five times as often"""
 GATHERING = 300.0
 """seconds the processes wait for one another at the start"""
+TELLING = 10.0
+"""seconds between two lines about who is waited for"""
 CONNECTING = 10.0
 """seconds in which a host of the same network answers"""
 
@@ -43,8 +46,8 @@ def meet(facts: dict[str, str]) -> tuple[int, list[str], dict[int, socket.socket
             "torchrun cannot start these processes again; instead of its restarts: ./launch.sh --max-restarts N"
         )
     try:
-        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=GATHERING)))
-        store = PrefixStore("isotrain", store)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = PrefixStore("isotrain", _reach_store(rank, world_size))
         address = _own_address(store, rank, world_size)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(address))
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -62,8 +65,47 @@ def meet(facts: dict[str, str]) -> tuple[int, list[str], dict[int, socket.socket
         line.settimeout(SILENCE)
         return rank, hosts, {0: line}, store
     except (OSError, RuntimeError, ValueError) as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"no meeting at {place}: {str(error).partition(chr(10))[0]}") from None
+        reason = str(error).partition("\n")[0]
+        if "EADDRINUSE" in reason:
+            reason = "the port is in use by another program on this machine; set another MASTER_PORT for all processes"
+        raise UserError(f"no meeting at {_place()}: {reason}") from None
+
+
+def _place() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _reach_store(rank: int, world_size: int) -> TCPStore:
+    """The store of the rendezvous; rank 0 keeps it where torchrun does not.
+
+    As torch's own env:// does, but says whom it waits for, and hears signals meanwhile.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    if not keeps_it:
+        _wait_for_rank_0(address, port, rank)
+    patience = timedelta(seconds=GATHERING)
+    return TCPStore(address, port, world_size, keeps_it, patience, wait_for_workers=False, multi_tenant=keeps_it)
+
+
+def _wait_for_rank_0(address: str, port: int, rank: int) -> None:
+    deadline, tell_at = time.monotonic() + GATHERING, time.monotonic() + TELLING
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=CONNECTING).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            if time.monotonic() > tell_at:
+                tell_at += TELLING
+                _tell(f"rank {rank} waits for rank 0 ({error.strerror or error})", deadline)
+        time.sleep(0.2)
+
+
+def _tell(text: str, deadline: float) -> None:
+    if speaks_for_its_machine():
+        left = max(0.0, deadline - time.monotonic())
+        print(f"{text} at MASTER_ADDR:MASTER_PORT {_place()} ({left:.0f} s left)", file=sys.stderr, flush=True)
 
 
 def _exchange(store: Any, what: str, rank: int, world_size: int, own: Any) -> list[Any]:
@@ -73,7 +115,7 @@ def _exchange(store: Any, what: str, rank: int, world_size: int, own: Any) -> li
     if not _all_there(store, keys, GATHERING):
         missing = [other for other, key in enumerate(keys) if not store.check([key])]
         raise UserError(
-            f"of {world_size} processes, rank {', '.join(map(str, missing[:8]))} did not come up within "
+            f"of {world_size} processes, rank {', '.join(map(str, missing[:8]))} did not come to {_place()} within "
             f"{GATHERING:.0f} s; was the command started on every machine, with the same number of them?"
         )
     said = [json.loads(text) for text in store.multi_get(keys)]
@@ -86,10 +128,15 @@ def _exchange(store: Any, what: str, rank: int, world_size: int, own: Any) -> li
 def _all_there(store: Any, keys: list[str], seconds: float) -> bool:
     """Whether all keys are set in time. `store.wait` would be deaf to signals meanwhile."""
     deadline = time.monotonic() + seconds
+    tell_at = time.monotonic() + TELLING
     for key in keys:
         while not store.check([key]):
             if time.monotonic() > deadline:
                 return False
+            if time.monotonic() > tell_at:
+                tell_at += TELLING
+                missing = [str(rank) for rank, other in enumerate(keys) if not store.check([other])]
+                _tell(f"waiting for rank {', '.join(missing[:8])} of {len(keys)} processes, which meet", deadline)
             time.sleep(0.05)
     return True
 

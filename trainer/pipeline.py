@@ -43,7 +43,7 @@ from trainer.model import (
     parameter_table,
 )
 from trainer.options import config_text, load_config
-from trainer.processes import StopRequest, Watch, agree, choose_precision, together
+from trainer.processes import StopRequest, Watch, agree, check_device, choose_precision, together
 from trainer.state import Training, TrainState, restore
 
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
@@ -59,6 +59,7 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
     if not stop.listen():
         notes.append("started from a thread: a signal ends the run at once, and it continues from the last checkpoint")
     silence_libraries()
+    check_device()
     kept = _kept_precision(folder) if config.run.precision == "auto" else None
     precision = choose_precision(kept or config.run.precision, begun=kept is not None)
     if kept and (alone := choose_precision("auto")) != kept:

@@ -25,6 +25,7 @@ import jsonargparse
 from jsonargparse.typing import PositiveInt
 
 from trainer.config import NO_COLUMN, Config, Source, UserError, completed, main_guard, set_environment
+from trainer.environment import read_environment
 from trainer.labels import is_number, label_text, match_labels, quoted
 from trainer.options import load_finished_run, parse_label_names
 
@@ -89,6 +90,7 @@ def main() -> int:
         options = Options(**vars(parser.instantiate(parser.parse_args())))
     except jsonargparse.ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
+    read_environment()
     return predict(options)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,11 +29,56 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gathe
 from trainer import meeting
 from trainer.config import UserError
 from trainer.devices import keep_freed_memory
+from trainer.environment import TRUE
 
 HEARSAY = 3.0
 """seconds in which a process learns that an error of its own was another's fault"""
 COLLECTIVE = timedelta(minutes=30)
 """a collective may take so long: the others may be tokenising; a lost process is noticed sooner"""
+
+
+def trains_on_cpu() -> bool:
+    """Whether accelerate will choose the CPU."""
+    return not torch.cuda.is_available() or _told_to_use_cpu()
+
+
+def check_device() -> None:
+    """Makes sure that the device is the one that was planned, and that every GPU that is visible can be used.
+
+    Raises:
+        UserError: launch.sh or nvidia-smi sees GPUs that torch cannot use, or too few of them.
+    """
+    planned, found = os.environ.get("ISOTRAIN_DEVICE"), "cpu" if trains_on_cpu() else "cuda"
+    if found == "cuda" and (rank := int(os.environ.get("LOCAL_RANK", "0"))) >= torch.cuda.device_count():
+        raise UserError(f"torch sees {torch.cuda.device_count()} GPUs, fewer than processes here (LOCAL_RANK={rank})")
+    if found == "cpu" and planned != "cpu" and not _told_to_use_cpu() and (num_gpus := _num_listed_gpus()):
+        try:
+            torch.cuda.init()
+            reason = "no GPU is visible to it"
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"nvidia-smi lists {num_gpus} GPUs that torch {torch.__version__} cannot use: {reason}\n"
+            "Install a build of torch that fits the driver, or train on the CPU: ./launch.sh --topology cpu"
+        )
+    if planned and planned != found:
+        raise UserError(f"launch.sh planned for {planned}, and torch found {found}; see ./launch.sh --dry-run")
+
+
+def _told_to_use_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+
+
+def _num_listed_gpus() -> int:
+    """GPUs that nvidia-smi lists, but not where CUDA_VISIBLE_DEVICES hides them all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (not visible or visible.startswith("-")):
+        return 0
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
 def choose_precision(wanted: str, begun: bool = False) -> str:
@@ -47,7 +93,7 @@ def choose_precision(wanted: str, begun: bool = False) -> str:
     Raises:
         UserError: fp16 on a CPU.
     """
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
+    on_cpu = trains_on_cpu()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if wanted == "auto" and launched in {"bf16", "fp16"}:
         wanted = launched
@@ -59,6 +105,12 @@ def choose_precision(wanted: str, begun: bool = False) -> str:
     if wanted == "fp16" and on_cpu:
         hint = "this run has begun with it: continue on a GPU, or --run.name NAME" if begun else "use bf16, no or auto"
         raise UserError(f"run.precision: fp16 on a CPU is dozens of times slower than fp32; {hint}")
+    planned = os.environ.get("ISOTRAIN_PRECISION")
+    if planned in {"no", "fp16", "bf16"} - {wanted}:
+        raise UserError(
+            f"run.precision is {wanted}, and launch.sh planned {planned}; give --run.precision, or change "
+            "mixed_precision in the topology's file"
+        )
     return wanted
 
 
@@ -79,7 +131,7 @@ def start_accelerator(precision: str, folder: Path | None = None, backends: Sequ
         accelerator = Accelerator(
             mixed_precision=precision,
             # without a GPU, accelerate would otherwise leave several processes unaware of one another
-            cpu=not torch.cuda.is_available(),
+            cpu=trains_on_cpu(),
             log_with=list(backends) or None,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE)],
             project_config=place,
@@ -113,7 +165,7 @@ def together(
     watch = Watch()
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cpu" if trains_on_cpu() else "cuda"
             watch.begin(*meeting.meet({"device": device, "torch": torch.__version__, **facts}))
             precision = watch.word_of_rank_0("precision", precision)
         with _first_collective(watch) if watch.watching else contextlib.nullcontext():

@@ -15,12 +15,15 @@ import os
 
 from trainer.config import Config, UserError, as_dict, identity, main_guard, run_name, set_environment
 from trainer.console import quoted
+from trainer.environment import read_environment
 from trainer.options import load_config, parse_config
 
 
 def main() -> int:
     """Runs what the command line asks for; returns the exit code: 0, 2 for a user's mistake, 128 + signal."""
-    return execute(parse_config(sys.argv[1:]))
+    config = parse_config(sys.argv[1:])
+    read_environment()
+    return execute(config)
 
 
 def execute(config: Config) -> int:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from trainer.config import Source, UserError
+from trainer.config import Source, UserError, speaks_for_its_machine
 from trainer.console import bar_settings
 from trainer.labels import label_text
 from trainer.locks import say_once, share, taking_turns
@@ -148,7 +148,7 @@ def progress(name: str, unit: str, total: int | None, quiet: bool) -> Any:
         unit=f" {unit}",
         unit_scale=True,
         total=total,
-        disable=quiet or os.environ.get("LOCAL_RANK", "0") != "0",
+        disable=quiet or not speaks_for_its_machine(),
         leave=False,
         **bar_settings(60),
     )

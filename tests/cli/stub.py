@@ -26,7 +26,7 @@ def lived_before() -> bool:
 
 def wait_for_a_signal() -> None:
     received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
     tell("ready")
     while not received:

@@ -145,6 +145,8 @@ def test_a_killed_run_is_named(launch, topology):
         pytest.param("cpu", signal.SIGTERM, os.killpg, id="cpu-TERM-to the group"),
         pytest.param("cpu_multi", signal.SIGINT, os.killpg, id="cpu_multi-INT-to the group"),
         pytest.param("cpu_multi", signal.SIGTERM, os.kill, id="cpu_multi-TERM-to launch.sh"),
+        pytest.param("cpu", signal.SIGHUP, os.kill, id="cpu-HUP-to launch.sh"),
+        pytest.param("cpu_multi", signal.SIGQUIT, os.kill, id="cpu_multi-QUIT-to launch.sh"),
     ],
 )
 def test_after_a_signal_run_py_saves_before_launch_sh_leaves(start, topology, number, send):
@@ -195,8 +197,8 @@ def test_a_mistake_is_not_tried_again(launch):
 
 @pytest.mark.parametrize(
     ("code", "lost"),
-    [(0, False), (1, True), (2, False), (3, False), (75, True), (129, False), (130, False), (137, True), (139, True),
-     (143, False)],
+    [(0, False), (1, True), (2, False), (3, False), (75, True), (129, False), (130, False), (131, False), (137, True),
+     (138, False), (139, True), (143, False)],
 )  # fmt: skip
 def test_which_ends_are_a_loss(code, lost):
     assert launcher._was_lost(code) == lost
@@ -207,9 +209,9 @@ def test_a_stop_is_not_undone(start):
     for _ in range(2):
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None, process.stderr.read()
-    process.terminate()
+    process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGUSR1
     assert restarts(err) == []
 
 

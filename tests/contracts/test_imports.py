@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAVES = {"console", "config", "metrics", "figures", "checkpoint", "devices", "kernels", "labels"}
 BELOW_THE_LOOP = LEAVES | {
     "tracking", "locks", "data", "tokenising", "batching", "optim", "philox", "masks", "dropout", "products",
-    "attention", "packed", "graphs", "backbone", "model", "adapter", "evaluation", "meeting", "processes",
+    "attention", "packed", "graphs", "backbone", "model", "adapter", "evaluation", "environment",
+    "meeting", "processes",
 }  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
@@ -20,12 +21,12 @@ ALLOWED = {
     "metrics": {"labels"},
     "tracking": {"console", "figures"},
     "locks": {"config", "console"},
-    **{module: {"config"} for module in ("options", "reading", "optim")},
+    **{module: {"config"} for module in ("environment", "options", "reading", "optim")},
     "batching": {"config", "devices"},
     "philox": {"devices"},
     "masks": {"devices", "kernels", "philox"},
     "backbone": {"config"},
-    "processes": {"config", "devices", "meeting"},
+    "processes": {"config", "devices", "environment", "meeting"},
     "meeting": {"config"},
     "dropout": {"kernels", "masks", "philox"},
     "texts": {"config", "console", "labels", "locks", "reading"},
@@ -44,7 +45,7 @@ ALLOWED = {
     "loop": BELOW_THE_LOOP | {"memory", "state", "step"},
     "building": BELOW_THE_LOOP | {"state"},
     "pipeline": BELOW_THE_LOOP | {"building", "loop", "memory", "options", "report", "state"},
-    "run": {"config", "console", "options", "pipeline"},
+    "run": {"config", "console", "environment", "options", "pipeline"},
     "predict": BELOW_THE_LOOP | {"options"},
     "export": BELOW_THE_LOOP | {"options"},
     "report": LEAVES,

@@ -1,6 +1,7 @@
 """How processes meet, agree and stop together; precision, and what one process is told of the others."""
 
 import os
+import re
 import signal
 import socket
 import time
@@ -16,7 +17,7 @@ from torch.distributed import HashStore
 
 from trainer import meeting
 from trainer.config import UserError
-from trainer.processes import STOPS, StopRequest, choose_precision, start_accelerator
+from trainer.processes import STOPS, StopRequest, check_device, choose_precision, start_accelerator
 from trainer.step import signal_of
 
 LOST = os.EX_TEMPFAIL
@@ -168,9 +169,38 @@ def test_a_rank_that_does_not_come_is_named(ranks):
     assert [rank.code() for rank in here] == [2, 2]
     for rank in here:
         assert rank.said() == (
-            "error: of 4 processes, rank 1, 3 did not come up within 1 s; was the command started on every machine, "
-            "with the same number of them?\n"
+            f"error: of 4 processes, rank 1, 3 did not come to 127.0.0.1:{ranks.store.port} within 1 s; "
+            "was the command started on every machine, with the same number of them?\n"
         )
+
+
+def test_a_rank_says_whom_it_waits_for_and_where_once_a_machine(ranks):
+    here = ranks.start("aab", only=[0, 1], constants={"GATHERING": 3.0, "TELLING": 1.0})
+    assert [rank.code() for rank in here] == [2, 2]
+    line = (
+        rf"waiting for rank 2 of 3 processes, which meet at MASTER_ADDR:MASTER_PORT 127.0.0.1:{ranks.store.port} \(2 s"
+    )
+    assert re.match(line, here[0].said())
+    assert here[1].said() == ""  # the first of its machine speaks
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["nobody answers", "a busy port"])
+def test_a_place_where_no_one_can_meet_is_named(ranks, taken):
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        if not taken:
+            server.close()
+        (rank,) = ranks.start(
+            "ab", only=[0 if taken else 1], constants={"GATHERING": 2.0, "TELLING": 1.0},
+            MASTER_PORT=place.partition(":")[2], TORCHELASTIC_USE_AGENT_STORE="False",
+        )  # fmt: skip
+        assert rank.code() == 2
+    said = rank.said().splitlines()
+    assert place in said[-1] and said[-1].startswith("error: ")
+    if taken:
+        assert said[-1].endswith("set another MASTER_PORT for all processes")
+    else:
+        assert re.match(f"rank 1 waits for rank 0 \\(Connection refused\\) at MASTER_ADDR:MASTER_PORT {place}", said[0])
 
 
 def test_a_rank_that_is_lost_on_the_way_is_named(ranks):
@@ -328,6 +358,56 @@ def test_precision_on_a_gpu(unlaunched, has_bf16, chosen):
     assert choose_precision("auto") == "bf16"
     with pytest.raises(UserError, match="fp16 on a CPU"):
         choose_precision("fp16")
+
+
+@pytest.mark.parametrize(
+    ("planned", "cuda", "visible", "told", "message"),
+    [
+        (None, False, None, "", "nvidia-smi lists 2 GPUs that torch .* cannot use: .*\n.* ./launch.sh --topology cpu"),
+        ("cuda", False, "0,1", "", "nvidia-smi lists 2 GPUs"),
+        ("cuda", False, None, "true", "launch.sh planned for cuda, and torch found cpu"),
+        ("cuda", False, "", "false", "launch.sh planned for cuda, and torch found cpu"),
+        ("cpu", True, None, "false", "launch.sh planned for cpu, and torch found cuda"),
+        (None, False, "", "", None),
+        (None, False, "-1", "", None),
+        (None, False, None, "yes", None),
+        ("cpu", False, None, "true", None),
+        ("cuda", True, None, "false", None),
+    ],
+)
+def test_the_device_is_the_one_that_was_planned(unlaunched, tmp_path, planned, cuda, visible, told, message):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0: A100\necho GPU 1: A100\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    unlaunched.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    unlaunched.setattr(torch.cuda, "is_available", lambda: cuda)
+    unlaunched.setattr(torch.cuda, "device_count", lambda: 2 * cuda)
+    unlaunched.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("driver too old\nUpdate")))
+    unlaunched.setenv("ACCELERATE_USE_CPU", told)
+    for name, value in (("ISOTRAIN_DEVICE", planned), ("CUDA_VISIBLE_DEVICES", visible)):
+        unlaunched.delenv(name, raising=False)
+        if value is not None:
+            unlaunched.setenv(name, value)
+    if message is None:
+        check_device()
+    else:
+        with pytest.raises(UserError, match=message):
+            check_device()
+
+
+def test_more_processes_than_gpus_are_refused(unlaunched):
+    unlaunched.setattr(torch.cuda, "is_available", lambda: True)
+    unlaunched.setattr(torch.cuda, "device_count", lambda: 2)
+    unlaunched.delenv("ACCELERATE_USE_CPU", raising=False)
+    unlaunched.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"torch sees 2 GPUs, fewer than processes here \(LOCAL_RANK=2\)"):
+        check_device()
+
+
+def test_another_precision_than_planned_is_refused(unlaunched):
+    unlaunched.setenv("ISOTRAIN_PRECISION", "bf16")
+    assert choose_precision("bf16") == "bf16"
+    with pytest.raises(UserError, match=r"run\.precision is no, and launch\.sh planned bf16"):
+        choose_precision("no")
 
 
 def test_another_number_of_processes_than_asked_for_is_refused(unlaunched):

@@ -1,0 +1,142 @@
+"""What launchers and accelerate leave in the environment: understood, or refused in one line."""
+
+import os
+
+import pytest
+
+from trainer.config import UserError, main_guard, speaks_for_its_machine
+from trainer.environment import read_environment
+
+MASTER = {"MASTER_ADDR": "host-0", "MASTER_PORT": "29500"}
+SECOND_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+OF_A_POD = SECOND_OF_TWO | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+ALONE = dict.fromkeys(SECOND_OF_TWO)
+
+
+def said(monkeypatch, variables):
+    """The group that a process with these variables finds itself in."""
+    monkeypatch.setattr(os, "environ", dict(variables))
+    read_environment()
+    return {name: os.environ.get(name) for name in SECOND_OF_TWO}
+
+
+def mpi(*names):
+    return dict(zip(names, ("2", "1", "1", "2"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("variables", "group"),
+    [
+        ({}, ALONE),
+        ({**MASTER, **SECOND_OF_TWO}, SECOND_OF_TWO),  # torchrun, accelerate, Ray
+        (
+            {**MASTER, **SECOND_OF_TWO, "OMPI_COMM_WORLD_SIZE": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"},
+            SECOND_OF_TWO,
+        ),
+        ({**MASTER, "WORLD_SIZE": "2", "RANK": "1"}, OF_A_POD),
+        ({**MASTER, "WORLD_SIZE": "2", "RANK": "1", "PET_NNODES": "2"}, OF_A_POD),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, ALONE),
+        ({"LOCAL_RANK": "2"}, ALONE),
+        ({"WORLD_SIZE": "", "LOCAL_RANK": "2", "SLURM_LOCALID": "2"}, ALONE),
+        (MASTER | mpi(*(f"OMPI_COMM_WORLD_{n}" for n in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))), SECOND_OF_TWO),
+        (MASTER | mpi(*(f"MV2_COMM_WORLD_{n}" for n in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))), SECOND_OF_TWO),
+        (MASTER | mpi("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"), SECOND_OF_TWO),
+        (MASTER | mpi("PMI_SIZE", "PMI_RANK", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"), SECOND_OF_TWO),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, ALONE),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, ALONE),  # the job script itself
+        ({"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, ALONE),
+        ({"SLURM_STEP_ID": "1", "SLURM_NTASKS": "1", "SLURM_ARRAY_TASK_ID": "3", "SLURM_LOCALID": "0"}, ALONE),
+        ({"SLURM_STEP_ID": "1", "SLURM_NTASKS": "4", "ISOTRAIN_NUM_PROCESSES": "1", "PMI_SIZE": "4"}, ALONE),
+        ({"SM_HOSTS": '["algo-1"]'}, ALONE),
+    ],
+)
+def test_every_launcher_is_understood(monkeypatch, variables, group):
+    assert said(monkeypatch, variables) == group
+    assert "PMI_SIZE" not in os.environ or group is not ALONE  # accelerate would form a group by itself
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, "SLURM_NTASKS=4: this is one of several processes"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: this is one of several"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "PMI_SIZE": "4", "PMI_RANK": "1"}, "SLURM_NTASKS=4: this is one"),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "PET_NNODES=2: this is one of several"),
+        ({"PET_NNODES": "1:3"}, "PET_NNODES=1:3: this is one of several"),
+        ({**MASTER, "WORLD_SIZE": "4", "RANK": "1", "PET_NNODES": "2"}, "PET_NNODES=2: this is one of several"),
+        ({"SM_HOSTS": '["algo-1","algo-2"]'}, "SM_HOSTS=.*: this is one of several"),
+        ({"PMI_SIZE": "3"}, "PMI_SIZE=3: this is one of several"),
+        ({"SKYPILOT_NUM_NODES": "2"}, "SKYPILOT_NUM_NODES=2: this is one of several"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            "OMPI_COMM_WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT is not set",
+        ),
+        ({**MASTER, "WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT is not set"),
+        ({**MASTER, "WORLD_SIZE": "2", "RANK": "2"}, "RANK=2: 0 to 1, because WORLD_SIZE is 2"),
+        ({**MASTER, "WORLD_SIZE": "2", "RANK": "one"}, "RANK=one is not a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not supported.*unset it"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM=true is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "ACCELERATE_USE_PARALLELISM_CONFIG=true is not supported"),
+        ({"ACCELERATE_USE_SAGEMAKER": "true"}, "ACCELERATE_USE_SAGEMAKER=true is not supported"),
+        ({"ACCELERATE_USE_IPEX": "true"}, "ACCELERATE_USE_IPEX=true is not supported"),
+        ({"ACCELERATE_DOWNCAST_BF16": "yes"}, "ACCELERATE_DOWNCAST_BF16=yes is not supported"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8 is not supported"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 is not supported"),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda:1"}, "ACCELERATE_TORCH_DEVICE=cuda:1 is not supported"),
+        ({"PJRT_DEVICE": "TPU"}, "PJRT_DEVICE=TPU is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION= is not supported.*fsdp.yaml"),
+        ({"ACCELERATE_USE_FSDP": "True", "FSDP_VERSION": "1"}, "FSDP_VERSION=1 is not supported.*fsdp.yaml"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "FSDP_OFFLOAD_PARAMS=true is not supported",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "FSDP_CPU_RAM_EFFICIENT_LOADING=true is not supported",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_refused_in_one_line(monkeypatch, variables, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        said(monkeypatch, variables)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": "false"},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_USE_CPU": "True"},
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"},
+        {"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"},
+    ],
+)
+def test_what_accelerate_sets_by_itself_passes(monkeypatch, variables):
+    said(monkeypatch, variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "speaks"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, True),
+        ({"SLURM_LOCALID": "2"}, True),
+        ({"LOCAL_RANK": "3", "WORLD_SIZE": "1"}, True),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "1", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, False),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, True),
+    ],
+)
+def test_an_error_is_said_once_a_machine_and_always_by_a_single_process(monkeypatch, capsys, variables, speaks):
+    monkeypatch.setattr(os, "environ", dict(variables))
+    assert speaks_for_its_machine() == speaks
+
+    def mistake():
+        raise UserError("no such file")
+
+    assert main_guard(mistake) == 2
+    assert capsys.readouterr().err == ("error: no such file\n" if speaks else "")

@@ -1,0 +1,151 @@
+"""What launchers and accelerate leave in the environment: brought into one form, or refused, before anything is read.
+
+Always holds: a process that was started as one of several never trains alone unless the user asked for that, and no
+setting of accelerate's changes the training unseen. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+from trainer.config import UserError
+
+PR_SET_PDEATHSIG = 1  # of Linux' sys/prctl.h
+TRUE = {"1", "true", "yes", "y", "t", "on"}  # as accelerate reads them
+GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MPI = (  # the same four, in the words of Open MPI, MVAPICH, jsrun, MPICH and Intel MPI, PALS
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
+    tuple(f"MV2_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
+    tuple(f"MVP_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
+    tuple(f"JSM_NAMESPACE_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("PMI_SIZE", "PMI_RANK", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+)
+COUNTS = ("PET_NNODES", "PMI_SIZE", "FLUX_JOB_SIZE", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM")
+"""numbers of processes from launchers that do not tell a process all that it needs"""
+NO = {"", "no", "none", "0", "false", "f", "n", "off"}
+ALLOWED = {
+    "ACCELERATE_DYNAMO_BACKEND": NO,
+    "ACCELERATE_USE_DEEPSPEED": NO,
+    "ACCELERATE_USE_MEGATRON_LM": NO,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": NO,
+    "ACCELERATE_USE_SAGEMAKER": NO,
+    "ACCELERATE_USE_IPEX": NO,
+    "ACCELERATE_USE_XPU": NO,
+    "ACCELERATE_USE_TPU": NO,
+    "ACCELERATE_DOWNCAST_BF16": NO,
+    "ACCELERATE_TORCH_DEVICE": {""},
+    "ACCELERATE_MIXED_PRECISION": {"", "no", "fp16", "bf16"},
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": {"", "1"},
+    "PJRT_DEVICE": {"", "cpu", "cuda"},
+}
+ALLOWED_FSDP = {
+    "FSDP_VERSION": {"2"},
+    "FSDP_OFFLOAD_PARAMS": NO,
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": NO,
+    "FSDP_ACTIVATION_CHECKPOINTING": NO,
+}
+
+
+def read_environment() -> None:
+    """Makes RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of what the launcher says; unset for a single process.
+
+    Raises:
+        UserError: processes that do not know how to meet, or a setting of accelerate's that Isotrain does not have.
+    """
+    _end_with_launcher()
+    _refuse_settings()
+    _join_group()
+
+
+def _end_with_launcher() -> None:
+    """A launcher that is killed takes its ranks with it: they get SIGTERM, save and leave."""
+    launcher = os.environ.get("ISOTRAIN_LAUNCHER")
+    if launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):  # it is gone already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _refuse_settings() -> None:
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE
+    for name, allowed in {**ALLOWED, **(ALLOWED_FSDP if sharded else {})}.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in allowed:
+            ours = "fsdp.yaml" if name in ALLOWED_FSDP else "*.yaml"
+            raise UserError(
+                f"{name}={value} is not supported. It comes from the environment or from accelerate's configuration: "
+                f"unset it, or start with ./launch.sh or accelerate_configs/{ours}"
+            )
+    if sharded:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ.setdefault("USE_TORCH_XLA", "false")  # else accelerate takes torch_xla wherever it is installed
+
+
+def _join_group() -> None:
+    environment, source = os.environ, "WORLD_SIZE"
+    alone = environment.get("ISOTRAIN_NUM_PROCESSES") == "1"
+    if _number("WORLD_SIZE") > 1:
+        if "LOCAL_RANK" not in environment:  # Kubernetes: a process is a pod
+            if environment.get("PET_NNODES", environment["WORLD_SIZE"]) != environment["WORLD_SIZE"]:
+                _refuse("PET_NNODES")
+            environment.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    elif not alone:
+        names = next((names for names in MPI if _number(names[0]) > 1 and names[2] in environment), None)
+        if names is None:
+            _refuse_several()
+        else:
+            source = names[0]
+            pairs = zip(GROUP, names, strict=True)
+            environment.update({ours: environment[theirs] for ours, theirs in pairs if theirs in environment})
+    world_size = _number("WORLD_SIZE")
+    if world_size <= 1:
+        for name in (*GROUP, *(names[0] for names in MPI)):
+            environment.pop(name, None)
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"{source}={world_size}, but {', '.join(missing)} is not set, so the processes cannot meet. Set it for all "
+            "of them (mpirun -x NAME=VALUE), or start them with ./launch.sh or torchrun."
+        )
+    if not 0 <= _number("RANK") < world_size:
+        raise UserError(f"RANK={environment['RANK']}: 0 to {world_size - 1}, because {source} is {world_size}")
+
+
+def _refuse_several() -> None:
+    """Processes of one launcher that do not know one another: each would train the whole run.
+
+    Raises:
+        UserError: there are several.
+    """
+    environment = os.environ
+    if "SLURM_STEP_ID" in environment or _number("SLURM_PROCID", 0) > 0:
+        for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+            if name in environment:
+                if _number(name) > 1:
+                    _refuse(name)
+                return
+    if "," in environment.get("SM_HOSTS", ""):
+        _refuse("SM_HOSTS")
+    for name in COUNTS:
+        if environment.get(name, "1") not in {"0", "1"}:
+            _refuse(name)
+
+
+def _refuse(name: str) -> None:
+    raise UserError(
+        f"{name}={os.environ[name]}: this is one of several processes, and each would do all the work alone. "
+        "For one run of all: ./launch.sh in each (docs/topologies.md). For a run in each: ISOTRAIN_NUM_PROCESSES=1"
+    )
+
+
+def _number(name: str, default: int = 1) -> int:
+    value = os.environ.get(name) or str(default)
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"{name}={value} is not a number") from None
