@@ -198,6 +198,7 @@ def test_patience_and_its_state_over_a_kill(options, tmp_path):
     summary = summary_of(folder)
     assert summary["stopped_early"]
     assert (summary["steps"], summary["best_step"]) == (8, 2)
+    assert "early stopping at step 8: evaluation.patience 3 is used up; the best accuracy is 0." in ended.stderr
     arguments = changed(options, run__output_dir=tmp_path, **stops)
     assert command("run", arguments, [LESS, ("at_call", "train_step", 7)]).code == -9
     ended = command("run", arguments, [LESS])

@@ -321,3 +321,10 @@ def on_host(name):
     import socket
 
     socket.gethostname = lambda: name
+
+
+def stderr_left(kind):
+    """Stderr is a pipe, or a terminal, of which nobody has the other end."""
+    other, end = os.pipe() if kind == "pipe" else os.openpty()
+    os.close(other)
+    os.dup2(end, 2)

@@ -293,6 +293,14 @@ def test_without_backends(tmp_path):
     assert len(lines(tmp_path / "run")) == 3
 
 
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    log = opened(tmp_path / "run", backends=())
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"^cannot write {path}: No space left on device$"):
+        log.scalars({"train/loss": 1.0}, 1, 0.1)
+
+
 def test_quiet_says_nothing_and_other_ranks_write_nothing(tmp_path, capsys):
     log = opened(tmp_path / "quiet")
     log.say("hello")

@@ -1,0 +1,89 @@
+"""How a run begins, goes on and ends in a world that is not its own: folders, machines, readers."""
+
+import fcntl
+import json
+import re
+import shlex
+import signal
+
+import pytest
+
+from tests.faults.harness import assert_same, changed, command
+
+pytest_plugins = ["tests.faults.fixtures"]
+LESS = ("no_figures",)
+UNREAD = ("at_call", "load_corpus")  # killed if it reads any data
+
+
+def error_of(ended):
+    assert ended.code == 2, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize("place", ["a file", "in a file", "in use", "another configuration"])
+def test_what_is_wrong_with_the_folder_is_found_before_any_data_is_read(place, killed, tmp_path):
+    folder, arguments = killed
+    if place in {"a file", "in a file"}:
+        (tmp_path / "file").touch()
+        output = tmp_path / "file" if place == "a file" else tmp_path / "file" / "runs"
+        ended = command("run", changed(arguments, run__output_dir=output), [UNREAD])
+        assert str(output) in error_of(ended)
+    elif place == "in use":
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert "is in use by another running command" in error_of(command("run", arguments, [UNREAD]))
+    else:
+        ended = command("run", changed(arguments, optim__epochs=5), [UNREAD])
+        assert "another configuration: optim.epochs (there 2, now 5)" in error_of(ended)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(options, tmp_path):
+    arguments = changed(options, run__output_dir=tmp_path / "runs", data__train=tmp_path / "none.csv")
+    error_of(command("run", arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_precision_is_chosen_once(killed, reference):
+    """The run was begun with "no", which `auto` is not on every machine."""
+    folder, arguments = killed
+    arguments = changed(arguments, run__precision="auto")
+    ended = command("run", arguments, [LESS], env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert ended.code == 0, ended.stderr
+    assert "run.precision: auto stays no, as when the run began; this machine would choose bf16" in ended.stderr
+    assert_same(folder, reference)
+
+
+def test_a_machine_that_cannot_have_the_precision_says_so(killed):
+    folder, arguments = killed
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(re.sub(r"precision: .*", "precision: fp16", text))
+    assert "this run has begun with it" in error_of(command("run", changed(arguments, run__precision="auto")))
+
+
+def test_what_auto_came_to_is_recorded(options, tmp_path):
+    name = "-my run's"
+    arguments = changed(options, run__output_dir=".", run__precision="auto", run__name=None, optim__max_steps=1)
+    ended = command("run", [*arguments, f"--run.name={name}"], [LESS], folder=tmp_path)
+    assert ended.code == 0, ended.stderr
+    folder = tmp_path / name
+    precision = json.loads((folder / "environment.json").read_text())["starts"][0]["precision"]
+    assert f"\n  precision: '{precision}'\n" in (folder / "config.yaml").read_text().replace("bf16", "'bf16'")
+    # the commands that it prints can be typed as they are
+    typed = next(shlex.split(line.partition(":")[2]) for line in ended.stderr.splitlines() if " next:" in line)
+    assert typed[2:4] == ["--run", f"./{name}"]
+    again = command("run", [*arguments, f"--run.name={name}"], folder=tmp_path)
+    assert shlex.split(again.stderr.partition(" is finished")[0]) == [f"./{name}"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_run_that_nobody_reads_goes_on(kind, killed, reference):
+    folder, arguments = killed
+    assert command("run", arguments, [LESS, ("stderr_left", kind)]).code == 0
+    assert_same(folder, reference)
+
+
+def test_sigquit_saves(killed):
+    ended = command("run", killed[1], [LESS, ("at_call", "example_losses", 3, int(signal.SIGQUIT))])
+    assert ended.code == 128 + signal.SIGQUIT
+    assert "stopped by SIGQUIT" in ended.stderr
