@@ -81,13 +81,17 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
         raise UserError(f"--run: the tokenizer in {folder} cannot be read: {one_line(error)}") from None
     try:
         recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
-    except FileNotFoundError:  # of a run before there were records
-        return find_backbone(config, label_names, None, tokenizer), [
-            f"{run} has no record of its backbone: whether {config.name} is the one it was trained on is not verified"
-        ]
+    except FileNotFoundError:  # a run of an earlier version
+        recorded = None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--run: {folder / IDENTITY} cannot be read: {error}") from None
-    backbone = find_backbone(config, label_names, recorded, tokenizer)
+    try:
+        backbone = find_backbone(config, label_names, recorded, tokenizer)
+    except UserError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason}\nName an unchanged copy of the run's backbone: --model.name FOLDER") from None
+    if recorded is None:
+        return backbone, [f"{run} has no record of its backbone: {config.name} may not be the one it was trained on"]
     refuse_another(recorded, backbone.identity, run)
     return backbone, []
 

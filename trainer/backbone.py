@@ -270,7 +270,7 @@ def _files(get: Callable[[str], Path | None], weights: str) -> dict[str, Path]:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     files = {name: get(name) for name in ("config.json", *names)}
     if missing := [name for name, file in files.items() if file is None]:
-        raise FileNotFoundError(f"no {missing[0]}, neither cached nor reachable")
+        raise FileNotFoundError(f"{missing[0]} is missing, or not cached nor reachable; pickled weights are not read")
     return {name: file for name, file in files.items() if file is not None}
 
 

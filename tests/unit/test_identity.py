@@ -162,7 +162,7 @@ def test_large_files_of_the_cache_are_not_read(hub, tiny_backbone):
 
 def test_a_hub_model_without_its_weights(hub):
     (hub / "snapshots" / COMMIT / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"files of acme/tiny cannot be read: no model\.safetensors, neither cached"):
+    with pytest.raises(UserError, match=r"files of acme/tiny cannot be read: model\.safetensors is missing, or not"):
         identity("acme/tiny", COMMIT)
 
 
