@@ -165,6 +165,7 @@ def _cache_key(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length:
     settings.pop("truncation", None)
     settings.pop("padding", None)
     own = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
+    own.append(tokenizer.split_special_tokens)
     header = [*own, settings, max_length, split.text_pairs is None, 3]
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(split.digests).data)

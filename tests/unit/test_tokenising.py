@@ -94,9 +94,11 @@ def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
     assert second.fingerprint() == first.fingerprint()
 
 
-@pytest.mark.parametrize("change", ["text", "order", "max_length", "side", "pairs", "empty pairs", "tokenizer"])
+@pytest.mark.parametrize(
+    "change", ["text", "order", "max_length", "side", "special", "pairs", "empty pairs", "tokenizer"]
+)
 def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, change):
-    texts = words(50)
+    texts = [*words(50), "goal <mask>"]
     before = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
     tokenizer, pairs, length = tiny_tokenizer, None, 16
     if change == "text":
@@ -108,10 +110,13 @@ def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, c
     if change == "side":
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.truncation_side = "left"
+    if change == "special":
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.split_special_tokens = not tokenizer.split_special_tokens
     if change == "pairs":
         pairs = texts
     if change == "empty pairs":
-        pairs = [""] * 50
+        pairs = [""] * 51
     if change == "tokenizer":
         tokenizer = bert_tokenizer
     after = tokenise(split_of(texts, pairs), tokenizer, length, quiet=True)
