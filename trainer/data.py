@@ -8,7 +8,6 @@ loaded. Nothing is removed: duplicates are counted and reported, and a hold-out 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -70,6 +69,8 @@ class Corpus:
     label_values: dict[str, str]
     """{label of the training data: class name}; where train lacks a class, the label that would mean it"""
     splits: dict[str, TextSplit]
+    equal_texts: dict[str, np.ndarray]
+    """{split: a number for each example, equal for equal texts of all splits; -1 for a text that occurs once}"""
     warnings: list[str]
     """what the user should know, a line each"""
 
@@ -83,23 +84,15 @@ class Corpus:
                 "num_examples": len(split),
                 "label_counts": dict(zip(self.label_names, per_class, strict=True)),
             }
-        counts["train"]["num_duplicates"], in_train = self._repeated
-        for name, number in in_train.items():
-            counts[name]["num_in_train"] = number
+        in_train = np.unique(self.equal_texts["train"])
+        in_train = in_train[in_train >= 0]
+        for name, numbers in self.equal_texts.items():
+            num_repeated = int(np.isin(numbers, in_train).sum())
+            if name == "train":
+                counts[name]["num_duplicates"] = num_repeated - len(in_train)
+            else:
+                counts[name]["num_in_train"] = num_repeated
         return counts
-
-    @functools.cached_property
-    def _repeated(self) -> tuple[int, dict[str, int]]:
-        """Duplicates within train, and rows of each other split found in train."""
-        names = ["train", *(name for name in self.splits if name != "train")]
-        digests = np.concatenate([self.splits[name].digests for name in names])
-        ends = np.cumsum([len(self.splits[name]) for name in names])
-        suspects = _suspects(digests)
-        numbers, splits = _numbered(digests[suspects]), np.searchsorted(ends, suspects, side="right")
-        in_train = np.zeros(len(suspects), dtype=bool)
-        in_train[numbers[splits == 0]] = True
-        found = {name: int(in_train[numbers[splits == i]].sum()) for i, name in enumerate(names) if i}
-        return int((splits == 0).sum() - in_train.sum()), found
 
 
 def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
@@ -117,15 +110,19 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     try:
         splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
         _refuse_single_class(splits["train"], label_names)
-        first = _first_of_equals(splits["train"].digests)
+        equal_texts = _equal_texts(splits)
+        first = _first_of_equals(equal_texts["train"])
         warnings += _two_labels(splits["train"], first)
         if "validation" not in splits and config.validation_fraction > 0:
-            held = _hold_out(splits["train"], first, config.validation_fraction, seed)
-            nowhere = _absent(splits["train"], label_names)
-            rare = [name for name in _absent(held["validation"], label_names) if name not in nowhere]
+            train, numbers = splits.pop("train"), equal_texts.pop("train")
+            held = _hold_out(train, first, config.validation_fraction, seed)
+            parts = {"train": np.flatnonzero(~held), "validation": np.flatnonzero(held)}
+            splits = {name: train.take(name, part) for name, part in parts.items()} | splits
+            equal_texts = {name: numbers[part] for name, part in parts.items()} | equal_texts
+            nowhere = _absent(train, label_names)
+            rare = [name for name in _absent(splits["validation"], label_names) if name not in nowhere]
             if rare:
                 warnings.append(f"too few rows to hold one out for validation: {_few(rare)}")
-            splits = held | {name: split for name, split in splits.items() if name not in held}
         _refuse_single_class(splits["train"], label_names)
     except UserError as error:
         raise UserError(f"{doubt}\n{error}" if doubt else str(error)) from None
@@ -136,7 +133,7 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     if alike := look_alikes(label_names):
         shown = "; ".join(map(quoted, alike[:3])) + ("; ..." if len(alike) > 3 else "")
         warnings.append(f"classes differ only in {INVISIBLE}: {shown}")
-    return Corpus(label_names, _label_values(tables["train"], label_names), splits, warnings)
+    return Corpus(label_names, _label_values(tables["train"], label_names), splits, equal_texts, warnings)
 
 
 def load_for_prediction(
@@ -341,8 +338,8 @@ def _absent(split: TextSplit, label_names: list[str]) -> list[str]:
     return [name for name, count in zip(label_names, counts, strict=True) if count == 0]
 
 
-def _hold_out(train: TextSplit, first: np.ndarray, fraction: float, seed: int) -> dict[str, TextSplit]:
-    """Train without, and validation with, a fraction of every class.
+def _hold_out(train: TextSplit, first: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which examples to hold out, bool [N]: a fraction of every class.
 
     Rows of equal text stay together, in the class of the first of them. Without such rows, the choice is a function of
     the labels and the seed alone.
@@ -359,13 +356,13 @@ def _hold_out(train: TextSplit, first: np.ndarray, fraction: float, seed: int) -
     held = np.zeros(len(train), dtype=bool)
     for label in np.unique(train.labels):
         members = np.flatnonzero(train.labels == label)
-        wanted, taken = int(len(members) * fraction + 0.5), 0
-        for member in generator.permutation(members[first[members] == members]):
-            if taken >= wanted:
-                break
-            if taken + copies[member] / 2 <= wanted:  # else the class is closer to its share without them
+        num_wanted, num_held = int(len(members) * fraction + 0.5), 0
+        drawn = generator.permutation(members[first[members] == members])
+        drawn = drawn[copies[drawn] <= 2 * num_wanted][:num_wanted]
+        for member, num_copies in zip(drawn.tolist(), copies[drawn].tolist(), strict=True):
+            if num_held + num_copies / 2 <= num_wanted:  # else the class is closer to its share without them
                 held[member] = True
-                taken += copies[member]
+                num_held += num_copies
     held = held[first]
     if not held.any() or held.all():
         together = ", equal texts together" if copies.max() > 1 else ""
@@ -373,18 +370,26 @@ def _hold_out(train: TextSplit, first: np.ndarray, fraction: float, seed: int) -
             f"data.validation_fraction: {fraction} of {len(train)} examples, class by class{together}, leaves train or "
             "validation empty; change it, or name data.validation"
         )
-    return {
-        "train": train.take("train", np.flatnonzero(~held)),
-        "validation": train.take("validation", np.flatnonzero(held)),
-    }
+    return held
 
 
-def _first_of_equals(digests: np.ndarray) -> np.ndarray:
-    """Position of the first digest that equals each of digests [N, 2], int64 [N]."""
-    first, suspects = np.arange(len(digests)), _suspects(digests)
-    if len(suspects):
-        _, positions, numbers = np.unique(_numbered(digests[suspects]), return_index=True, return_inverse=True)
-        first[suspects] = suspects[positions[numbers]]
+def _equal_texts(splits: dict[str, TextSplit]) -> dict[str, np.ndarray]:
+    """`Corpus.equal_texts` of these splits."""
+    digests = np.concatenate([split.digests for split in splits.values()])
+    suspects = _suspects(digests)
+    numbers = np.full(len(digests), -1)
+    numbers[suspects] = _numbered(digests[suspects])
+    ends = np.cumsum([len(split) for split in splits.values()])
+    return dict(zip(splits, np.split(numbers, ends[:-1]), strict=True))
+
+
+def _first_of_equals(numbers: np.ndarray) -> np.ndarray:
+    """Position of the first example of the same text, from `Corpus.equal_texts` of a split, int64 [N]."""
+    first, repeated = np.arange(len(numbers)), np.flatnonzero(numbers >= 0)
+    if len(repeated):
+        firsts = np.zeros(numbers.max() + 1, dtype=np.int64)
+        firsts[numbers[repeated[::-1]]] = repeated[::-1]  # the last that is written stays
+        first[repeated] = firsts[numbers[repeated]]
     return first
 
 
@@ -394,7 +399,7 @@ def _two_labels(train: TextSplit, first: np.ndarray) -> Iterator[str]:
     others = np.flatnonzero(train.labels != train.labels[first])
     if len(others):
         rows = f"{train.rows[first[others[0]]] + 1} and {train.rows[others[0]] + 1}"
-        yield f"data.train: texts with more than one label: {len(set(first[others])):,}, first in rows {rows}"
+        yield f"data.train: texts with more than one label: {len(np.unique(first[others])):,}, first in rows {rows}"
 
 
 def _whole_ids(ids: list[str], where: str, warnings: list[str]) -> list[str]:
