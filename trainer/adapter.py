@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -58,6 +59,36 @@ def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], sou
         shapes = list(tensors[wrong[0]].shape), list(expected[wrong[0]].shape)
         raise UserError(f"{source}: {wrong[0]} has shape {shapes[0]}, the model wants {shapes[1]}")
     set_peft_model_state_dict(model, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The adapter of a finished run that another run starts from."""
+
+    folder: Path
+    tensors: dict[str, torch.Tensor]
+    label_names: list[str]
+    recorded: Identity
+    """the backbone it was trained on"""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the tensors as a file."""
+        return hashlib.sha256(safetensors.torch.save(self.tensors)).hexdigest()
+
+
+def read_start(folder: Path) -> Start:
+    """Reads what `save_adapter` has written.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    try:
+        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        label_names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"model.adapter: {folder} is no adapter folder of a finished run: {one_line(error)}") from None
+    return Start(folder, tensors, [str(name) for name in label_names], recorded)
 
 
 def adapter_config_json(model: PeftModel) -> str:

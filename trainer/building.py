@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from trainer import dropout, kernels
+from trainer.adapter import Start, read_start
 from trainer.backbone import Backbone, Identity, find_backbone, refuse_another
 from trainer.batching import Plan
 from trainer.config import Config, UserError
@@ -68,6 +69,8 @@ class Inputs:
     """no, bf16 or fp16"""
     compiled: Compiled
     """for a CPU"""
+    start: Start | None = None
+    """the adapter it starts from; None = a new one"""
 
 
 def prepare(
@@ -81,18 +84,24 @@ def prepare(
         UserError: they do not, or are not there.
     """
     compiled = _for_cpu(config) if device.type == "cpu" else Compiled()
+    start = read_start(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
     _check_names(config, corpus)
+    if start is not None and start.label_names != corpus.label_names:
+        classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
+        raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
     backbone = find_backbone(config.model, corpus.label_names, recorded)
     pairs = corpus.splits["train"].text_pairs is not None
     _why_padded(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
     if recorded is not None:
         refuse_another(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
+    if start is not None:
+        refuse_another(start.recorded, backbone.identity, start.folder)
     examples = {
         name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
         for name, split in corpus.splits.items()
     }
-    return Inputs(config, folder, corpus, backbone, examples, precision, compiled)
+    return Inputs(config, folder, corpus, backbone, examples, precision, compiled, start)
 
 
 def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch) -> Training:
@@ -144,6 +153,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
             "way of drawing batches and masks": DRAWN,
             "backbone": inputs.backbone.fingerprint,
             **{f"{name} split": split.fingerprint() for name, split in examples.items()},
+            **({"adapter to start from": inputs.start.fingerprint()} if inputs.start is not None else {}),
         },
         backbone=inputs.backbone.identity,
         log=RunLog(inputs.folder, accelerator, config.run.quiet),

@@ -109,6 +109,8 @@ class ModelConfig:
     """hub id, local folder, or package:NAME/dir (a backbone inside an installed Python package)"""
     revision: str | None = None
     """branch, tag or commit of a hub model; null = main"""
+    adapter: str | None = None
+    """adapter folder of a finished run (runs/NAME/adapter), to start from its adapter and head; null = from new ones"""
     dropout: float | None = None
     """dropout of the backbone's own layers, in [0, 1); null = the backbone's own"""
     packed: Literal["auto"] | bool = "auto"
@@ -221,7 +223,7 @@ NOT_IDENTITY = {
     "run": {"name", "output_dir", "resume", "quiet"},
     "data": {"train", "validation", "test"},
     "batch": {"max_tokens", "eval_max_tokens"},
-    "model": {"name", "revision", "packed", "compile"},
+    "model": {"name", "revision", "adapter", "packed", "compile"},
     "peft": {"max_trainable_parameters"},
     "checkpoint": {"every_steps", "keep_last"},
     "tracking": {"every_steps", "backends"},

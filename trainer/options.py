@@ -149,9 +149,15 @@ def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, An
     options = {name: value for name, value in given.items() if value is not None}
     peft = dataclasses.replace(config.peft, options=options, peft_type=config.peft.peft_type.upper())
     # a run is used later from other folders
-    local = Path(config.model.name)
-    model = dataclasses.replace(config.model, name=str(local.absolute()) if local.is_dir() else config.model.name)
+    model = dataclasses.replace(config.model, name=_absolute(config.model.name))
+    if model.adapter is not None:
+        model = dataclasses.replace(model, adapter=_absolute(model.adapter))
     return dataclasses.replace(config, peft=peft, model=model)
+
+
+def _absolute(path: str) -> str:
+    """A local folder's absolute path; what is no local folder stays as it is."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
 def _command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -296,7 +302,7 @@ def _recipe_settings(recipe: str | None, problems: list[str]) -> dict[str, Any]:
     flat = _flat(
         {f"{group}.{name}": value for group, values in groups.items() for name, value in (values or {}).items()}
     )
-    for key in ("model.name", *SPLITS, *(f"{split}.path" for split in SPLITS)):
+    for key in ("model.name", "model.adapter", *SPLITS, *(f"{split}.path" for split in SPLITS)):
         if isinstance(flat.get(key), str):
             flat[key] = _beside(path, flat[key])
     return flat

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 
-from trainer.adapter import check_adapter, load_adapter_tensors, model_card, save_adapter
+from trainer.adapter import Start, check_adapter, load_adapter_tensors, model_card, save_adapter
 from trainer.backbone import Identity, silence_libraries
 from trainer.batching import collate, split_by_tokens
 from trainer.building import Inputs, build, prepare
@@ -129,6 +129,8 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
     if checkpoint is not None:
         state, best = restore(run, checkpoint), checkpoint.best_adapter
         run.log.say(f"continuing after step {state.step} of {run.total_steps}")
+    elif inputs.start is not None:
+        _start_from(run, inputs, inputs.start)
     if is_main:  # only now is it sure that the run is this one
         write_atomic(folder / "config.yaml", config_text(config))
     for line in [*_data_lines(inputs), *(f"note: {note}" for note in notes)]:
@@ -145,6 +147,40 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
         _finish(run, inputs, state, best, metrics)
     finally:
         run.log.close()
+
+
+def _start_from(run: Training, inputs: Inputs, start: Start) -> None:
+    """Puts in place the adapter and head of another run, which must compute here what they compute in plain PEFT.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    load_adapter_tensors(run.model, start.tensors, f"model.adapter: {start.folder}")
+    batch, expected = _probe(run, TrainState())
+    run.model.train()
+    try:
+        if run.accelerator.is_main_process:
+            _check(run, inputs, start.folder, batch, expected)
+    except RuntimeError as error:
+        raise UserError(f"model.adapter: {error}; give all of peft the values of its run (config.yaml)") from None
+    run.log.say(f"starting from the adapter {start.folder}")
+
+
+def _probe(run: Training, state: TrainState) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A few examples, and the logits that the model gives for them. On every rank: a sharded model needs them all."""
+    # no more than memory has allowed a step: it may have run out
+    probe = np.array(split_by_tokens(run.train.lengths[:8], plan_in_force(run, state).max_tokens)[0])
+    batch = collate(run.train, probe, np.ones(len(probe)), run.pad_token_id, run.accelerator.device).inputs
+    with torch.no_grad():
+        expected = run.model.eval()(**batch).logits
+    if run.sharded:  # the whole may fit no device but the host, where other kernels round otherwise
+        batch = {name: tensor.cpu() for name, tensor in batch.items()}
+    return batch, expected
+
+
+def _check(run: Training, inputs: Inputs, folder: Path, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    tolerance = 0.05 if run.sharded else 1e-3
+    check_adapter(folder, inputs.backbone, batch, expected, COMPUTE_TYPES[inputs.precision], tolerance)
 
 
 def _data_lines(inputs: Inputs) -> list[str]:
@@ -238,27 +274,14 @@ def _finish(
     metrics: dict[str, dict[str, Any]],
 ) -> None:
     """The main process saves and checks the adapter, writes the report and, last, the summary."""
-    # no more than memory has allowed a step: it may have run out
-    probe = np.array(split_by_tokens(run.train.lengths[:8], plan_in_force(run, state).max_tokens)[0])
-    batch = collate(run.train, probe, np.ones(len(probe)), run.pad_token_id, run.accelerator.device).inputs
-    with torch.no_grad():  # on every rank: a sharded model needs them all
-        expected = run.model.eval()(**batch).logits
+    batch, expected = _probe(run, state)
     if not run.accelerator.is_main_process:
         return
     folder, backbone = run.folder, inputs.backbone
     summary = _summary(run, inputs, state, metrics)
     card = model_card(folder.name, run.config, backbone, run.label_names, summary)
     save_adapter(folder / "adapter", run.model, best, backbone, run.config.data.max_length, run.label_names, card)
-    if run.sharded:  # it may fit no device but the host, where other kernels round otherwise
-        batch = {name: tensor.cpu() for name, tensor in batch.items()}
-    check_adapter(
-        folder / "adapter",
-        backbone,
-        batch,
-        expected,
-        COMPUTE_TYPES[inputs.precision],
-        tolerance=0.05 if run.sharded else 1e-3,
-    )
+    _check(run, inputs, folder / "adapter", batch, expected)
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     scores = {
         f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")

@@ -74,7 +74,10 @@ def _is_finished(folder: Path, config: Config) -> bool:
     ]
     if differing:
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
-        raise UserError(f"{folder} holds a run of another configuration: {shown}\nFor a new run: --run.name NAME")
+        hint = "For a new run: --run.name NAME"
+        if finished:
+            hint += f"; to train this adapter on: --run.name NAME --model.adapter {quoted(folder / 'adapter')}"
+        raise UserError(f"{folder} holds a run of another configuration: {shown}\n{hint}")
     if finished and os.environ.get("RANK", "0") == "0" and not config.run.quiet:
         done = "is finished; nothing to do, and its data was not looked at"
         print(f"{quoted(folder)} {done}. For another run: --run.name NAME", file=sys.stderr)

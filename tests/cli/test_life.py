@@ -6,9 +6,10 @@ import re
 import shlex
 import signal
 
+import numpy as np
 import pytest
 
-from tests.faults.harness import assert_same, changed, command
+from tests.faults.harness import assert_same, changed, command, tensors
 
 pytest_plugins = ["tests.faults.fixtures"]
 LESS = ("no_figures",)
@@ -87,3 +88,49 @@ def test_sigquit_saves(killed):
     ended = command("run", killed[1], [LESS, ("at_call", "example_losses", 3, int(signal.SIGQUIT))])
     assert ended.code == 128 + signal.SIGQUIT
     assert "stopped by SIGQUIT" in ended.stderr
+
+
+# --- training on ------------------------------------------------------------------------------------------------------
+
+
+def test_another_configuration_shows_how_to_train_on(uninterrupted, options):
+    folder, _ = uninterrupted
+    ended = command("run", changed(options, run__output_dir=folder.parent, optim__epochs=3), [UNREAD])
+    assert "optim.epochs (there 2, now 3)" in error_of(ended)
+    assert f"--run.name NAME --model.adapter {folder}/adapter\n" in ended.stderr
+
+
+def test_a_new_run_starts_from_an_adapter(uninterrupted, options, tmp_path):
+    """With a learning rate of 0 it ends where it starts."""
+    old = uninterrupted[0] / "adapter"
+    arguments = changed(options, run__output_dir=tmp_path, model__adapter=old, optim__learning_rate=0, optim__epochs=1)
+    ended = command("run", arguments, [LESS, ("at_call", "train_step", 5)])
+    assert ended.code == -signal.SIGKILL
+    assert f"starting from the adapter {old}\n" in ended.stderr
+    refused = command("run", changed(arguments, model__adapter=None))
+    assert "was begun with another adapter to start from" in error_of(refused)
+    ended = command("run", arguments, [LESS])
+    assert ended.code == 0, ended.stderr
+    assert "continuing after step 3" in ended.stderr
+    name = "adapter_model.safetensors"
+    assert tensors(tmp_path / "run" / "adapter" / name).keys() == tensors(old / name).keys()
+    for key, tensor in tensors(tmp_path / "run" / "adapter" / name).items():
+        assert np.array_equal(tensor, tensors(old / name)[key]), key
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model__adapter": "none"}, "model.adapter: none is no adapter folder of a finished run"),
+        ({"peft__lora_alpha": 64}, "give all of peft the values of its run"),
+        ({"peft__r": 2}, "has shape"),
+        ({"peft__target_modules": "[query]"}, "unexpected tensor"),
+        ({"data__label_names": "[Sports, World, Business, Sci/Tech]"}, "the classes of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_adapter_that_does_not_fit_is_refused(settings, says, uninterrupted, options, tmp_path):
+    arguments = changed(options, run__output_dir=tmp_path, model__adapter=uninterrupted[0] / "adapter")
+    ended = command("run", changed(arguments, **settings), [LESS])
+    assert says in error_of(ended)
+    assert list(tmp_path.iterdir()) == []
