@@ -6,6 +6,7 @@ Always holds: these dataclasses and their field docstrings are the option list, 
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import os
 import socket
@@ -52,6 +53,14 @@ class Source:
     """hub id, file or glob"""
     column_names: list[str] | None = None
     """names of the columns of a file without a header; [] = its first row is the header"""
+    delimiter: str | None = None
+    """what separates the fields of csv and tsv"""
+    encoding: str | None = None
+    """encoding of text files"""
+    quoting: Literal["single_line", "multi_line", "none"] | None = None
+    """what a quote means in csv and tsv"""
+    empty_text: Literal["refuse", "skip", "keep"] | None = None
+    """what is done with a row without text"""
     text_columns: list[str] | None = None
     """columns that hold the text, joined by a space"""
     text_pair_columns: list[str] | None = None
@@ -67,7 +76,7 @@ class DataConfig:
     """Where the examples are and how to read them."""
 
     train: str | Source | None = None
-    """training split: hub id (owner/name[/config][:split]), or csv, tsv, json, jsonl, parquet file or glob"""
+    """training split: hub id (owner/name[/config][:split]), or files (csv, tsv, json, jsonl, parquet, ...) or a glob"""
     validation: str | Source | None = None
     """validation split; null = a stratified fraction of train"""
     test: str | Source | None = None
@@ -76,6 +85,15 @@ class DataConfig:
     """fraction of train held out for validation where `validation` is null, in [0, 1); 0 = no validation"""
     column_names: list[str] | None = None
     """names of the columns of files without a header; null = the first row is the header"""
+    delimiter: str | None = None
+    """what separates the fields of csv and tsv, as ';' or '\\t' (a tab); null = a comma in csv, a tab in tsv"""
+    encoding: str = "utf-8"
+    """encoding of csv, tsv, json and jsonl files, as utf-8, utf-16 or cp1252"""
+    quoting: Literal["single_line", "multi_line", "none"] = "single_line"
+    """in csv and tsv: single_line = a quoted field ends in the line where it begins, multi_line = it may go on in the
+    next lines, none = quotes are plain characters"""
+    empty_text: Literal["refuse", "skip", "keep"] = "refuse"
+    """rows whose text is empty or missing: refuse them, skip them, or keep them"""
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     """columns that hold the text, joined by a space"""
     text_pair_columns: list[str] | None = None
@@ -218,10 +236,10 @@ GROUPS: dict[str, Any] = {
 }
 SPLITS = ("data.train", "data.validation", "data.test")
 # What may differ between a run and its continuation: nothing here changes an example, a gradient or a score. The paths
-# of the data are left out because the content they lead to is compared instead (see data.py).
+# of the data, and how files are written, are left out because their content is compared instead (see data.py).
 NOT_IDENTITY = {
     "run": {"name", "output_dir", "resume", "quiet"},
-    "data": {"train", "validation", "test"},
+    "data": {"train", "validation", "test", "delimiter", "encoding", "quoting"},
     "batch": {"max_tokens", "eval_max_tokens"},
     "model": {"name", "revision", "adapter", "packed", "compile"},
     "peft": {"max_trainable_parameters"},
@@ -385,6 +403,11 @@ def _impossible_layout(key: str, layout: DataConfig | Source) -> Iterator[str]:
         yield f"{key}.text_columns is empty: name at least one column"
     if layout.label_column in [*(layout.text_columns or []), *(layout.text_pair_columns or [])]:
         yield f"{key}.label_column {layout.label_column!r} is also a text column"
+    delimiter = (layout.delimiter or ",").replace("\\t", "\t")
+    if layout.delimiter == "" or len(delimiter) != 1 or delimiter in '"\r\n':
+        yield f"{key}.delimiter: {layout.delimiter!r} must be one character, as ';' or '\\t'"
+    if layout.encoding is not None and not _is_text_encoding(layout.encoding):
+        yield f"{key}.encoding: {layout.encoding!r} is unknown; known: utf-8, utf-16, cp1252, latin-1, gb18030, ..."
     names = layout.label_names
     listed = list(names.values()) if isinstance(names, dict) else names or []
     if names is not None and (not listed or not all(str(name).strip() for name in listed)):
@@ -393,3 +416,10 @@ def _impossible_layout(key: str, layout: DataConfig | Source) -> Iterator[str]:
     twice = [name for i, name in enumerate(names or ()) if first.setdefault(label_text(name), i) != i]
     if twice:
         yield f"{key}.label_names: {twice[0]!r} stands twice"
+
+
+def _is_text_encoding(name: str) -> bool:
+    try:
+        return codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        return False

@@ -152,6 +152,7 @@ def load_for_prediction(
     if bool(layout.text_pair_columns) != bool(trained.text_pair_columns):
         has, lacks = ("the run", "--input") if trained.text_pair_columns else ("--input", "the run")
         raise UserError(f"--text_pair_columns: {has} has pairs of texts and {lacks} has single texts; both must agree")
+    layout = dataclasses.replace(layout, empty_text="keep")  # each row of the input gets its prediction
     # a column of labels that was asked for by name must be there
     labels_required = source.label_column not in (None, NO_COLUMN)
     table = read_table("input", layout, labels_required, extra=id_column, quiet=quiet)
@@ -170,7 +171,8 @@ def id_columns(source: Source, config: DataConfig) -> list[str]:
     """
     layout = completed(source, completed(config.train or "", config))
     used = {*(layout.text_columns or []), *(layout.text_pair_columns or []), layout.label_column}
-    _, columns = next(find_origin("input", layout).chunks([]), (0, {}))
+    chunks = find_origin("input", layout).chunks([])
+    columns: dict[str, list[Any]] = next((columns for _, (_, columns) in chunks if columns), {})
     return [column for column in columns if column.strip().casefold() == "id" and column not in used]
 
 
@@ -244,6 +246,7 @@ def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextS
     """
     if table.problem is not None:
         raise UserError(table.problem)
+    warnings += table.notes
     labels = None
     if table.label_codes is not None:
         labels = _class_numbers(table, table.label_codes, label_names, warnings)
@@ -262,7 +265,7 @@ def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warn
     unknown = np.flatnonzero(numbers < 0)
     if len(unknown):
         first = table.label_values[codes[unknown[0]]]
-        told = f"{len(unknown)} of {len(codes)} labels are unknown, first {first!r} in row {unknown[0] + 1}"
+        told = f"{len(unknown)} of {len(codes)} labels are unknown, first {first!r} in {table.place(unknown[0])}"
         raise UserError(_unknown_label(table, told, first, label_names, meaning))
     if _could_count_otherwise(found, meaning):
         read = ", ".join(f"{value} = {label_names[meaning[matched[value]]]}" for value in sorted(found)[:4])

@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first on sys.path; there our modules could hide a library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import glob
+import contextlib
 import json
 import os
 import re
@@ -49,7 +49,7 @@ class Options:
     run: str
     """folder of a finished run"""
     input: str
-    """csv, tsv, json, jsonl or parquet file (or glob) with the run's text columns; with labels it is also scored"""
+    """csv, tsv, json, jsonl, parquet, ... file (or glob) with the run's text columns; with labels it is also scored"""
     output: str
     """csv or jsonl file to write"""
     layout: Literal["full", "contest"] = "full"
@@ -60,6 +60,12 @@ class Options:
     counted from 0"""
     column_names: list[str] | None = None
     """names of the columns of an input without a header; [] = its first row is the header; null = as the run's data"""
+    delimiter: str | None = None
+    """what separates the fields of csv and tsv; null = the run's, or by the name of the input"""
+    encoding: str | None = None
+    """encoding of csv, tsv, json and jsonl; null = the run's"""
+    quoting: Literal["single_line", "multi_line", "none"] | None = None
+    """what a quote means in csv and tsv (see data.quoting); null = the run's"""
     text_columns: list[str] | None = None
     """columns that hold the text; null = the run's"""
     text_pair_columns: list[str] | None = None
@@ -101,6 +107,9 @@ def predict(options: Options) -> int:
         UserError: no finished run, unreadable input, or an output of no known type.
     """
     config, label_names = load_finished_run(Path(options.run), options.model.name, options.model.revision)
+    from trainer.reading import check_places
+
+    check_places({"input": options.input})
     output = _output(options, config)
     set_environment()
 
@@ -163,9 +172,14 @@ def _output(options: Options, config: Config) -> Path:
     if Path(options.run).resolve() in output.resolve().parents:
         raise UserError(f"--output: {output} lies in the run's folder; give another file")
     splits = (config.data.train, config.data.validation, config.data.test)
+    from trainer.reading import files_of
+
     used = [completed(split, config.data).path for split in splits if split]
     for what, patterns in (("the input", [options.input]), ("data of the run", used)):
-        paths = [path for pattern in patterns for path in (pattern, *glob.glob(pattern)) if Path(path).exists()]
+        paths: list[str] = []
+        for pattern in patterns:
+            with contextlib.suppress(ValueError, KeyError):  # a folder that is no table any more
+                paths += [path for path in files_of(pattern) if Path(path).exists()]
         if output.exists() and any(output.samefile(path) for path in paths):
             raise UserError(f"--output: {output} is {what}; give another file")
     return output
@@ -176,6 +190,9 @@ def _source(options: Options) -> Source:
     return Source(
         path=options.input,
         column_names=options.column_names,
+        delimiter=options.delimiter,
+        encoding=options.encoding,
+        quoting=options.quoting,
         text_columns=options.text_columns,
         text_pair_columns=options.text_pair_columns,
         label_column=NO_COLUMN if options.ignore_labels else options.label_column,

@@ -1,40 +1,51 @@
-"""Files and hub data sets -> columns, a chunk of rows at a time, before anything is made of them.
+"""Where a split is read from: files, folders of part files, or a hub data set -> columns, a chunk of rows at a time.
 
-Always holds: every row of the source is there, in its order, as it stands (text stays text: "NA" and "null" too); what
-cannot be read exactly is refused with file and line. Nothing pickled is opened. No more than a chunk is in memory, but
-of a .json file, which is one value.
+Always holds: what is read is what the path names, in the order of the names. No other place is searched: a path that
+does not exist is an error at once, and only `owner/name` is looked up on the hub.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
-
-import datasets
-import pyarrow as pa
-import pyarrow.parquet
+from typing import TYPE_CHECKING
 
 from trainer.config import Source, UserError
+from trainer.formats import (
+    CHUNK,
+    FILE_TYPES,
+    LINES,
+    PACKED,
+    UNREADABLE,
+    Chunk,
+    Request,
+    arrow_chunks,
+    kind_of,
+    read_file,
+    stored_class_names,
+)  # fmt: skip
 
-FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+if TYPE_CHECKING:  # importing it takes most of a second, and files need none of it
+    import datasets
+
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
-CHUNK = 10_000  # rows
 
-Chunk = tuple[int, dict[str, list[Any]]]
-"""number of rows, and the columns that these rows have"""
-_Item = TypeVar("_Item")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/\w[\w.-]*(/\w[^/\\:]*)?(:\w[\w.+-]*)?")
+_FILE_NAME = re.compile(r".*\.[A-Za-z]{3,7}")  # a hub name of this form is written with its split: owner/name.abc:train
+_PART = re.compile(r"part[-_.]?\d.*")  # of Spark, Dask and others
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a split is read from; its files are there, and nothing of them is read."""
+    """Where a split is read from; its files are there, and nothing of them is read but the names of classes."""
 
     name: str
     layout: Source
@@ -42,7 +53,7 @@ class Origin:
     """its files in their order; of a hub data set those of its cache"""
     hub: datasets.Dataset | None = None
     class_names: list[str] | None = None
-    """names a hub data set gives its class numbers"""
+    """names that a data set stores for its class numbers"""
 
     @property
     def where(self) -> str:
@@ -58,13 +69,18 @@ class Origin:
         """SHA-256 of each file."""
         return [_hash_of(path) for path in self.paths]
 
-    def chunks(self, wanted: list[str]) -> Iterator[Chunk]:
-        """All rows in order. Columns that are not wanted may be empty or absent, but are named once.
+    def chunks(self, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
+        """All rows in order, with the position of their file in `paths` (0 for a hub data set).
+
+        Columns that are not wanted may be empty or absent, but are named once.
 
         Raises:
             UserError: what cannot be read.
         """
-        return _file_chunks(self, wanted) if self.hub is None else _hub_chunks(self.hub, wanted)
+        if self.hub is None:
+            yield from _file_chunks(self, wanted)
+        else:
+            yield from ((0, chunk) for chunk in _hub_chunks(self, wanted))
 
 
 def option(name: str) -> str:
@@ -72,34 +88,123 @@ def option(name: str) -> str:
     return f"data.{name}" if name != "input" else "--input"
 
 
-def is_local(path: str) -> bool:
-    """Whether a `data` entry names files rather than a hub data set."""
-    return Path(path).suffix.lower() in FILE_TYPES + PICKLED or glob.has_magic(path) or Path(path).exists()
+def prefix(name: str) -> str:
+    """What the options of a split's own layout begin with."""
+    return {"input": "--", "train": "--data."}.get(name, f"--data.{name}.")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a `data` entry is `owner/name[/config][:split]`, and nothing here has that name."""
+    match = _HUB_ID.fullmatch(path)
+    if match is None or Path(path).exists() or Path(match[1]).exists():
+        return False
+    return match[3] is not None or _FILE_NAME.fullmatch(path) is None
+
+
+def files_of(path: str, name: str = "input") -> list[str]:
+    """The files that a path, a glob or a folder of part files names, in the order of their names; [] = none.
+
+    Raises:
+        ValueError: a folder that is no single table, or a file that is named twice.
+    """
+    if Path(path).is_dir():
+        return _files_in(Path(path), name)
+    if Path(path).is_file() or not glob.has_magic(path):  # a file may really be called [a].csv
+        return [path] if Path(path).exists() else []
+    found: list[str] = []
+    for match in sorted(set(glob.glob(path, recursive=True))):
+        if not Path(match).is_dir():
+            found.append(match)
+        elif "**" not in path:  # ** has matched what is in the folder, too
+            found += _files_in(Path(match), name)
+    same = {os.path.realpath(file): file for file in found}
+    if len(same) < len(found):
+        twice = next(file for file in found if same[os.path.realpath(file)] != file)
+        raise ValueError(f"{path!r} matches the same file as {twice} and {same[os.path.realpath(twice)]}")
+    return found
+
+
+def find_files(name: str, path: str) -> list[str]:
+    """The files that a split's path names, all of types that can be read.
+
+    Raises:
+        UserError: there are none, or of no known type.
+    """
+    where = option(name)
+    try:
+        paths = files_of(path, name)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not paths:
+        if glob.has_magic(path):
+            raise UserError(f"{where}: no file matches {path!r}")
+        hub = "" if Path(path).suffix or Path(path).is_absolute() else "; a hub data set is written owner/name"
+        raise UserError(f"{where}: no file {path!r}{hub}")
+    for file in paths:
+        if Path(file).suffix.lower() in PICKLED:
+            raise UserError(f"{where}: {file} is a pickled file, which can run code when read; refused. Save it as csv")
+        try:
+            kind = kind_of(file)
+        except UNREADABLE as error:
+            raise UserError(f"{where}: {file}: {_one_line(error)}") from None
+        if kind not in FILE_TYPES:
+            raise UserError(f"{where}: {file} is of no known type ({', '.join((*FILE_TYPES, *PACKED))})")
+        if not Path(file).is_file():
+            raise UserError(f"{where}: {file} is no file")
+    return paths
+
+
+def check_places(sources: dict[str, str | Source | None]) -> None:
+    """Refuses paths that name no file, all of them at once; reads nothing and asks no hub."""
+    problems = []
+    for name, source in sources.items():
+        path = source.path if isinstance(source, Source) else source
+        try:
+            if path and not is_hub_id(path):
+                find_files(name, path)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def find_origin(name: str, layout: Source) -> Origin:
     """The files or the hub data set that a layout names.
 
     Raises:
-        UserError: it is not there, or of no known type.
+        UserError: it is not there, or cannot be read.
     """
-    where = option(name)
-    if not is_local(layout.path):
+    if is_hub_id(layout.path):
         return _find_hub(name, layout)
-    paths = [layout.path]
-    if glob.has_magic(layout.path) and not Path(layout.path).is_file():  # a file may really be called [a].csv
-        paths = sorted(glob.glob(layout.path))
-    if not paths:
-        raise UserError(f"{where}: no file matches {layout.path!r}")
+    paths = find_files(name, layout.path)
+    origin = Origin(name, layout, paths)
+    names: list[str] | None = None
     for path in paths:
-        kind = Path(path).suffix.lower()
-        if kind in PICKLED:
-            raise UserError(f"{where}: {path} is a pickled file, which can run code when read; refused. Save it as csv")
-        if kind not in _READERS:
-            raise UserError(f"{where}: {path} is of no known type ({', '.join(FILE_TYPES)})")
-        if not Path(path).is_file():
-            raise UserError(f"{where}: no file {path!r}")
-    return Origin(name, layout, paths)
+        with _refusals(origin, path):
+            stored = stored_class_names(path, layout.label_column or "")
+            if path != paths[0] and stored != names:
+                raise ValueError(f"the stored class names of {layout.label_column!r} are not those of {paths[0]}")
+            names = stored
+    return dataclasses.replace(origin, class_names=names)
+
+
+def _files_in(folder: Path, name: str) -> list[str]:
+    """The files of a folder that one table was saved to: by `save_to_disk`, or as part files."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        if name not in splits:
+            raise ValueError(f"{folder} holds the splits {', '.join(splits)}; name one, as {folder / splits[0]}")
+        folder = folder / name
+    if (folder / "state.json").is_file():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [str(folder / file["filename"]) for file in state["_data_files"]]
+    entries = sorted(os.listdir(folder))
+    if {"_delta_log", "_temporary"} & set(entries):
+        raise ValueError(f"{folder} is a Delta table, or what an unfinished Spark job left; export it as parquet")
+    parts = [entry for entry in entries if not entry.startswith((".", "_"))]
+    if not parts or not all(_PART.fullmatch(part) and (folder / part).is_file() for part in parts):
+        raise ValueError(f"{folder} is a folder; name the files that belong to this split, as '{folder}/*.csv'")
+    return [str(folder / part) for part in parts]
 
 
 def _hash_of(path: str) -> str:
@@ -107,129 +212,47 @@ def _hash_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_chunks(origin: Origin, wanted: list[str]) -> Iterator[Chunk]:
-    known: set[str] = set()
-    for path in origin.paths:
+@contextlib.contextmanager
+def _refusals(origin: Origin, path: str) -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"{origin.where}: {path}: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _file_chunks(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
+    request = Request(origin.layout, wanted, prefix(origin.name))
+    first: tuple[str, set[str]] | None = None
+    for index, path in enumerate(origin.paths):
         columns: set[str] = set()
-        try:
-            for count, chunk in _READERS[Path(path).suffix.lower()](path, origin.layout.column_names, wanted):
-                columns.update(chunk)
-                yield count, chunk
-        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-            raise UserError(f"{origin.where}: {path}: {_reason(path, error)}") from None
-        if known and columns != known:
-            raise UserError(f"{origin.where}: {path} has other columns than {origin.paths[0]}")
-        known = columns
-
-
-def _reason(path: str, error: Exception) -> str:
-    if not isinstance(error, UnicodeDecodeError):
-        return " ".join(str(error).split())[:300]
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as here:
-                bad = line[here.start : here.start + 1].hex()
-                return f"line {number} has a byte that is not UTF-8 (0x{bad}, byte {here.start + 1}); save it as UTF-8"
-    return "is not UTF-8"
-
-
-def _in_chunks(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    remaining = iter(items)
-    while chunk := list(islice(remaining, CHUNK)):
-        yield chunk
-
-
-def _read_csv(path: str, column_names: list[str] | None, wanted: list[str]) -> Iterator[Chunk]:
-    csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
-        try:
-            names = column_names or next((row for row in reader if row), [])
-            if len(set(names)) < len(names):
-                raise ValueError(f"two columns have the same name in {names}")
-            yield 0, {name: [] for name in names}
-            for chunk in _in_chunks(_whole_rows(reader, names)):
-                yield len(chunk), dict(zip(names, map(list, zip(*chunk, strict=True)), strict=True))
-        except csv.Error as error:
-            raise ValueError(f"line {reader.line_num}: {error} (a quote that is not closed or not doubled?)") from None
-
-
-def _whole_rows(reader: Any, names: list[str]) -> Iterator[list[str]]:
-    num_blank = 0
-    for row in reader:
-        if not row:
-            num_blank += 1
-            continue
-        if len(names) == 1:  # a blank line before others is a cell that is empty
-            yield from [[""]] * num_blank
-        num_blank = 0
-        if len(row) != len(names):
-            raise ValueError(
-                f"line {reader.line_num} has {len(row)} fields, expected {len(names)} ({', '.join(names)[:80]})"
-            )
-        yield row
-
-
-def _read_json(path: str, column_names: list[str] | None, wanted: list[str]) -> Iterator[Chunk]:
-    with open(path, encoding="utf-8-sig") as file:
-        if path.lower().endswith(".jsonl"):
-            records = _json_lines(file)
-        else:
-            try:
-                records = json.load(file)
-            except json.JSONDecodeError as error:
-                hint = " (one object a line? call it .jsonl)" if error.msg == "Extra data" else ""
-                raise ValueError(f"{error}{hint}") from None
-        for chunk in _in_chunks(records if isinstance(records, Iterator | list) else [records]):
-            if isinstance(records, dict) or not all(isinstance(record, dict) for record in chunk):
-                raise ValueError("must hold objects: a list of them (.json) or one a line (.jsonl)")
-            names = dict.fromkeys(name for record in chunk for name in record)
-            yield len(chunk), {name: [record.get(name) for record in chunk] for name in names}
-
-
-def _json_lines(file: Any) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-
-
-def _read_parquet(path: str, column_names: list[str] | None, wanted: list[str]) -> Iterator[Chunk]:
-    # not read_table, which would make a column of a folder called label=1
-    with pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise ValueError(f"two columns have the same name in {names}")
-        yield 0, {name: [] for name in names}
-        for batch in file.iter_batches(CHUNK, columns=[name for name in names if name in wanted]):
-            yield batch.num_rows, batch.to_pydict()
-
-
-_READERS: dict[str, Callable[[str, list[str] | None, list[str]], Iterator[Chunk]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".parquet": _read_parquet,
-}
+        with _refusals(origin, path):
+            for count, chunk in read_file(path, request):
+                columns.update(set(chunk) & set(wanted))
+                # an empty shard lacks nothing, and a key of a json object may be absent
+                if count and kind_of(path) not in (".json", *LINES):
+                    first = first or (path, columns)
+                    for column in sorted(columns ^ first[1]):
+                        lacks, has = (path, first[0]) if column in first[1] else (first[0], path)
+                        raise ValueError(f"column {column!r} is in {has}, and not in {lacks}")
+                yield index, (count, chunk)
 
 
 def _find_hub(name: str, layout: Source) -> Origin:
     """`owner/name[/config][:split]` from the hub or its cache."""
+    import datasets
+
     path, _, split = layout.path.partition(":")
-    parts = path.split("/")
-    repository, settings = ("/".join(parts[:2]), "/".join(parts[2:]) or None) if len(parts) > 1 else (path, None)
+    owner, repository, *settings = path.split("/")
     try:
-        table = datasets.load_dataset(repository, settings, split=split or name)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # as its loaders raise them
-        reason = " ".join(str(error).split())[:160]
+        table = datasets.load_dataset(f"{owner}/{repository}", *settings, split=split or name)
+    except Exception as error:  # as its loaders and builders raise them
         raise UserError(
-            f"{option(name)}: {layout.path!r} is no local file, and as a hub data set it is neither cached nor "
-            f"reachable ({reason})\n"
+            f"{option(name)}: {layout.path!r} was not found as a local file, in the cache, or on the hub "
+            f"({_one_line(error.__cause__ or error)[:160]})\n"
             f"Use local files: --{option(name).removeprefix('--')} FILE.csv (csv, tsv, json, jsonl, parquet), or run "
             "once where the hub answers."
         ) from None
@@ -238,8 +261,9 @@ def _find_hub(name: str, layout: Source) -> Origin:
     return Origin(name, layout, files, table, feature.names if isinstance(feature, datasets.ClassLabel) else None)
 
 
-def _hub_chunks(table: datasets.Dataset, wanted: list[str]) -> Iterator[Chunk]:
-    yield 0, {name: [] for name in table.column_names}
-    present = [name for name in table.column_names if name in wanted]
-    for chunk in table.select_columns(present).iter(CHUNK) if present else ():
-        yield len(chunk[present[0]]), chunk
+def _hub_chunks(origin: Origin, wanted: list[str]) -> Iterator[Chunk]:
+    assert origin.hub is not None
+    yield 0, {name: [] for name in origin.hub.column_names}
+    used = [name for name in origin.hub.column_names if name in wanted]
+    with _refusals(origin, origin.layout.path):
+        yield from arrow_chunks(origin.hub.select_columns(used).with_format("arrow").iter(CHUNK), used)

@@ -37,8 +37,12 @@ def execute(config: Config) -> int:
     one_host = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
     if one_host and _is_finished(folder, config):
         return 0
+    # torch and the hub's libraries take seconds to load: --help and most mistakes are answered before
+    from trainer.reading import check_places
+
+    if one_host:
+        check_places({name: getattr(config.data, name) for name in ("train", "validation", "test")})
     set_environment()
-    # torch and the hub's libraries take seconds to load: --help and most mistakes are answered by now
     from trainer.pipeline import train_and_report
 
     return train_and_report(config, folder, None if one_host else lambda: _is_finished(folder, config))

@@ -1,8 +1,9 @@
 """The rows of a source -> checked texts, labels and digests, in Arrow.
 
-Always holds: a table without a problem has no empty text, no missing label and nothing that is no text; row i of it is
-row i of the source. The rows of a large source are kept in the cache of `datasets` as an Arrow file under a hash of the
-source's content and the layout, so a changed source can never meet old rows; they are mapped into memory, not loaded.
+Always holds: a table without a problem has no missing label, nothing that is no text, and no empty text unless
+`data.empty_text` keeps them; an example knows its row in the source. The rows of a large source are cached in the
+folder of `datasets` as an Arrow file under a hash of the source's content and the layout, so a changed source can never
+meet old rows. A second file holds the hash of the first. Cached rows are mapped into memory, not loaded.
 """
 
 from __future__ import annotations
@@ -22,17 +23,21 @@ from typing import Any, overload
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 from tqdm import tqdm
 
-from trainer.config import Source, UserError, speaks_for_its_machine
+from trainer.config import NO_COLUMN, Source, UserError, speaks_for_its_machine
 from trainer.console import bar_settings
+from trainer.formats import Chunk, kind_of
 from trainer.labels import label_text
 from trainer.locks import say_once, share, taking_turns
-from trainer.reading import Chunk, Origin, find_origin
+from trainer.reading import Origin, find_origin, prefix
 
 SHOWN = 5  # how many rows an error names
 LARGE = 2**26  # bytes of a source from which on its rows are kept in the cache
-LAYOUT = 3  # of the kept rows; another number makes them anew
+BLOCK = 2**26  # bytes that are hashed at a time
+LAYOUT = 4  # of the kept rows; another number makes them anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,30 +76,40 @@ class Texts(Sequence[str]):
 
 @dataclass(frozen=True)
 class Table:
-    """A source's rows, N."""
+    """The N examples of a source of M rows: all of them, or those with a text where empty ones are skipped."""
 
     origin: Origin
+    file_rows: list[int]
+    """number of rows of each file of the origin"""
     texts: Texts
     text_pairs: Texts | None
     label_values: list[str]
     """the labels that occur, each once, as text"""
     label_codes: np.ndarray | None
-    """position of each row's label in `label_values`, int64 [N]; None for an unlabelled source"""
+    """position of each example's label in `label_values`, int64 [N]; None for an unlabelled source"""
     digests: np.ndarray
-    """128 bits of hash of each row's text and pair, uint64 [N, 2]"""
+    """128 bits of hash of each example's text and pair, uint64 [N, 2]"""
     ids: list[str] | None
     """[N], where a column of them was asked for"""
     problem: str | None
     """what is wrong with the rows; label_codes and digests mean nothing then"""
+    notes: list[str]
+    """what the user should know, a line each"""
+
+    def place(self, position: int) -> str:
+        """The row of an example as a message names it: "row 12", or "row 12 of b.csv" where there are several files."""
+        return _places(self.origin, self.file_rows, [int(self.texts.rows[position])])
 
 
 @dataclass
 class _Seen:
     """What a pass over the rows has met so far."""
 
+    file_rows: list[int]
+    """number of rows of each file, so far"""
     num_rows: int = 0
     columns: dict[str, None] = field(default_factory=dict)
-    no_text: dict[str, str] = field(default_factory=dict)
+    no_text: dict[str, tuple[int, str]] = field(default_factory=dict)
     """column -> its first row that holds no text, and what it holds"""
     missing: dict[str, list[int]] = field(default_factory=dict)
     """what is missing -> in how many rows, and the first of them"""
@@ -115,10 +130,10 @@ def read_table(
             return _kept_table(folder, origin, labels_required, extra, quiet)
         except OSError as error:  # of the cache; those of the source are a UserError
             say_without_cache(folder, error, quiet)
-    seen = _Seen()
+    seen = _Seen([0] * (1 if origin.hub is not None else len(origin.paths)))
     rows = pa.Table.from_batches(_batches(origin, extra, seen, True), _schema(layout, extra))
     _refuse_incomplete(origin, seen, labels_required, extra)
-    return _table(origin, rows, None, _problem(origin, extra, seen))
+    return _table(origin, rows, None, seen.file_rows, seen.missing, _problem(origin, extra, seen))
 
 
 def cache_folder(quiet: bool) -> Path | None:
@@ -178,14 +193,16 @@ def _kept_table(folder: Path, origin: Origin, labels_required: bool, extra: str 
     content = origin.content()
     layout = dataclasses.asdict(dataclasses.replace(origin.layout, label_names=None))
     path = layout.pop("path")
-    place = [Path(path).suffix.lower() for path in origin.paths] if origin.hub is None else path
+    place = list(map(kind_of, origin.paths)) if origin.hub is None else path
     key = json.dumps([LAYOUT, layout, place, extra, content], sort_keys=True)
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.rows"
     with taking_turns(path, quiet) as part:
         found = _opened(path)
-        if found is not None and (not labels_required or found[0]["label"].null_count == 0):
-            return _table(origin, *found, None)
-        seen = _Seen()
+        if found is not None:
+            table = _table(origin, *found, None)
+            if not labels_required or table.label_codes is not None:
+                return table
+        seen = _Seen([0] * (1 if origin.hub is not None else len(origin.paths)))
         try:
             with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _schema(origin.layout, extra)) as writer:
                 for batch in _batches(origin, extra, seen, quiet):
@@ -193,27 +210,49 @@ def _kept_table(folder: Path, origin: Origin, labels_required: bool, extra: str 
             _refuse_incomplete(origin, seen, labels_required, extra)
             if origin.content() != content:
                 raise UserError(f"{origin.where}: {origin.layout.path} was changed while it was read")
+            rows, mapped = _mapped(part)
             problem = _problem(origin, extra, seen)
-            found = _opened(part)
-            if found is None:
-                raise OSError("a file in it cannot be mapped")
             if problem is None:
                 sync(part)
+                about = {"hash": _hash_of(mapped), "file_rows": seen.file_rows, "missing": seen.missing}
+                _beside(path).write_text(json.dumps(about), encoding="utf-8")
+                share(_beside(path))
                 share(part)
                 part.rename(path)
-            return _table(origin, *found, problem)
+            return _table(origin, rows, mapped, seen.file_rows, seen.missing, problem)
         finally:
             part.unlink(missing_ok=True)
 
 
-def _opened(path: Path) -> tuple[pa.Table, mmap.mmap] | None:
-    """The rows of a file, mapped; None where it is absent or not whole."""
+def _opened(path: Path) -> tuple[pa.Table, mmap.mmap, list[int], dict[str, list[int]]] | None:
+    """The rows of a file, mapped, and what is known of them; None where the file is absent or not as it was written."""
     try:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return pa.ipc.open_file(pa.py_buffer(mapped)).read_all(), mapped
-    except (OSError, ValueError):  # an ArrowInvalid is a ValueError
-        return None
+        about = json.loads(_beside(path).read_text(encoding="utf-8"))
+        rows, mapped = _mapped(path)
+        if _hash_of(mapped) == about["hash"]:
+            return rows, mapped, about["file_rows"], about["missing"]
+    except (OSError, ValueError, KeyError, TypeError):  # an ArrowInvalid is a ValueError
+        pass
+    return None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _mapped(path: Path) -> tuple[pa.Table, mmap.mmap]:
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_file(pa.py_buffer(mapped)).read_all(), mapped
+
+
+def _hash_of(mapped: mmap.mmap) -> str:
+    digest = xxhash.xxh3_128()  # as fast as memory; against damage, not against an attacker
+    with memoryview(mapped) as content:
+        for start in range(0, len(content), BLOCK):
+            digest.update(content[start : start + BLOCK])
+            forget(mapped)
+    return str(digest.hexdigest())
 
 
 def sync(path: Path) -> None:
@@ -222,24 +261,41 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _table(origin: Origin, rows: pa.Table, file: mmap.mmap | None, problem: str | None) -> Table:
-    order = np.arange(rows.num_rows)
-    column = rows["label"].dictionary_encode().combine_chunks()
-    codes = None
-    if rows["label"].null_count == 0:
-        codes = column.indices.to_numpy().astype(np.int64)
+def _table(
+    origin: Origin,
+    rows: pa.Table,
+    file: mmap.mmap | None,
+    file_rows: list[int],
+    missing: dict[str, list[int]],
+    problem: str | None,
+) -> Table:
+    kept, others = (
+        np.arange(rows.num_rows),
+        rows.select([name for name in ("label", "id") if name in rows.column_names]),
+    )
+    texts = [name for name in ("text", "text_pair") if name in rows.column_names]
     words = [
         np.frombuffer(chunk.buffers()[1], dtype=np.uint64, count=2 * len(chunk)) for chunk in rows["digest"].chunks
     ]
+    hashes = np.concatenate(words).reshape(-1, 2)
+    if origin.layout.empty_text == "skip" and missing and problem is None:
+        has_text = np.all([pc.not_equal(rows[name], "").to_numpy() for name in texts], axis=0)
+        kept, others, hashes = np.flatnonzero(has_text), others.filter(pa.array(has_text)), hashes[has_text]
+        if not len(kept):
+            raise UserError(f"{origin.where}: {origin.layout.path} has no row with a text")
+    column = others["label"].dictionary_encode().combine_chunks()
+    columns = [Texts(rows[name], kept, file) for name in texts]
     table = Table(
         origin=origin,
-        texts=Texts(rows["text"], order, file),
-        text_pairs=Texts(rows["text_pair"], order, file) if "text_pair" in rows.column_names else None,
+        file_rows=file_rows,
+        texts=columns[0],
+        text_pairs=columns[1] if len(columns) > 1 else None,
         label_values=column.dictionary.to_pylist(),
-        label_codes=codes,
-        digests=np.concatenate(words).reshape(-1, 2),
-        ids=rows["id"].to_pylist() if "id" in rows.column_names else None,
+        label_codes=column.indices.to_numpy().astype(np.int64) if column.null_count == 0 else None,
+        digests=hashes,
+        ids=others["id"].to_pylist() if "id" in others.column_names else None,
         problem=problem,
+        notes=_notes(origin, missing, file_rows) if problem is None else [],
     )
     forget(file)
     return table
@@ -255,13 +311,15 @@ def _schema(layout: Source, extra: str | None) -> pa.Schema:
 
 def _batches(origin: Origin, extra: str | None, seen: _Seen, quiet: bool) -> Iterator[pa.RecordBatch]:
     layout = origin.layout
-    wanted = [*(layout.text_columns or []), *(layout.text_pair_columns or []), layout.label_column or "", extra or ""]
+    wanted = [*(layout.text_columns or []), *(layout.text_pair_columns or []), layout.label_column or NO_COLUMN]
+    wanted += [extra] if extra is not None else []
     with progress(f"reading {origin.name}", "rows", None, quiet) as bar:
-        for count, chunk in origin.chunks(wanted):
+        for file, (count, chunk) in origin.chunks(wanted):
             seen.columns.update(dict.fromkeys(chunk))
             if count:
                 yield _batch((count, chunk), layout, extra, seen)
             seen.num_rows += count
+            seen.file_rows[file] += count
             bar.update(count)
 
 
@@ -269,7 +327,8 @@ def _batch(chunk: Chunk, layout: Source, extra: str | None, seen: _Seen) -> pa.R
     texts = _joined(chunk, layout.text_columns or [], seen)
     pairs = _joined(chunk, layout.text_pair_columns, seen) if layout.text_pair_columns else None
     labels = [label_text(value) for value in _checked(chunk, layout.label_column or "", seen)]
-    _note_missing(seen, "label", [label is None for label in labels])
+    needed = [(text and pair) or layout.empty_text != "skip" for text, pair in zip(texts, pairs or texts, strict=True)]
+    _note_missing(seen, "label", [label is None and bool(need) for label, need in zip(labels, needed, strict=True)])
     ids = _checked_ids(chunk, extra, seen) if extra is not None else None
     columns: list[Any] = [column for column in (texts, pairs, labels, ids) if column is not None]
     if seen.no_text:  # refused at the end; until then half a character would stop us
@@ -288,12 +347,8 @@ def _values(chunk: Chunk, column: str) -> list[Any]:
 def _joined(chunk: Chunk, columns: Sequence[str], seen: _Seen) -> list[str]:
     parts = [["" if v is None or v != v else str(v).strip() for v in _checked(chunk, c, seen)] for c in columns]
     texts = parts[0] if len(parts) == 1 else [" ".join(filter(None, row)) for row in zip(*parts, strict=True)]
-    _note_missing(seen, _named(columns), [not text for text in texts])
+    _note_missing(seen, f"text ({', '.join(columns)})", [not text for text in texts])
     return texts
-
-
-def _named(text_columns: Sequence[str]) -> str:
-    return f"text ({', '.join(text_columns)})"
 
 
 def _checked(chunk: Chunk, column: str, seen: _Seen) -> list[Any]:
@@ -309,7 +364,7 @@ def _checked(chunk: Chunk, column: str, seen: _Seen) -> list[Any]:
                 kind = f"a {type(value).__name__}, no text"
             else:
                 continue
-            seen.no_text[column] = f"row {seen.num_rows + index + 1}: column {column!r} holds {kind}"
+            seen.no_text[column] = seen.num_rows + index, f"column {column!r} holds {kind}"
             break
     return values
 
@@ -329,11 +384,11 @@ def _note_missing(seen: _Seen, what: str, missing: list[bool]) -> None:
 
 def _refuse_incomplete(origin: Origin, seen: _Seen, labels_required: bool, extra: str | None) -> None:
     layout = origin.layout
-    if not seen.num_rows or not seen.columns:
+    if not seen.columns:
         raise UserError(f"{origin.where}: {layout.path} has no rows")
     label = layout.label_column or ""
     wanted = [*(layout.text_columns or []), *(layout.text_pair_columns or [])]
-    wanted += ([label] if labels_required else []) + ([extra] if extra else [])
+    wanted += ([label] if labels_required else []) + ([extra] if extra is not None else [])
     missing = [column for column in wanted if column not in seen.columns]
     if missing:
         group = "--" if origin.name == "input" else "data."
@@ -343,24 +398,57 @@ def _refuse_incomplete(origin: Origin, seen: _Seen, labels_required: bool, extra
             f"{origin.where}: {layout.path} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(repr(column[:40]) for column in list(seen.columns)[:12])} (see {group}{named}{hint})"
         )
+    if not seen.num_rows:
+        raise UserError(f"{origin.where}: {layout.path} has no rows")
 
 
 def _problem(origin: Origin, extra: str | None, seen: _Seen) -> str | None:
     """What is wrong with the rows, the first that is found."""
     layout, label = origin.layout, origin.layout.label_column or ""
-    groups = {_named(columns): columns for columns in (layout.text_columns, layout.text_pair_columns) if columns}
+    groups = _text_groups(layout)
+    fixes = dict.fromkeys(groups, f"; {prefix(origin.name)}empty_text skip leaves them out")
     if label in seen.columns:
         groups["label"] = [label]
     if extra is not None:
         groups["id"] = [extra]
+    if origin.name == "input":
+        fixes["label"] = "; --ignore_labels true reads none"
     for what, columns in groups.items():
-        wrong = [seen.no_text[column] for column in columns if column in seen.no_text]
-        if wrong:
-            return f"{origin.where}: {layout.path}: {wrong[0]}"
-        if what in seen.missing:
-            count, *first = seen.missing[what]
-            rows = ", ".join(str(row + 1) for row in first) + (", ..." if count > SHOWN else "")
-            has = "row has" if count == 1 else "rows have"
-            hint = "; --ignore_labels true reads none" if (what, origin.name) == ("label", "input") else ""
-            return f"{origin.where}: {layout.path}: {count} {has} an empty or missing {what}: row {rows}{hint}"
+        for row, told in (seen.no_text[column] for column in columns if column in seen.no_text):
+            return f"{origin.where}: {layout.path}: {_places(origin, seen.file_rows, [row])}: {told}"
+        if what in seen.missing and (what not in _text_groups(layout) or layout.empty_text in (None, "refuse")):
+            return f"{_told_missing(origin, seen.missing, seen.file_rows, what)}{fixes.get(what, '')}"
     return None
+
+
+def _notes(origin: Origin, missing: dict[str, list[int]], file_rows: list[int]) -> list[str]:
+    """What is said of empty texts that are not refused."""
+    done = {"skip": "they are skipped", "keep": "they are kept"}[origin.layout.empty_text or ""] if missing else ""
+    return [
+        f"{_told_missing(origin, missing, file_rows, what)}; {done}"
+        for what in _text_groups(origin.layout)
+        if what in missing
+    ]
+
+
+def _text_groups(layout: Source) -> dict[str, list[str]]:
+    groups = (layout.text_columns, layout.text_pair_columns)
+    return {f"text ({', '.join(columns)})": columns for columns in groups if columns}
+
+
+def _told_missing(origin: Origin, missing: dict[str, list[int]], file_rows: list[int], what: str) -> str:
+    count, *first = missing[what]
+    places = _places(origin, file_rows, first) + (", ..." if count > SHOWN else "")
+    has = "row has" if count == 1 else "rows have"
+    return f"{origin.where}: {origin.layout.path}: {count} {has} an empty or missing {what}: {places}"
+
+
+def _places(origin: Origin, file_rows: list[int], rows: list[int]) -> str:
+    """Rows as messages name them, counted from 1: "row 3, 5", or "row 3, 5 of a.csv; row 1 of b.csv"."""
+    if len(file_rows) == 1:
+        return f"row {', '.join(str(row + 1) for row in rows)}"
+    ends = np.cumsum(file_rows)
+    numbers: dict[str, list[str]] = {}
+    for row, file in zip(rows, np.searchsorted(ends, rows, side="right"), strict=True):
+        numbers.setdefault(origin.paths[file], []).append(str(row - int(ends[file]) + file_rows[file] + 1))
+    return "; ".join(f"row {', '.join(some)} of {path}" for path, some in numbers.items())

@@ -141,14 +141,16 @@ def test_empty_file_and_header_only(attempt, tmp_path, content):
 def test_undecodable_bytes(attempt, tmp_path):
     (tmp_path / "x.csv").write_bytes(b"text,label\nfine,a\ncaf\xe9,b\n")
     assert attempt("--data.test", tmp_path / "x.csv") == (
-        f"data.test: {tmp_path}/x.csv: line 3 has a byte that is not UTF-8 (0xe9, byte 4); save it as UTF-8"
+        f"data.test: {tmp_path}/x.csv: line 3 has a byte that is not UTF-8 (0xe9, character 4); name the file's "
+        "encoding, as --data.test.encoding cp1252, or save it as UTF-8"
     )
 
 
 def test_empty_texts(attempt, tmp_path):
     path = write_csv(tmp_path / "x.csv", [*topic_rows(8), ("", "World"), ("  ", "Sports"), *[("", "World")] * 9])
     assert attempt("--data.train", path) == (
-        f"data.train: {path}: 11 rows have an empty or missing text (text): row 9, 10, 11, 12, 13, ..."
+        f"data.train: {path}: 11 rows have an empty or missing text (text): row 9, 10, 11, 12, 13, ...; "
+        "--data.empty_text skip leaves them out"
     )
 
 
@@ -194,8 +196,7 @@ def test_two_numberings(attempt, tmp_path):
 def test_no_hub_for_data(attempt):
     said = attempt("--data.train", "no-owner/no-such-data").splitlines()
     assert said[0].startswith(
-        "data.train: 'no-owner/no-such-data' is no local file, and as a hub data set it is neither cached nor "
-        "reachable ("
+        "data.train: 'no-owner/no-such-data' was not found as a local file, in the cache, or on the hub ("
     )
     assert said[1:] == [
         "Use local files: --data.train FILE.csv (csv, tsv, json, jsonl, parquet), or run once where the hub answers."

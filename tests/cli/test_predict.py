@@ -45,7 +45,8 @@ def wanted(run):
 
 
 def predict(run, source, output, *options, points=()):
-    return command("predict", ["--run", run, "--input", source, "--output", output, *options], points)
+    quoting = ["--quoting", "multi_line"]  # a text of ROWS has two lines
+    return command("predict", ["--run", run, "--input", source, "--output", output, *quoting, *options], points)
 
 
 def refused(run, source, output, *options):
@@ -130,6 +131,14 @@ def test_another_layout_of_columns_and_labels_counted_from_1(run, wanted, tmp_pa
     assert json.loads(ended.stdout)["accuracy"] == pytest.approx(sum(right) / len(right))
 
 
+def test_rows_without_text_are_predicted_and_told(run, tmp_path):
+    source = write_csv(tmp_path / "input.csv", [[7, "match"], [8, " "], [9, ""]], header=["number", "text"])
+    ended = predict(run, source, tmp_path / "out.csv", "--layout", "contest", "--id_column", "number")
+    assert ended.code == 0, ended.stderr
+    assert f"{source}: 2 rows have an empty or missing text (text): row 2, 3; they are kept" in ended.stderr
+    assert [row[0] for row in read_csv(tmp_path / "out.csv")] == ["ID", "7", "8", "9"]
+
+
 def test_an_existing_output_is_replaced_whole(run, labelled, tmp_path):
     (tmp_path / "out.csv").write_text("old")
     ended = predict(run, labelled, tmp_path / "out.csv", points=[("full_disk", 1)])
@@ -153,8 +162,7 @@ def test_what_is_refused(run, killed, labelled, tmp_path):
     assert "nothing" in refused(run, tmp_path / "nothing.csv", output)
     other = write_csv(tmp_path / "other.csv", [["x"]], header=["body"])
     assert "no column 'text'" in refused(run, other, output)
-    empty = write_csv(tmp_path / "empty.csv", [["match"], [" "], [""]], header=["text"])
-    assert "row 2" in refused(run, empty, output)
+    assert "line 33: a quote opens here" in refused(run, labelled, output, "--quoting", "single_line")
     assert "'number'" in refused(run, labelled, output, "--id_column", "number")
     assert "layout" in refused(run, labelled, output, "--layout", "wide")
     assert "--inputs" in refused(run, labelled, output, "--inputs", "x")
@@ -207,6 +215,7 @@ def test_two_processes_write_the_same_file(run, labelled, tmp_path):
         ROOT / "trainer" / "predict.py",
     ]
     line += ["--run", run, "--input", labelled, "--output", tmp_path / "two.csv", "--max_tokens", "200"]
+    line += ["--quoting", "multi_line"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, timeout=240)
     assert process.returncode == 0, process.stderr

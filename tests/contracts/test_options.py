@@ -10,7 +10,8 @@ from trainer.options import option_names
 
 OPTIONS = """
 run.name run.output_dir run.seed run.resume run.precision run.quiet
-data.train data.validation data.test data.validation_fraction data.column_names data.text_columns
+data.train data.validation data.test data.validation_fraction data.column_names data.delimiter
+data.encoding data.quoting data.empty_text data.text_columns
 data.text_pair_columns data.label_column data.label_names data.max_length
 batch.size batch.max_tokens batch.eval_max_tokens
 model.name model.revision model.adapter model.dropout model.packed model.compile
@@ -41,7 +42,7 @@ def test_what_may_differ_between_start_and_continuation():
     kept = {f"{group}.{name}" for group, values in config.identity(config.Config()).items() for name in values}
     assert set(option_names()) - kept == {
         "run.name", "run.output_dir", "run.resume", "run.quiet",
-        "data.train", "data.validation", "data.test",
+        "data.train", "data.validation", "data.test", "data.delimiter", "data.encoding", "data.quoting",
         "batch.max_tokens", "batch.eval_max_tokens",
         "model.name", "model.revision", "model.adapter", "model.packed", "model.compile",
         "peft.max_trainable_parameters",

@@ -431,6 +431,7 @@ def test_as_dict_is_plain():
 
 OTHER = {
     "run.seed": "7", "run.precision": "bf16", "data.validation_fraction": "0.2", "data.column_names": "[a]",
+    "data.empty_text": "skip",
     "data.text_columns": "[b]", "data.text_pair_columns": "[c]", "data.label_column": "d", "data.label_names": "[e]",
     "data.max_length": "9", "batch.size": "3", "model.dropout": "0.3", "peft.peft_type": "IA3", "peft.r": "3",
     "optim.name": "adam", "optim.learning_rate": "1", "optim.weight_decay": "0.5", "optim.betas": "[0, 0]",
@@ -441,6 +442,7 @@ OTHER = {
 SAME = {
     "run.name": "x", "run.output_dir": "x", "run.resume": "never", "run.quiet": "true", "data.train": "x",
     "data.validation": "x", "data.test": "x", "batch.max_tokens": "9", "batch.eval_max_tokens": "9", "model.name": "x",
+    "data.delimiter": "\\t", "data.encoding": "cp1252", "data.quoting": "none",
     "model.revision": "x", "model.adapter": "x", "model.packed": "false", "model.compile": "false",
     "peft.max_trainable_parameters": "9", "checkpoint.every_steps": "9",
     "checkpoint.keep_last": "9", "tracking.every_steps": "9", "tracking.backends": "[]",
@@ -454,6 +456,21 @@ def test_identity_sees_what_changes_the_result(key):
         extra = ["--optim.schedule", "cosine_annealing"]
         before = parse(*extra)
     assert identity(parse(f"--{key}", OTHER.get(key, "0.5"), *extra)) != identity(before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("delimiter", ""), ("delimiter", ";;"), ("delimiter", '"'), ("delimiter", "\n"), ("encoding", "utf-9"),
+     ("encoding", "base64"), ("encoding", ""), ("encoding", "a\0b"), ("quoting", "double"), ("empty_text", "drop")],
+)  # fmt: skip
+def test_ways_to_read_that_do_not_exist(key, value):
+    for option in (f"data.{key}", f"data.test.{key}"):
+        assert f"{option}: {value!r} " in problems("--data.test.path", "x", f"--{option}", value)
+
+
+@pytest.mark.parametrize("value", [";", "|", "\t", "\\t", ":", ",", " ", "&", "*", "-", "%", "null", "x"])
+def test_delimiters_of_the_command_line(value):
+    assert parse("--data.delimiter", value).data.delimiter == (None if value == "null" else value)
 
 
 def test_identity_ignores_what_cannot_change_the_result():

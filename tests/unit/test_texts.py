@@ -38,7 +38,7 @@ AWKWARD = [
 def keep_all(cache, monkeypatch):
     """Keeps the rows of small sources too, and reads them in chunks that divide by nothing."""
     monkeypatch.setattr("trainer.texts.LARGE", 0)
-    monkeypatch.setattr("trainer.reading.CHUNK", 7)
+    monkeypatch.setattr("trainer.formats.CHUNK", 7)
 
 
 def load(train, seed=1, **settings):
@@ -99,7 +99,7 @@ def test_kept_rows_equal_those_in_memory(tmp_path, cache, kind):
 def test_awkward_texts(tmp_path, kind):
     path = WRITERS[kind](tmp_path / f"x.{kind}", [(text, i % 2) for i, text in enumerate(AWKWARD)])
     for _ in range(2):
-        split = load(path).splits["train"]
+        split = load(path, quoting="multi_line").splits["train"]
         assert split.texts == [text.strip() for text in AWKWARD]
         assert [split.texts[i] for i in range(len(AWKWARD))] == list(split.texts)
 
@@ -137,13 +137,33 @@ def test_changed_file_never_meets_old_rows(tmp_path, cache):
 @pytest.mark.parametrize(
     "other",
     [{"text_columns": ["t"]}, {"text_columns": ["t", "text"]}, {"label_column": "n"}, {"text_pair_columns": ["t"]},
-     {"column_names": ["a", "text", "label", "d"]}],
+     {"column_names": ["a", "b", "c", "d"], "text_columns": ["b"], "label_column": "c"}],
 )  # fmt: skip
 def test_other_layout_never_meets_old_rows(tmp_path, other):
     rows = [(f"title {i}", f"text {i}", "ab"[i % 2], i % 3) for i in range(30)]
     path = write_csv(tmp_path / "x.csv", rows, ("t", "text", "label", "n"))
     load(path)
     assert content(load(path, **other)) == content(in_memory(path, **other))
+
+
+@pytest.mark.parametrize(
+    ("row", "one", "other"),
+    [
+        (b'"a",x\n', {"quoting": "single_line"}, {"quoting": "none"}),
+        (b"\x80,x\n", {"encoding": "cp1252"}, {"encoding": "latin-1"}),
+        (b"a;b,x\n", {"delimiter": ","}, {"delimiter": ";"}),
+        (b",x\n", {"empty_text": "keep"}, {"empty_text": "skip"}),
+    ],
+)
+def test_another_way_to_read_never_meets_old_rows(tmp_path, row, one, other):
+    path = tmp_path / "x.csv"
+    path.write_bytes(row + b"c;e,d\nf;g,x\n")
+    for way in (one, other):
+        assert content(load(path, column_names=["text", "label"], **way)) == content(
+            in_memory(path, column_names=["text", "label"], **way)
+        )
+    texts = [load(path, column_names=["text", "label"], **way).splits["train"].texts for way in (one, other)]
+    assert list(texts[0]) != list(texts[1])
 
 
 def test_files_in_another_order_are_another_source(tmp_path):
@@ -155,15 +175,19 @@ def test_files_in_another_order_are_another_source(tmp_path):
     assert first == [text for text, _ in ROWS] and second == [text for text, _ in ROWS[50:] + ROWS[:50]]
 
 
-@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "absent"])
+@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "absent", "other words", "no hash"])
 def test_damaged_rows_are_made_anew(tmp_path, cache, damage):
     path = write_csv(tmp_path / "x.csv", ROWS)
     before = content(load(path))
     (file,) = kept_rows(cache)
     whole = file.read_bytes()
     file.unlink()  # not in place: the first corpus still has it mapped
-    if damage != "absent":
+    if damage == "no hash":
+        file.write_bytes(whole)
+        file.with_suffix(".json").unlink()
+    elif damage != "absent":
         cut = {"cut": whole[: len(whole) // 2], "cut late": whole[:-3], "empty": b"", "foreign": b"x" * 5000}
+        cut["other words"] = whole.replace(b"goal", b"loss", 1)
         file.write_bytes(cut[damage])
     assert content(load(path)) == before
     assert kept_rows(cache) == [file] and file.read_bytes() == whole
@@ -200,7 +224,7 @@ def test_what_is_wrong_far_into_a_file(tmp_path):
         texts[row] = " "
     path = write_csv(tmp_path / "x.csv", [(text, i % 2) for i, text in enumerate(texts)])
     with pytest.raises(
-        UserError, match=r": 6 rows have an empty or missing text \(text\): row 12, 31, 32, 45, 46, \.\.\.$"
+        UserError, match=r": 6 rows have an empty or missing text \(text\): row 12, 31, 32, 45, 46, \.\.\.; --data"
     ):
         load(path)
     rows = [{"text": f"t {i}", "label": i % 2} for i in range(60)]
@@ -362,7 +386,7 @@ def test_half_a_digest_is_no_duplicate(tmp_path):
 
 
 def test_reading_is_quick(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.reading.CHUNK", 10_000)
+    monkeypatch.setattr("trainer.formats.CHUNK", 10_000)
     path = write_csv(tmp_path / "x.csv", [(f"some text of row {i}", i % 4) for i in range(50_000)])
     started = time.process_time()
     load(path)
