@@ -91,7 +91,7 @@ def quoted(labels: Sequence[str]) -> str:
     shown = labels[:SHOWN]
     same = len({_visible(label) for label in shown}) < len(shown)
     more = f", ... ({len(labels)})" if len(labels) > SHOWN else ""
-    return ", ".join(ascii(label) if same else repr(label) for label in shown) + more
+    return ", ".join(label if is_number(label) else ascii(label) if same else repr(label) for label in shown) + more
 
 
 def _visible(text: str) -> str:

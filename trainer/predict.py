@@ -26,10 +26,11 @@ from jsonargparse.typing import PositiveInt
 
 from trainer.config import NO_COLUMN, Config, Source, UserError, completed, main_guard, set_environment
 from trainer.environment import read_environment
-from trainer.labels import is_number, label_text, match_labels, quoted
+from trainer.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
 from trainer.options import load_finished_run, parse_label_names
 
 OUTPUT_TYPES = (".csv", ".jsonl")
+HEADERS = {"full": ("id", "prediction"), "contest": ("ID", "Label")}
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def predict(options: Options) -> int:
 
     silence_libraries()
     source = _source(options)
+    _refuse_other_classes(source, label_names)
     labels, what_labels = labels_to_write(options, config, label_names)
     id_column, what_ids = _id_column(options, id_columns(source, config.data) if options.id_column is None else [])
     split, ids, warnings = load_for_prediction(source, config.data, label_names, id_column, options.quiet)
@@ -153,7 +155,8 @@ def predict(options: Options) -> int:
             for line in [*warnings, *unverified]:
                 print(f"warning: {line}", file=sys.stderr)
             print(f"{len(ids)} predictions: {output}", file=sys.stderr)
-            print(f"{what_ids}; {what_labels}", file=sys.stderr)
+            id_field, label_field = HEADERS[options.layout]
+            print(f"{id_field} {what_ids}; {label_field} {what_labels}", file=sys.stderr)
         if split.labels is not None:
             scores = classification_metrics(logits, split.labels, label_names)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
@@ -200,14 +203,23 @@ def _source(options: Options) -> Source:
     )
 
 
+def _refuse_other_classes(source: Source, label_names: list[str]) -> None:
+    given = source.label_names or ()
+    names = list(given.values()) if isinstance(given, dict) else given
+    for name in names:
+        if not match_labels([name], label_names):
+            hint = describe_look_alikes(name, label_names)
+            raise UserError(f"--label_names: {name!r} is no class of the run; classes: {quoted(label_names)}{hint}")
+
+
 def _id_column(options: Options, found: list[str]) -> tuple[str | None, str]:
     """The column of the ids, None for the row's number, and what the output holds in words."""
     if options.id_column is not None:
         found = [options.id_column] if options.id_column else []
     if len(found) == 1:
-        return found[0], f"ids: column {found[0]!r} of the input"
+        return found[0], f"holds column {found[0]!r} of the input"
     several = f", since {quoted(found)} could hold ids (see --id_column)" if found else ""
-    return None, f"ids: the row, counted from 0{several}"
+    return None, f"holds the row, counted from 0{several}"
 
 
 def labels_to_write(options: Options, config: Config, label_names: list[str]) -> tuple[list[str], str]:
@@ -217,45 +229,42 @@ def labels_to_write(options: Options, config: Config, label_names: list[str]) ->
     and where the names are numbers and the labels are not.
     """
     if options.layout == "full":
-        return label_names, "labels: the names of the classes"
+        return label_names, "holds the names of the classes"
     values, origin = _label_values(options, config, label_names)
-    if values is None:
+    if not values:
         numbers = [str(i) for i in range(len(label_names))]
-        return (
-            numbers,
-            f"labels: class numbers counted from 0, as this run has no record of its data's: {quoted(numbers)}",
-        )
+        return numbers, f"holds numbers counted from 0, as this run has no record of its labels: {quoted(numbers)}"
     of_class: dict[str, list[str]] = {name: [] for name in label_names}
     for value, name in values.items():
         of_class[name].append(value)
     several = [name for name, own in of_class.items() if len(own) > 1]
     if several:
         why = f"several labels of {origin} mean {several[0]!r} ({quoted(of_class[several[0]])})"
-        return label_names, f"labels: the names of the classes, since {why}: {quoted(label_names)}"
+        return label_names, f"holds the names of the classes, since {why}: {quoted(label_names)}"
     labels = [own[0] for own in of_class.values()]
     if all(map(is_number, label_names)) and not all(map(is_number, labels)):
-        return label_names, f"labels: the numbers that data.label_names gives: {quoted(label_names)}"
-    return labels, f"labels: those of {origin}: {quoted(labels)}"
+        return label_names, f"holds the numbers of data.label_names: {quoted(label_names)}"
+    return labels, f"holds the labels of {origin}: {quoted(labels)}"
 
 
-def _label_values(options: Options, config: Config, label_names: list[str]) -> tuple[dict[str, str] | None, str]:
-    """{label: class name}, and where it is from; None where nothing says it, as in some runs of earlier versions."""
-    if options.label_names is not None:
-        given = parse_label_names(options.label_names)
-        given = given if isinstance(given, dict) else {str(i): name for i, name in enumerate(given)}
-        classes = match_labels(given.values(), label_names)
-        if set(classes.values()) == set(label_names):
-            return {label_text(value) or value: classes[name] for value, name in given.items()}, "--label_names"
+def _label_values(options: Options, config: Config, label_names: list[str]) -> tuple[dict[str, str], str]:
+    """{label: class name} with every class, and where it is from; empty where nothing says it."""
     summary = json.loads((Path(options.run) / "summary.json").read_text(encoding="utf-8"))
-    if "label_values" in summary:
-        return summary["label_values"], "the training data"
     configured = completed(config.data.train or "", config.data).label_names
+    mappings: dict[str, Any] = {
+        "--label_names": parse_label_names(options.label_names) if options.label_names is not None else None,
+        "the training data": summary.get("label_values"),
+        "data.label_names": configured,  # a run of an earlier version has no other record
+    }
+    for origin, given in mappings.items():
+        classes = match_labels(given.values(), label_names) if isinstance(given, dict) else {}
+        if set(classes.values()) == set(label_names):
+            return {
+                label_text(value) or value: classes[name] for value, name in given.items() if name in classes
+            }, origin
     if configured is None or all(map(is_number, label_names)):
         return dict(zip(label_names, label_names, strict=True)), "the training data"
-    if isinstance(configured, dict):
-        classes = match_labels(configured.values(), label_names)
-        return {label_text(value) or value: classes[name] for value, name in configured.items()}, "data.label_names"
-    return None, ""
+    return {}, ""
 
 
 def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[str], labels: list[str]) -> str:
@@ -266,13 +275,13 @@ def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[s
     written: dict[str, Any] = dict(zip(label_names, labels, strict=True))
     if in_json and options.layout == "contest" and all(re.fullmatch("0|-?[1-9][0-9]*", label) for label in labels):
         written = {name: int(label) for name, label in written.items()}
-    header = ["id", "prediction", "confidence", *(f"probability:{name}" for name in label_names)]
+    header = [*HEADERS[options.layout], "confidence", *(f"probability:{name}" for name in label_names)]
     rows: list[list[Any]] = [
         [example, written[name], max(shares), *shares]
         for example, (name, shares) in zip(ids, predictions(logits, label_names), strict=True)
     ]
     if options.layout == "contest":
-        header, rows = ["ID", "Label"], [row[:2] for row in rows]
+        header, rows = header[:2], [row[:2] for row in rows]
     if in_json:
         return "".join(json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
     return csv_text([header, *[[f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in rows]])

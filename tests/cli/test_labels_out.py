@@ -30,7 +30,8 @@ def test_ids_and_labels_of_a_submission(run, tmp_path):
     assert ended.stderr.splitlines()[-3:] == [  # a progress bar comes before
         f"warning: --input: {source}: column 'Id': ids such as '0.0' are written as '0'",
         f"6 predictions: {tmp_path}/out.csv",
-        "ids: column 'Id' of the input; labels: those of the training data: 'Business', 'Sci/Tech', 'Sports', 'World'",
+        "ID holds column 'Id' of the input; "
+        "Label holds the labels of the training data: 'Business', 'Sci/Tech', 'Sports', 'World'",
     ]
     assert predict(run, source, tmp_path / "row.csv", "--id_column", "").code == 0
     assert [row[0] for row in read_csv(tmp_path / "row.csv")[1:]] == list("012345")
@@ -39,8 +40,7 @@ def test_ids_and_labels_of_a_submission(run, tmp_path):
     numbers = {"World": 1, "Sports": 2, "Business": 3, "Sci/Tech": 4}
     written = [json.loads(line)["Label"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert written == [numbers[row[1]] for row in rows]
-    assert "labels: those of --label_names: '1', '2', '3', '4'" not in ended.stderr  # in the order of the classes
-    assert ended.stderr.endswith("labels: those of --label_names: '3', '4', '2', '1'\n")
+    assert ended.stderr.endswith("Label holds the labels of --label_names: 3, 4, 2, 1\n")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,6 @@ def test_numbers_for_names_and_a_run_without_the_record(tiny_arguments, tiny_dat
     source = write_csv(tmp_path / "test.csv", [(text,) for text in TEXTS], ("text",))
     for origin in ("data.label_names", "the training data"):
         ended = predict(run, source, tmp_path / "out.csv", "--layout", "contest")
-        assert ended.stderr.endswith(f"ids: the row, counted from 0; labels: those of {origin}: '4', '0'\n")
+        assert ended.stderr.endswith(f"ID holds the row, counted from 0; Label holds the labels of {origin}: 4, 0\n")
         assert {row[1] for row in read_csv(tmp_path / "out.csv")[1:]} <= {"4", "0"}
         (run / "summary.json").write_text(json.dumps(summary))

@@ -1,6 +1,7 @@
 """Labels as they are spelled, what a submission holds, ids, and the rows that two splits share."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from trainer.config import Config, DataConfig, EvaluationConfig, OptimConfig, So
 from trainer.data import id_columns, load_corpus, load_for_prediction
 from trainer.labels import label_text, look_alikes, match_labels
 from trainer.metrics import metric_value
-from trainer.predict import Options, _id_column, _rendered, labels_to_write
+from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, labels_to_write
 
 
 @pytest.fixture(autouse=True)
@@ -158,29 +159,29 @@ def submission(folder, config, classes, values, output="x.csv", **options):
 @pytest.mark.parametrize(
     ("data", "names", "written", "told"),
     [
-        ([0, 4], None, ["0", "4"], "those of the training data: '0', '4'"),
-        ([0.0, 4.0], None, ["0", "4"], "those of the training data"),
-        ([-1, 0, 1], None, ["-1", "0", "1"], "those of the training data"),
-        (["b", "a"], None, ["a", "b"], "those of the training data: 'a', 'b'"),
-        ([False, True], None, ["false", "true"], "those of the training data"),
-        (["False", "True"], None, ["False", "True"], "those of the training data"),
-        ([1, 2, 10], None, ["1", "2", "10"], "those of the training data"),
+        ([0, 4], None, ["0", "4"], "the labels of the training data: 0, 4"),
+        ([0.0, 4.0], None, ["0", "4"], "the labels of the training data"),
+        ([-1, 0, 1], None, ["-1", "0", "1"], "the labels of the training data"),
+        (["b", "a"], None, ["a", "b"], "the labels of the training data: 'a', 'b'"),
+        ([False, True], None, ["false", "true"], "the labels of the training data"),
+        (["False", "True"], None, ["False", "True"], "the labels of the training data"),
+        ([1, 2, 10], None, ["1", "2", "10"], "the labels of the training data"),
         (["007", "8"], None, ["007", "8"], None),
-        (["yes", "no"], {"yes": "1", "no": "0"}, ["1", "0"], "the numbers that data.label_names gives: '1', '0'"),
-        (["+", "-"], {"+": "+1", "-": "-1"}, ["+1", "-1"], "the numbers that data.label_names gives"),
-        ([0, 1, 2, 3], FOUR, ["0", "1", "2", "3"], "those of the training data: '0', '1', '2', '3'"),
-        ([0, 2, 3], FOUR, ["0", "1", "2", "3"], "those of the training data"),
-        (FOUR, FOUR, FOUR, "those of the training data"),
-        ([1, 2, 3, 4], dict(zip("1234", FOUR, strict=True)), ["1", "2", "3", "4"], "those of the training data"),
-        ([1.0, 2.0], {"2.0": "pos", "1.0": "neg"}, ["2", "1"], "those of the training data"),
-        ([4, 0], {"4": "pos", "0": "neg"}, ["4", "0"], "those of the training data"),
-        ([1, 2], {"1": "0", "2": "1"}, ["1", "2"], "those of the training data: '1', '2'"),
-        ([0, 1], {"0": "1", "1": "0"}, ["0", "1"], "those of the training data"),
-        (["p", "n"], {"p": "pos", "n": "neg"}, ["p", "n"], "those of the training data: 'p', 'n'"),
-        (["pos", "neg"], {"p": "pos", "n": "neg"}, ["pos", "neg"], "those of the training data"),
-        ([1, 0], {"1": "pos", "yes": "pos", "0": "neg"}, ["1", "0"], "those of the training data"),
+        (["yes", "no"], {"yes": "1", "no": "0"}, ["1", "0"], "the numbers of data.label_names: 1, 0"),
+        (["+", "-"], {"+": "+1", "-": "-1"}, ["+1", "-1"], "the numbers of data.label_names"),
+        ([0, 1, 2, 3], FOUR, ["0", "1", "2", "3"], "the labels of the training data: 0, 1, 2, 3"),
+        ([0, 2, 3], FOUR, ["0", "1", "2", "3"], "the labels of the training data"),
+        (FOUR, FOUR, FOUR, "the labels of the training data"),
+        ([1, 2, 3, 4], dict(zip("1234", FOUR, strict=True)), ["1", "2", "3", "4"], "the labels of the training data"),
+        ([1.0, 2.0], {"2.0": "pos", "1.0": "neg"}, ["2", "1"], "the labels of the training data"),
+        ([4, 0], {"4": "pos", "0": "neg"}, ["4", "0"], "the labels of the training data"),
+        ([1, 2], {"1": "0", "2": "1"}, ["1", "2"], "the labels of the training data: 1, 2"),
+        ([0, 1], {"0": "1", "1": "0"}, ["0", "1"], "the labels of the training data"),
+        (["p", "n"], {"p": "pos", "n": "neg"}, ["p", "n"], "the labels of the training data: 'p', 'n'"),
+        (["pos", "neg"], {"p": "pos", "n": "neg"}, ["pos", "neg"], "the labels of the training data"),
+        ([1, 0], {"1": "pos", "yes": "pos", "0": "neg"}, ["1", "0"], "the labels of the training data"),
         ([1, 2, 4], {"1": "neg", "2": "neg", "4": "pos"}, ["neg", "pos"],
-         "the names of the classes, since several labels of the training data mean 'neg' ('1', '2'): 'neg', 'pos'"),
+         "the names of the classes, since several labels of the training data mean 'neg' (1, 2): 'neg', 'pos'"),
         ([1, 2, 4], {"1": "0", "2": "0", "4": "1"}, ["0", "1"], "the names of the classes, since several"),
         ([10**12, 10**12 + 1], {str(10**12): "1", str(10**12 + 1): "0"}, [str(10**12), str(10**12 + 1)], None),
     ],
@@ -191,29 +192,38 @@ def test_a_submission_holds_the_labels_of_the_data(tmp_path, data, names, writte
     values = json.loads(json.dumps(corpus.label_values))
     text, said = submission(tmp_path, Config(), corpus.label_names, values)
     assert text == "ID,Label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(written))
-    assert said.startswith(f"labels: {told or ''}")
+    assert said.startswith(f"holds {told or ''}")
 
 
 def test_a_submission_holds_the_labels_of_the_inputs_own_mapping(tmp_path):
     values = dict(zip("0123", FOUR, strict=True))
     mapping = f"{{{', '.join(f'{i + 1}: {name}' for i, name in enumerate(FOUR))}}}"
     text, told = submission(tmp_path, Config(), FOUR, values, label_names=mapping)
-    assert text.split() == ["ID,Label", "0,1", "1,2", "2,3", "3,4"] and "those of --label_names" in told
-    text, told = submission(tmp_path, Config(), FOUR, values, label_names="[Sports, World, Business, Tech]")
-    assert text.split() == ["ID,Label", "0,1", "1,0", "2,2", "3,3"]
-    _, told = submission(tmp_path, Config(), FOUR, values, label_names="{7: World}")
-    assert "those of the training data: '0'" in told
+    assert text.split() == ["ID,Label", "0,1", "1,2", "2,3", "3,4"] and "the labels of --label_names" in told
+    assert "labels of --label_names: 1, 2, 3, 4" in told
+    for names in ("{7: World}", "[Sports, World, Business, Tech]"):
+        _, told = submission(tmp_path, Config(), FOUR, values, label_names=names)
+        assert told == "holds the labels of the training data: 0, 1, 2, 3"
+
+
+@pytest.mark.parametrize("names", [{"1": "sports"}, ["World", "sports"], {"1": "World", "2": "sports"}])
+def test_a_mapping_to_no_class_of_the_run_is_refused(names):
+    told = "--label_names: 'sports' is no class of the run; classes: 'World', 'Sports', 'Business', 'Tech'; 'sports', "
+    with pytest.raises(UserError, match=re.escape(f"{told}'Sports' differ only in case")):
+        _refuse_other_classes(Source("x.csv", label_names=names), FOUR)
+    _refuse_other_classes(Source("x.csv", label_names=FOUR[:2]), FOUR)
 
 
 @pytest.mark.parametrize(
     ("names", "classes", "written", "told"),
     [
-        (None, ["0", "4"], ["0", "4"], "those of the training data"),
-        (None, ["a", "b"], ["a", "b"], "those of the training data"),
-        ({"4": "pos", "0": "neg"}, ["pos", "neg"], ["4", "0"], "those of data.label_names"),
-        ({"yes": "1", "no": "0"}, ["1", "0"], ["1", "0"], ""),
-        (["neg", "pos"], ["neg", "pos"], ["0", "1"], "class numbers counted from 0, as this run has no record"),
-        (["4", "0"], ["4", "0"], ["4", "0"], "those of the training data"),
+        (None, ["0", "4"], ["0", "4"], "the labels of the training data"),
+        (None, ["a", "b"], ["a", "b"], "the labels of the training data"),
+        ({"4": "pos", "0": "neg"}, ["pos", "neg"], ["4", "0"], "the labels of data.label_names"),
+        ({"yes": "1", "no": "0"}, ["1", "0"], ["1", "0"], "the numbers of data.label_names"),
+        ({"1": "0", "2": "1"}, ["0", "1"], ["1", "2"], "the labels of data.label_names: 1, 2"),
+        (["neg", "pos"], ["neg", "pos"], ["0", "1"], "numbers counted from 0, as this run has no record"),
+        (["4", "0"], ["4", "0"], ["4", "0"], "the labels of the training data"),
     ],
 )
 def test_a_run_of_an_earlier_version(tmp_path, names, classes, written, told):
@@ -316,8 +326,8 @@ def test_the_column_of_ids_is_found(tmp_path, header, found):
     assert id_columns(Source(str(path)), DataConfig(train="x")) == found
     column, told = _id_column(Options("r", "i", "o"), found)
     assert column == (found[0] if len(found) == 1 else None)
-    assert told == {0: "ids: the row, counted from 0", 1: f"ids: column {found[:1]} of the input"}.get(
-        len(found), "ids: the row, counted from 0, since 'id', 'ID' could hold ids (see --id_column)"
+    assert told == {0: "holds the row, counted from 0", 1: f"holds column {found[:1]} of the input"}.get(
+        len(found), "holds the row, counted from 0, since 'id', 'ID' could hold ids (see --id_column)"
     ).replace("[", "").replace("]", "")
     assert _id_column(Options("r", "i", "o", id_column=""), found)[0] is None
     assert id_columns(Source(str(path)), DataConfig(train="x", text_columns=["ID"], label_column="id")) == [
