@@ -24,8 +24,9 @@ MPI = (  # the same four, in the words of Open MPI, MVAPICH, jsrun, MPICH and In
     ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("PMI_SIZE", "PMI_RANK", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
 )
-COUNTS = ("PET_NNODES", "PMI_SIZE", "FLUX_JOB_SIZE", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM")
-"""numbers of processes from launchers that do not tell a process all that it needs"""
+SIZES = (*(names[0] for names in MPI), "PET_NNODES", "FLUX_JOB_SIZE", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM")
+RANKS = ("PMI_RANK", "PMIX_RANK", "PALS_RANKID", "FLUX_TASK_RANK")
+"""what is set, among others, by launchers that do not tell a process all that it needs"""
 NO = {"", "no", "none", "0", "false", "f", "n", "off"}
 ALLOWED = {
     "ACCELERATE_DYNAMO_BACKEND": NO,
@@ -93,6 +94,8 @@ def _join_group() -> None:
             if environment.get("PET_NNODES", environment["WORLD_SIZE"]) != environment["WORLD_SIZE"]:
                 _refuse("PET_NNODES")
             environment.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        elif environment.get("GROUP_WORLD_SIZE") == "1" and "ISOTRAIN_NUM_PROCESSES" not in environment:
+            _refuse_several()  # a torchrun of one machine in each of several tasks
     elif not alone:
         names = next((names for names in MPI if _number(names[0]) > 1 and names[2] in environment), None)
         if names is None:
@@ -131,15 +134,16 @@ def _refuse_several() -> None:
                 return
     if "," in environment.get("SM_HOSTS", ""):
         _refuse("SM_HOSTS")
-    for name in COUNTS:
-        if environment.get(name, "1") not in {"0", "1"}:
+    for name in (*SIZES, *RANKS):
+        if environment.get(name, "") not in ({"", "0", "1"} if name in SIZES else {"", "0"}):
             _refuse(name)
 
 
 def _refuse(name: str) -> None:
     raise UserError(
         f"{name}={os.environ[name]}: this is one of several processes, and each would do all the work alone. "
-        "For one run of all: ./launch.sh in each (docs/topologies.md). For a run in each: ISOTRAIN_NUM_PROCESSES=1"
+        "For one run of all: ./launch.sh in each (docs/topologies.md). For a run in each: ISOTRAIN_NUM_PROCESSES=N, "
+        "where N is the number of processes of each run."
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from trainer.config import UserError
+from trainer.config import UserError, speaks_for_its_machine
 from trainer.console import quoted
 
 RUN_LOCKS = (".lock", ".lock-file")
@@ -98,7 +98,7 @@ def share(path: Path) -> None:
 @cache
 def say_once(line: str, quiet: bool) -> None:
     """A line on stderr from the first process of a machine."""
-    if not quiet and os.environ.get("LOCAL_RANK", "0") == "0":
+    if not quiet and speaks_for_its_machine():
         print(line, file=sys.stderr)
 
 

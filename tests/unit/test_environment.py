@@ -48,6 +48,22 @@ def mpi(*names):
         ({"SLURM_STEP_ID": "1", "SLURM_NTASKS": "1", "SLURM_ARRAY_TASK_ID": "3", "SLURM_LOCALID": "0"}, ALONE),
         ({"SLURM_STEP_ID": "1", "SLURM_NTASKS": "4", "ISOTRAIN_NUM_PROCESSES": "1", "PMI_SIZE": "4"}, ALONE),
         ({"SM_HOSTS": '["algo-1"]'}, ALONE),
+        ({"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1", "PMIX_RANK": "0", "PMI_SIZE": "1"}, ALONE),
+        (
+            {**MASTER, **SECOND_OF_TWO, "GROUP_WORLD_SIZE": "1", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
+            SECOND_OF_TWO,
+        ),
+        (
+            {
+                **MASTER,
+                **SECOND_OF_TWO,
+                "GROUP_WORLD_SIZE": "1",
+                "SLURM_STEP_ID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "ISOTRAIN_NUM_PROCESSES": "2",
+            },
+            SECOND_OF_TWO,
+        ),
     ],
 )
 def test_every_launcher_is_understood(monkeypatch, variables, group):
@@ -65,6 +81,16 @@ def test_every_launcher_is_understood(monkeypatch, variables, group):
         ({"PET_NNODES": "1:3"}, "PET_NNODES=1:3: this is one of several"),
         ({**MASTER, "WORLD_SIZE": "4", "RANK": "1", "PET_NNODES": "2"}, "PET_NNODES=2: this is one of several"),
         ({"SM_HOSTS": '["algo-1","algo-2"]'}, "SM_HOSTS=.*: this is one of several"),
+        ({"PMI_RANK": "1"}, "PMI_RANK=1: this is one of several"),
+        ({"PALS_RANKID": "1"}, "PALS_RANKID=1: this is one of several"),
+        (
+            {**MASTER, **SECOND_OF_TWO, "GROUP_WORLD_SIZE": "1", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "3"},
+            "SLURM_STEP_NUM_TASKS=3: this is one of several",
+        ),
+        (
+            {**MASTER, **SECOND_OF_TWO, "GROUP_WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "3"},
+            "OMPI_COMM_WORLD_SIZE=3: this is one of several",
+        ),
         ({"PMI_SIZE": "3"}, "PMI_SIZE=3: this is one of several"),
         ({"SKYPILOT_NUM_NODES": "2"}, "SKYPILOT_NUM_NODES=2: this is one of several"),
         (
