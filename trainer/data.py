@@ -112,7 +112,7 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
         _refuse_single_class(splits["train"], label_names)
         equal_texts = _equal_texts(splits)
         first = _first_of_equals(equal_texts["train"])
-        warnings += _two_labels(splits["train"], first)
+        warnings += _two_labels(tables["train"], splits["train"], first)
         if "validation" not in splits and config.validation_fraction > 0:
             train, numbers = splits.pop("train"), equal_texts.pop("train")
             held = _hold_out(train, first, config.validation_fraction, seed)
@@ -160,7 +160,7 @@ def load_for_prediction(
     split = _checked(table, label_names, warnings)
     if table.ids is None:
         return split, [str(row) for row in split.rows], warnings
-    return split, _whole_ids(table.ids, f"--input: {layout.path}: column {id_column!r}", warnings), warnings
+    return split, _whole_ids(table, table.ids, f"--input: {layout.path}: column {id_column!r}", warnings), warnings
 
 
 def id_columns(source: Source, config: DataConfig) -> list[str]:
@@ -396,16 +396,16 @@ def _first_of_equals(numbers: np.ndarray) -> np.ndarray:
     return first
 
 
-def _two_labels(train: TextSplit, first: np.ndarray) -> Iterator[str]:
+def _two_labels(table: Table, train: TextSplit, first: np.ndarray) -> Iterator[str]:
     """A warning where one text has more than one label."""
     assert train.labels is not None
     others = np.flatnonzero(train.labels != train.labels[first])
     if len(others):
-        rows = f"{train.rows[first[others[0]]] + 1} and {train.rows[others[0]] + 1}"
-        yield f"data.train: texts with more than one label: {len(np.unique(first[others])):,}, first in rows {rows}"
+        rows = f"{table.place(first[others[0]])} and {table.place(others[0])}"
+        yield f"data.train: texts with more than one label: {len(np.unique(first[others])):,}, first in {rows}"
 
 
-def _whole_ids(ids: list[str], where: str, warnings: list[str]) -> list[str]:
+def _whole_ids(table: Table, ids: list[str], where: str, warnings: list[str]) -> list[str]:
     """Ids as they were before a column of floats held them: 100.0 becomes 100.
 
     Raises:
@@ -417,16 +417,16 @@ def _whole_ids(ids: list[str], where: str, warnings: list[str]) -> list[str]:
     repeated = []
     for row, text in enumerate(whole):
         if text.strip().lower() in MISSING_IDS:
-            raise UserError(f"{where}: row {row + 1} has no id ({text!r})")
+            raise UserError(f"{where}: {table.place(row)} has no id ({text!r})")
         if re.fullmatch(r"-?[0-9](\.[0-9]+)?[eE]\+[0-9]+", text) or (are_floats and abs(float(text)) >= 2**53):
-            raise UserError(f"{where}: row {row + 1}: {ids[row]!r} has lost digits; write the ids as text or integers")
+            raise UserError(f"{where}: {table.place(row)}: {ids[row]!r} has lost digits; write the ids as text")
         if rows.setdefault(text, row) != row:
             repeated.append(row)
     if are_floats:
         warnings.append(f"{where}: ids such as {ids[0]!r} are written as {whole[0]!r}")
     if repeated:
-        text, again = whole[repeated[0]], repeated[0] + 1
-        told = f"repeated ids: {len(repeated):,}, first {text!r} in rows {rows[text] + 1} and {again}"
+        text, again = whole[repeated[0]], table.place(repeated[0])
+        told = f"repeated ids: {len(repeated):,}, first {text!r} in {table.place(rows[text])} and {again}"
         warnings.append(f"{where}: {told}")
     return whole
 

@@ -492,9 +492,18 @@ def arrow_chunks(batches: Iterable[Any], used: list[str]) -> Iterator[Chunk]:
         first += batch.num_rows
 
 
+WHOLE_UP_TO = {pa.float16(): 2**11, pa.float32(): 2**24}  # whole numbers below are exact
+
+
 def _values(column: Any, name: str, first: int) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
+        exact = WHOLE_UP_TO.get(column.type)
+        for row, value in enumerate(values if exact else (), start=first + 1):
+            if value is not None and abs(value) >= exact and value.is_integer():
+                raise ValueError(
+                    f"row {row}: column {name!r} is {column.type}, in which {value:.0f} may have lost digits"
+                )
         return values
     except UnicodeDecodeError:
         for row, value in enumerate(column, start=first + 1):

@@ -3,6 +3,7 @@
 import json
 import re
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -310,9 +311,9 @@ def test_ids_that_are_missing_or_have_lost_digits_are_refused(tmp_path, name, gi
 def test_repeated_ids_are_reported(tmp_path):
     ids, warnings = ids_of(with_ids(tmp_path / "x.csv", ["7", "8", "7", "9", "8", "7"]))
     assert ids == ["7", "8", "7", "9", "8", "7"]
-    assert warnings == [f"--input: {tmp_path}/x.csv: column 'id': repeated ids: 3, first '7' in rows 1 and 3"]
+    assert warnings == [f"--input: {tmp_path}/x.csv: column 'id': repeated ids: 3, first '7' in row 1 and row 3"]
     _, warnings = ids_of(with_ids(tmp_path / "x.csv", ["7.0", "7.00"]))
-    assert "repeated ids: 1, first '7' in rows 1 and 2" in warnings[-1]
+    assert "repeated ids: 1, first '7' in row 1 and row 2" in warnings[-1]
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ def test_the_hold_out_of_earlier_versions(tmp_path):
 def test_texts_with_two_labels_are_counted(tmp_path):
     rows = [("x", "a"), ("y", "a"), ("x", "b"), ("x", "a"), ("y", "a"), ("z", "b"), ("z", "a")]
     corpus = load(write_csv(tmp_path / "x.csv", rows))
-    assert corpus.warnings == ["data.train: texts with more than one label: 2, first in rows 1 and 3"]
+    assert corpus.warnings == ["data.train: texts with more than one label: 2, first in row 1 and row 3"]
 
 
 # --- a label column that holds no classes -----------------------------------------------------------------------------
@@ -467,9 +468,31 @@ def test_a_class_for_each_row_is_warned_of_where_it_can_be_trained(tmp_path):
 def test_no_row_is_lost_between_reader_and_output(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('ID,text,label\n1,"a\n\nb",x\n\n2,c,\n\n3,"",y\n4,d,zzz\n\n')
-    source = Source(str(path), label_column="\0none")
-    with pytest.raises(UserError, match=r"1 row has an empty or missing text \(text\): row 3"):
-        load_for_prediction(source, DataConfig(train="x"), ["a", "b"], "ID")
-    path.write_text(path.read_text().replace('""', "e"))
-    split, ids, _ = load_for_prediction(source, DataConfig(train="x"), ["a", "b"], "ID")
-    assert (split.texts, ids, split.labels) == (["a\n\nb", "c", "e", "d"], ["1", "2", "3", "4"], None)
+    source = Source(str(path), label_column="\0none", quoting="multi_line")
+    split, ids, warnings = load_for_prediction(source, DataConfig(train="x"), ["a", "b"], "ID")
+    assert (split.texts, ids, split.labels) == (["a\n\nb", "c", "", "d"], ["1", "2", "3", "4"], None)
+    assert len(warnings) == 1 and "row 3" in warnings[0]
+
+
+def test_numbers_of_narrow_floats_are_refused_where_they_lose_digits(tmp_path):
+    for kind, exact in ((pa.float32(), 2**24), (pa.float16(), 2**11)):
+        for last in (exact - 1, exact):
+            ids = pa.array([1.0, float(last)], kind)
+            pq.write_table(pa.table({"id": ids, "text": ["a", "b"]}), tmp_path / "x.parquet")
+            if last < exact:
+                assert ids_of(tmp_path / "x.parquet")[0] == ["1", str(last)]
+            else:
+                with pytest.raises(
+                    UserError, match=rf"row 2: column 'id' is .*, in which {exact} may have lost digits"
+                ):
+                    ids_of(tmp_path / "x.parquet")
+
+
+def test_class_names_that_a_file_stores_and_a_submission(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=FOUR)})
+    rows = {"text": [f"text {i}" for i in range(8)], "label": [i % 4 for i in range(8)]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "x.parquet")
+    corpus = load(tmp_path / "x.parquet")
+    assert corpus.label_values == dict(zip("0123", FOUR, strict=True))
+    text, _ = submission(tmp_path, Config(), corpus.label_names, corpus.label_values)
+    assert text.split()[1:] == ["0,0", "1,1", "2,2", "3,3"]
