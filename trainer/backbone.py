@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -248,6 +248,9 @@ def _hashes(path: str, commit: str | None, weights: str) -> dict[str, str]:
     def get(name: str) -> Path | None:
         if commit is None:
             return file if (file := Path(path) / name).is_file() else None
+        known = try_to_load_from_cache(path, name, revision=commit)
+        if known is not None:  # a path, or a mark that this commit has no such file: the hub need not be asked
+            return Path(known) if isinstance(known, str) else None
         try:
             return Path(hf_hub_download(path, name, revision=commit))
         except EntryNotFoundError:
