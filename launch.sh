@@ -230,11 +230,11 @@ refuse_ranks() {
     for name in OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE MVP_COMM_WORLD_SIZE JSM_NAMESPACE_SIZE MPI_LOCALNRANKS PMI_SIZE \
         FLUX_JOB_SIZE SKYPILOT_NUM_NODES DSTACK_NODES_NUM; do
         if [[ ! ${!name:-1} =~ ^[01]$ && ! ($name == PMI_SIZE && -n ${SLURM_STEP_ID-}) ]]; then
-            die "$name=${!name}: one of several processes; start trainer/run.py with this launcher, or set NNODES," \
-                "NODE_RANK, MASTER_ADDR and MASTER_PORT for launch.sh (docs/topologies.md)"
+            die "$name=${!name}: this is one of several processes. Start trainer/run.py with that launcher, or set" \
+                "NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (docs/topologies.md)"
         fi
     done
-    [[ ${SM_HOSTS-} != *,* ]] || die "SM_HOSTS=$SM_HOSTS: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT for launch.sh"
+    [[ ${SM_HOSTS-} != *,* ]] || die "SM_HOSTS=$SM_HOSTS: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT"
 }
 
 # Kubernetes: PET_ variables, or WORLD_SIZE and RANK, which count pods where there is no LOCAL_RANK.

@@ -115,11 +115,11 @@ def _run_group(arguments: list[str], restarted: bool) -> int:
     except (ConnectionError, DistError) as failure:
         reason = str(failure).partition("\n")[0]
         place = f"{args.main_process_ip}:{args.main_process_port}"
-        if args.num_machines > 1 and (isinstance(failure, ConnectionError) or "EADDRINUSE" in reason):
+        if args.num_machines > 1 and ("is utilizing it" in reason or "EADDRINUSE" in reason):  # accelerate's, torch's
             _say(f"{place}: the port is in use by another program; set another MASTER_PORT on all machines")
             code = MISTAKE
         else:
-            _say(f"no meeting with the other machines at {place}: {reason}")
+            _say(f"rendezvous with the other machines at {place} failed: {reason}")
             code = LOST
     if code < 0:
         _say(f"{_what_happened(128 - code)}; the same command continues the run")
@@ -144,12 +144,12 @@ def _tell_who_is_missing(num_nodes: int, node_rank: int, address: str, port: int
             return
         try:
             socket.create_connection((address, int(port)), timeout=3).close()
-            missing = f"the others of {num_nodes} nodes; all meet at {place}"
+            missing = f"the others of {num_nodes} nodes, which meet at MASTER_ADDR:MASTER_PORT {place}"
         except OSError as error:
             missing = f"node 0 at MASTER_ADDR:MASTER_PORT {place}: {error.strerror or error}"
         left = GATHERING_SECONDS - (time.monotonic() - began)
         if left <= 0:
-            _say(f"node {node_rank} gives up after {GATHERING_SECONDS} s without {missing}")
+            _say(f"node {node_rank} gives up after {GATHERING_SECONDS} s of waiting for {missing}")
             os._exit(LOST)
         _say(f"node {node_rank} waits for {missing} ({left:.0f} s left)")
 

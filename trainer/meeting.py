@@ -68,7 +68,7 @@ def meet(facts: dict[str, str]) -> tuple[int, list[str], dict[int, socket.socket
         reason = str(error).partition("\n")[0]
         if "EADDRINUSE" in reason:
             reason = "the port is in use by another program on this machine; set another MASTER_PORT for all processes"
-        raise UserError(f"no meeting at {_place()}: {reason}") from None
+        raise UserError(f"rendezvous at {_place()} failed: {reason}") from None
 
 
 def _place() -> str:

@@ -349,13 +349,14 @@ class StopRequest:
         return [int(self.signal == number) for number in STOPS]
 
     def _receive(self, number: int, frame: Any) -> None:
-        if not self.deferred:
-            raise SystemExit(128 + number)
         # launchers pass a signal on, so that one Ctrl-C may arrive twice within a moment
-        if self.signal and number == signal.SIGINT and time.monotonic() - self._received > 1:
-            raise KeyboardInterrupt
+        first, again = not self.signal, self.signal and time.monotonic() - self._received > 1
         self.signal = self.signal or number
         self._received = time.monotonic()
+        if not self.deferred and (first or again):
+            raise SystemExit(128 + number)
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
