@@ -403,11 +403,7 @@ def _impossible_layout(key: str, layout: DataConfig | Source) -> Iterator[str]:
         yield f"{key}.text_columns is empty: name at least one column"
     if layout.label_column in [*(layout.text_columns or []), *(layout.text_pair_columns or [])]:
         yield f"{key}.label_column {layout.label_column!r} is also a text column"
-    delimiter = (layout.delimiter or ",").replace("\\t", "\t")
-    if layout.delimiter == "" or len(delimiter) != 1 or delimiter in '"\r\n':
-        yield f"{key}.delimiter: {layout.delimiter!r} must be one character, as ';' or '\\t'"
-    if layout.encoding is not None and not _is_text_encoding(layout.encoding):
-        yield f"{key}.encoding: {layout.encoding!r} is unknown; known: utf-8, utf-16, cp1252, latin-1, gb18030, ..."
+    yield from impossible_format(f"{key}.", layout.delimiter, layout.encoding)
     names = layout.label_names
     listed = list(names.values()) if isinstance(names, dict) else names or []
     if names is not None and (not listed or not all(str(name).strip() for name in listed)):
@@ -418,8 +414,13 @@ def _impossible_layout(key: str, layout: DataConfig | Source) -> Iterator[str]:
         yield f"{key}.label_names: {twice[0]!r} stands twice"
 
 
-def _is_text_encoding(name: str) -> bool:
+def impossible_format(prefix: str, delimiter: str | None, encoding: str | None) -> Iterator[str]:
+    """A delimiter or encoding of text files that there is not, a line each."""
+    if delimiter is not None and (len(delimiter.replace("\\t", "\t")) != 1 or delimiter in '"\r\n'):
+        yield f"{prefix}delimiter: {delimiter!r} must be one character, as ';' or '\\t'"
     try:
-        return codecs.lookup(name)._is_text_encoding
+        known = encoding is None or codecs.lookup(encoding)._is_text_encoding
     except (LookupError, ValueError):
-        return False
+        known = False
+    if not known:
+        yield f"{prefix}encoding: {encoding!r} is unknown; known: utf-8, utf-16, cp1252, latin-1, gb18030, ..."

@@ -361,6 +361,8 @@ def _whole_rows(
         if may_be_header:
             _refuse_header(row, names, place(), request.prefix)
             may_be_header = False
+        if row == names and len(names) > 1:
+            raise ValueError(f"{place()} repeats the names of the columns; remove it")
         yield row
 
 
@@ -434,7 +436,9 @@ def _json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg} (character {error.pos + 1})") from None
+            except ValueError as error:  # a number of too many digits
                 raise ValueError(f"line {number}: {error}") from None
             if not isinstance(value, dict):
                 raise ValueError(f"line {number} is a {type(value).__name__}, not an object")

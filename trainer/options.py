@@ -310,7 +310,7 @@ def _recipe_settings(recipe: str | None, problems: list[str]) -> dict[str, Any]:
 
 def _beside(recipe: Path, value: str) -> str:
     here = recipe.parent / value
-    if value and not Path(value).is_absolute() and (here.exists() or glob.glob(str(here))):
+    if value and not Path(value).is_absolute() and (here.exists() or glob.glob(str(here), recursive=True)):
         return str(here)
     return value
 

@@ -24,7 +24,16 @@ from typing import Any, Literal
 import jsonargparse
 from jsonargparse.typing import PositiveInt
 
-from trainer.config import NO_COLUMN, Config, Source, UserError, completed, main_guard, set_environment
+from trainer.config import (
+    NO_COLUMN,
+    Config,
+    Source,
+    UserError,
+    completed,
+    impossible_format,
+    main_guard,
+    set_environment,
+)
 from trainer.environment import read_environment
 from trainer.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
 from trainer.options import load_finished_run, parse_label_names
@@ -108,6 +117,8 @@ def predict(options: Options) -> int:
         UserError: no finished run, unreadable input, or an output of no known type.
     """
     config, label_names = load_finished_run(Path(options.run), options.model.name, options.model.revision)
+    if problems := list(impossible_format("--", options.delimiter, options.encoding)):
+        raise UserError("\n".join(problems))
     from trainer.reading import check_places
 
     check_places({"input": options.input})

@@ -126,16 +126,19 @@ def _encoded(
     first = split.text_pairs[:1] if split.text_pairs is not None else None
     tokenizer(split.texts[:1], first, truncation=True, max_length=max_length)
     backend = tokenizer.backend_tokenizer
+    # of a text without tokens: some tokenizers add none, and a model needs one
+    special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, 0)
+    blank = [next(number for number in special if number is not None)]
 
     def encode(start: int) -> Arrays:
         some = slice(start, start + AT_ONCE)
         texts = split.texts[some]
         pairs = split.text_pairs[some] if split.text_pairs is not None else None
         encodings = backend.encode_batch_fast(texts if pairs is None else list(zip(texts, pairs, strict=True)))
-        ids = [encoding.ids for encoding in encodings]
+        ids = [encoding.ids or blank for encoding in encodings]
         part = {"tokens": _flat(ids), "lengths": list(map(len, ids))}
         if with_types:
-            part["token_types"] = _flat([encoding.type_ids for encoding in encodings])
+            part["token_types"] = _flat([encoding.type_ids or [0] for encoding in encodings])
         return {name: np.fromiter(values, TYPES[name]) for name, values in part.items()}
 
     waiting: deque[Future[Arrays]] = deque()
@@ -166,7 +169,7 @@ def _cache_key(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length:
     settings.pop("padding", None)
     own = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
     own.append(tokenizer.split_special_tokens)
-    header = [*own, settings, max_length, split.text_pairs is None, 3]
+    header = [*own, settings, max_length, split.text_pairs is None, 4]
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(split.digests).data)
     return digest.hexdigest()[:32]

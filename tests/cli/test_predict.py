@@ -168,6 +168,7 @@ def test_what_is_refused(run, killed, labelled, tmp_path):
     assert "--inputs" in refused(run, labelled, output, "--inputs", "x")
     assert "label_names" in refused(run, labelled, output, "--label_names", "{1: World, 1: Sports}")
     assert "max_tokens" in refused(run, labelled, output, "--max_tokens", "0")
+    assert refused(run, labelled, output, "--encoding", "utf-9", "--delimiter", ";;").count("\n") == 2
 
 
 def test_the_input_is_not_written_over(run, labelled, tmp_path):

@@ -208,6 +208,12 @@ def test_a_header_with_some_other_names_is_no_row_either():
     assert "part/b.csv: line 1 is a header" in refused("part/*.csv", **layout)
 
 
+def test_a_header_in_the_middle_is_no_row():
+    path = write("x.csv", "text,label\na,x\ntext,label\nb,y\n")  # cat a.csv b.csv
+    assert refused(path) == "x.csv: line 3 repeats the names of the columns; remove it"
+    assert predicted(write("y.csv", "text\na\ntext\n"))[0] == [("0", "a"), ("1", "text")]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "typed"),
     [

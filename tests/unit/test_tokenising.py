@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import hashlib
+import json
 import shutil
 
 import datasets
@@ -47,6 +48,19 @@ def bert_tokenizer():
         tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
+
+
+def test_a_text_without_tokens_has_one(bert_tokenizer):
+    from tokenizers import Tokenizer
+
+    bare = copy.deepcopy(bert_tokenizer)
+    settings = json.loads(bare.backend_tokenizer.to_str()) | {"post_processor": None}
+    bare._tokenizer = Tokenizer.from_str(json.dumps(settings))
+    for pairs in (None, ["", "", "goal"]):
+        examples = tokenise(split_of(["", "goal", ""], pairs), bare, 16, quiet=True)
+        assert examples.lengths.tolist() == [1, 1, 1] and len(examples.tokens) == 3
+        assert example(examples, 0) == [bare.unk_token_id]
+        assert pairs is None or len(examples.token_types) == 3
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 10001])
