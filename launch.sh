@@ -53,7 +53,8 @@ main() {
                 echo
             else
                 # srun joins the output of all tasks: the plan of one will do.
-                if ((tasks_here == 0 || SLURM_PROCID == 0)); then print_plan >&2; fi
+                trap '' PIPE # whoever reads the plan may leave: the run goes on
+                if ((tasks_here == 0 || SLURM_PROCID == 0)); then print_plan >&2 || true; fi
                 ensure_environment
                 launch
             fi
@@ -181,7 +182,13 @@ find_python() {
 }
 
 # Python's flock, for macOS has no flock(1). The lock is the open file's, so it stays when this python ends.
-lock() { "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'; }
+lock() {
+    "$1" -c 'import fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX)
+except OSError as error:  # a file system without locks
+    print(f"launch.sh: installing without a lock: {error.strerror}", file=sys.stderr)'
+}
 
 install() { "$python" -m pip install -qq --disable-pip-version-check "$@" >&2; } # -qq: errors only
 

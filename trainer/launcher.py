@@ -181,7 +181,8 @@ def _wait_for_the_others(address: str | None, port: int | None, seconds: float =
 
 
 def _say(text: str) -> None:
-    print(f"launch.sh: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"launch.sh: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

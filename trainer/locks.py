@@ -92,7 +92,8 @@ def share(path: Path) -> None:
     for part in (path, *path.rglob("*")):
         mode = part.parent.stat().st_mode
         if mode & OTHERS_WRITE:
-            part.chmod(mode & 0o2777 if part.is_dir() else mode & 0o666)
+            with contextlib.suppress(OSError):  # some network file systems have one mode for all
+                part.chmod(mode & 0o2777 if part.is_dir() else mode & 0o666)
 
 
 @cache
