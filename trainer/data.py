@@ -415,11 +415,14 @@ def _whole_ids(table: Table, ids: list[str], where: str, warnings: list[str]) ->
     whole = [text.partition(".")[0] for text in ids] if are_floats else ids
     rows: dict[str, int] = {}
     repeated = []
+    fix = "--id_column '' takes the row's number"
     for row, text in enumerate(whole):
         if text.strip().lower() in MISSING_IDS:
-            raise UserError(f"{where}: {table.place(row)} has no id ({text!r})")
+            raise UserError(f"{where}: {table.place(row)} has no id ({text!r}); {fix}")
         if re.fullmatch(r"-?[0-9](\.[0-9]+)?[eE]\+[0-9]+", text) or (are_floats and abs(float(text)) >= 2**53):
-            raise UserError(f"{where}: {table.place(row)}: {ids[row]!r} has lost digits; write the ids as text")
+            raise UserError(
+                f"{where}: {table.place(row)}: {ids[row]!r} has lost digits; write the ids as text, or {fix}"
+            )
         if rows.setdefault(text, row) != row:
             repeated.append(row)
     if are_floats:

@@ -412,7 +412,7 @@ def _problem(origin: Origin, extra: str | None, seen: _Seen) -> str | None:
     if extra is not None:
         groups["id"] = [extra]
     if origin.name == "input":
-        fixes["label"] = "; --ignore_labels true reads none"
+        fixes |= {"label": "; --ignore_labels true reads none", "id": "; --id_column '' takes the row's number"}
     for what, columns in groups.items():
         for row, told in (seen.no_text[column] for column in columns if column in seen.no_text):
             return f"{origin.where}: {layout.path}: {_places(origin, seen.file_rows, [row])}: {told}"
