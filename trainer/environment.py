@@ -88,7 +88,7 @@ def _refuse_settings() -> None:
 
 def _join_group() -> None:
     environment, source = os.environ, "WORLD_SIZE"
-    alone = environment.get("ISOTRAIN_NUM_PROCESSES") == "1"
+    alone = _number("ISOTRAIN_NUM_PROCESSES", 0) == 1
     if _number("WORLD_SIZE") > 1:
         if "LOCAL_RANK" not in environment:  # Kubernetes: a process is a pod
             if environment.get("PET_NNODES", environment["WORLD_SIZE"]) != environment["WORLD_SIZE"]:
@@ -115,8 +115,16 @@ def _join_group() -> None:
             f"{source}={world_size}, but {', '.join(missing)} is not set, so the processes cannot meet. Set it for all "
             "of them (mpirun -x NAME=VALUE), or start them with ./launch.sh or torchrun."
         )
-    if not 0 <= _number("RANK") < world_size:
-        raise UserError(f"RANK={environment['RANK']}: 0 to {world_size - 1}, because {source} is {world_size}")
+    local_rank = environment.pop("LOCAL_RANK")  # until this is checked, every process speaks for itself
+    for name, value, end in (
+        ("RANK", environment["RANK"], world_size),
+        ("LOCAL_RANK", local_rank, world_size),
+        ("LOCAL_WORLD_SIZE", environment.get("LOCAL_WORLD_SIZE", "1"), world_size + 1),
+        ("MASTER_PORT", environment["MASTER_PORT"], 65536),
+    ):
+        if not value.isdecimal() or int(value) >= end:
+            raise UserError(f"{name}={value}: a number from 0 to {end - 1} (WORLD_SIZE is {world_size})")
+    environment["LOCAL_RANK"] = local_rank
 
 
 def _refuse_several() -> None:

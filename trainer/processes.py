@@ -49,8 +49,9 @@ def check_device() -> None:
         UserError: launch.sh or nvidia-smi sees GPUs that torch cannot use, or too few of them.
     """
     planned, found = os.environ.get("ISOTRAIN_DEVICE"), "cpu" if trains_on_cpu() else "cuda"
-    if found == "cuda" and (rank := int(os.environ.get("LOCAL_RANK", "0"))) >= torch.cuda.device_count():
-        raise UserError(f"torch sees {torch.cuda.device_count()} GPUs, fewer than processes here (LOCAL_RANK={rank})")
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE") or int(os.environ.get("LOCAL_RANK", "0")) + 1)
+    if found == "cuda" and num_here > torch.cuda.device_count():
+        raise UserError(f"{num_here} processes on this machine need a GPU each; torch sees {torch.cuda.device_count()}")
     if found == "cpu" and planned != "cpu" and not _told_to_use_cpu() and (num_gpus := _num_listed_gpus()):
         try:
             torch.cuda.init()

@@ -9,7 +9,14 @@ from accelerate.state import AcceleratorState, GradientState
 @pytest.fixture
 def unlaunched(monkeypatch):
     """As in a process that no launcher started, without a GPU; gives the monkeypatch."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ISOTRAIN_NUM_PROCESSES", "ACCELERATE_MIXED_PRECISION"):
+    for name in (
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "ISOTRAIN_NUM_PROCESSES",
+        "ACCELERATE_MIXED_PRECISION",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     AcceleratorState._reset_state(reset_partial_state=True)

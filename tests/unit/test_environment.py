@@ -99,8 +99,11 @@ def test_every_launcher_is_understood(monkeypatch, variables, group):
         ),
         ({**MASTER, "WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT is not set"),
-        ({**MASTER, "WORLD_SIZE": "2", "RANK": "2"}, "RANK=2: 0 to 1, because WORLD_SIZE is 2"),
-        ({**MASTER, "WORLD_SIZE": "2", "RANK": "one"}, "RANK=one is not a number"),
+        ({**MASTER, "WORLD_SIZE": "2", "RANK": "2"}, r"RANK=2: a number from 0 to 1 \(WORLD_SIZE is 2\)"),
+        ({**MASTER, "WORLD_SIZE": "2", "RANK": "one"}, "RANK=one: a number from 0 to 1"),
+        ({**MASTER, **SECOND_OF_TWO, "LOCAL_RANK": "x"}, "LOCAL_RANK=x: a number from 0 to 1"),
+        ({**MASTER, **SECOND_OF_TWO, "MASTER_PORT": "99999"}, "MASTER_PORT=99999: a number from 0 to 65535"),
+        ({"ISOTRAIN_NUM_PROCESSES": "N"}, "ISOTRAIN_NUM_PROCESSES=N is not a number"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not supported.*unset it"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true is not supported"),
@@ -129,6 +132,7 @@ def test_what_is_not_understood_is_refused_in_one_line(monkeypatch, variables, m
     with pytest.raises(UserError, match=message) as refusal:
         said(monkeypatch, variables)
     assert "\n" not in str(refusal.value)
+    assert "RANK=" not in str(refusal.value) or speaks_for_its_machine()  # nobody else has this mistake
 
 
 @pytest.mark.parametrize(

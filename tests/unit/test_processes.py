@@ -398,8 +398,9 @@ def test_more_processes_than_gpus_are_refused(unlaunched):
     unlaunched.setattr(torch.cuda, "is_available", lambda: True)
     unlaunched.setattr(torch.cuda, "device_count", lambda: 2)
     unlaunched.delenv("ACCELERATE_USE_CPU", raising=False)
-    unlaunched.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match=r"torch sees 2 GPUs, fewer than processes here \(LOCAL_RANK=2\)"):
+    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "3")):  # all say so, not the third alone
+        unlaunched.setenv(name, value)
+    with pytest.raises(UserError, match="3 processes on this machine need a GPU each; torch sees 2"):
         check_device()
 
 
