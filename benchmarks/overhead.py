@@ -112,7 +112,7 @@ class Timed:
     """A forward with another call."""
 
     def __init__(self, forward, call):
-        self.model, self.packed, self.call = forward.model, forward.packed, call
+        self.model, self.packed, self.padding, self.call = forward.model, forward.packed, forward.padding, call
 
     def __call__(self, *given):
         return self.call(*given)

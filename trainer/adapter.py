@@ -22,7 +22,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
-from trainer.backbone import Backbone, Identity, find_backbone, load_weights, one_line, refuse_another
+from trainer.backbone import Backbone, Identity, apart, find_backbone, load_weights, one_line, refuse_another
 from trainer.checkpoint import replace_folder
 from trainer.config import Config, ModelConfig, UserError, completed
 from trainer.console import writing
@@ -179,6 +179,12 @@ def save_tokenizer(tokenizer: Any, max_length: int, folder: Path) -> None:
     own.init_kwargs.pop("max_length", None)  # of an earlier use
     own.model_max_length = max_length
     own.save_pretrained(folder)
+    if any(apart(token) in own.backend_tokenizer.to_str() for token in own.all_special_tokens):
+        # its own class would build the tokenizer without our normalizer; this one reads tokenizer.json as it is
+        path = folder / "tokenizer_config.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": own.model_input_names}
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_adapter(

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from tokenizers import normalizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig as BackboneConfig
@@ -50,6 +51,10 @@ class Identity:
 
     def __str__(self) -> str:
         return f"{self.name} at commit {self.commit}" if self.commit else self.name
+
+
+# Families that transformers itself cannot compute without code that it would download.
+NEEDS_REMOTE_CODE = ("mra",)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ def find_backbone(
         raise UserError(f"model.name: {config.name} has no tokenizer (tokenizer.json)")
     if type(backbone_config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(f"model.name: transformers has no text classifier of type {backbone_config.model_type!r}")
+    if backbone_config.model_type in NEEDS_REMOTE_CODE:
+        raise UserError(f"model.name: {backbone_config.model_type} is not supported: its attention is remote code")
     vocab_size = getattr(backbone_config.get_text_config(), "vocab_size", len(tokenizer))
     if len(tokenizer) > vocab_size:
         raise UserError(
@@ -138,7 +145,8 @@ def find_backbone(
             f"{vocab_size}: they do not belong together"
         )
     _set_labels(backbone_config, label_names)
-    _set_padding(backbone_config, tokenizer)
+    _set_padding(backbone_config, tokenizer, config.name)
+    _read_special_tokens_as_text(tokenizer)
     if config.dropout is not None:
         _set_dropout(backbone_config, config.dropout)
     return Backbone(path, revision, backbone_config, tokenizer, config)
@@ -162,12 +170,19 @@ def refuse_another(recorded: Identity, there: Identity, run: Path, otherwise: st
 
 
 def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
-    """The backbone with its weights in fp32, and the names of the tensors its file lacks or has in another shape."""
+    """The backbone with its weights in fp32, and the names of the tensors its file lacks or has in another shape.
+
+    Raises:
+        UserError: weights that cannot be read, or that lack more than the head and the pooler.
+    """
+    config = copy.deepcopy(backbone.config)
+    if getattr(config, "attention_type", None) == "block_sparse":
+        config.attention_type = "original_full"  # as BigBird itself chooses for the lengths that check_fit lets pass
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             backbone.path,
             revision=backbone.revision,
-            config=copy.deepcopy(backbone.config),
+            config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -176,7 +191,23 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
         )
     except Exception as error:  # whatever the files hold: safetensors, huggingface_hub and torch raise many kinds
         raise UserError(f"model.name: the weights of {backbone.path} cannot be read: {one_line(error)}") from None
-    return model, {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
+    missing = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
+    _refuse_partial_weights(backbone.path, model, missing, info["unexpected_keys"])
+    return model, missing
+
+
+def _refuse_partial_weights(path: str, model: nn.Module, missing: set[str], unexpected: Iterable[str]) -> None:
+    """A head may be new, and a pooler, which is part of one; any other layer drawn at random is another backbone."""
+    prefix = f"{model.base_model_prefix}."
+    lost = sorted(name for name in missing if name.startswith(prefix) and "pool" not in name)
+    if lost:
+        inner = {name.removeprefix(prefix) for name in model.state_dict()}
+        wrapped = next((name for name in unexpected if any(name.endswith(f".{own}") for own in inner)), None)
+        hint = f" The file names them otherwise, as {wrapped}." if wrapped else ""
+        raise UserError(
+            f"model.name: the weights of {path} lack {len(lost)} tensors of the backbone, or have them in another "
+            f"shape: first {lost[0]}.{hint}\nSave the whole model again, unwrapped, with the config.json it has."
+        )
 
 
 def _located(name: str) -> str:
@@ -293,13 +324,51 @@ def _set_labels(config: BackboneConfig, label_names: list[str]) -> None:
     config.problem_type = "single_label_classification"
 
 
-def _set_padding(config: BackboneConfig, tokenizer: Any) -> None:
-    """Decoders often come without a padding token; sequence classifiers need one to find the last real token."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
+def _set_padding(config: BackboneConfig, tokenizer: Any, name: str) -> None:
+    """One padding token for tokenizer and backbone: classifiers of decoders read the last token that is not padding.
+
+    Decoders often come without one; then it is the end token. An ordinary token cannot pad, for it ends texts too.
+
+    Raises:
+        UserError: the tokenizer has no token for it.
+    """
+    inner = config.get_text_config()
+    theirs, special = getattr(inner, "pad_token_id", None), tokenizer.all_special_ids
+    candidates = [tokenizer.pad_token_id, theirs if theirs in special else None, tokenizer.eos_token_id]
+    if config.model_type in OFFSET_POSITIONS and theirs is not None:  # their positions are counted from this one
+        candidates = [theirs]
+    found = next((token for token in candidates if token is not None), None)
+    if found is None or not 0 <= found < len(tokenizer):
+        raise UserError(
+            f"model.name: the tokenizer of {name} has no padding and no end token; name one of its tokens as "
+            "pad_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id != found:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(found)
+    config.pad_token_id = inner.pad_token_id = found
     tokenizer.padding_side = "right"
+
+
+def _read_special_tokens_as_text(tokenizer: Any) -> None:
+    """A special token's spelling inside a text is text: "</s>" ends no example, and "<pad>" pads none.
+
+    SentencePiece's unigram models know these spellings as pieces; a space inside keeps them apart.
+    """
+    backend = tokenizer.backend_tokenizer
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+    backend.encode_special_tokens = True
+    spellings = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    pieces = [s for s in sorted(spellings) if special & {*backend.encode(s, add_special_tokens=False).ids}]
+    if pieces:
+        spaced = [normalizers.Replace(piece, apart(piece)) for piece in pieces]
+        own = [backend.normalizer] if backend.normalizer is not None else []
+        backend.normalizer = normalizers.Sequence([*own, *spaced])
+
+
+def apart(token: str) -> str:
+    """A special token's spelling with a space inside, so that it is none: "</s>" -> "< /s>"."""
+    return f"{token[0]} {token[1:]}"
 
 
 def _set_dropout(config: BackboneConfig, p: float) -> None:

@@ -95,6 +95,8 @@ class Plan:
     """examples lie end to end, without padding"""
     filled: bool = False
     """packed micro-batches are filled up to a `Shape` where there is one"""
+    one_length: bool = False
+    """a micro-batch has examples of one length only, so that nothing is padded"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -143,8 +145,9 @@ class Plan:
 
     def _shares(self, batch: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
         """Per rank, the example ids of each of its micro-batches."""
+        settings = self.max_tokens, self.packed, self.one_length
         return [
-            [batch[share[part]] for part in split_by_tokens(self.lengths[batch[share]], self.max_tokens, self.packed)]
+            [batch[share[part]] for part in split_by_tokens(self.lengths[batch[share]], *settings)]
             for share in share_out(self.lengths[batch], world_size)
         ]
 
@@ -155,7 +158,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch as the model takes it: B examples, padded on the right to L tokens or packed into T."""
+    """A micro-batch as the model takes it: B examples, padded to L tokens or packed into T."""
 
     ids: np.ndarray
     """example ids, int64 [B]"""
@@ -228,7 +231,9 @@ def num_positions(lengths: np.ndarray, packed: bool) -> int:
     return int(lengths.sum() if packed else len(lengths) * lengths.max())
 
 
-def split_by_tokens(lengths: Sequence[int] | np.ndarray, max_tokens: int, packed: bool = False) -> list[list[int]]:
+def split_by_tokens(
+    lengths: Sequence[int] | np.ndarray, max_tokens: int, packed: bool = False, one_length: bool = False
+) -> list[list[int]]:
     """Cuts examples into micro-batches that fit a token budget, padding included.
 
     Longest first, so each part wastes little. Deterministic. An example longer than the budget gets a part of its own:
@@ -241,6 +246,7 @@ def split_by_tokens(lengths: Sequence[int] | np.ndarray, max_tokens: int, packed
         lengths: tokens per example after truncation, [B].
         max_tokens: budget in tokens.
         packed: examples lie end to end: a part takes the sum of its lengths, not the longest times their number.
+        one_length: a part has examples of one length only.
 
     Returns:
         positions into `lengths`; every position exactly once.
@@ -249,15 +255,17 @@ def split_by_tokens(lengths: Sequence[int] | np.ndarray, max_tokens: int, packed
     if len(order) == 0:
         return []
     ordered = np.asarray(lengths)[order]
-    ends = _equal_ends(ordered.cumsum(), max_tokens) if packed else _padded_ends(ordered, max_tokens)
+    ends = _equal_ends(ordered.cumsum(), max_tokens) if packed else _padded_ends(ordered, max_tokens, one_length)
     return [part.tolist() for part in np.split(order, ends[:-1])]
 
 
-def _padded_ends(lengths: np.ndarray, max_tokens: int) -> list[int]:
+def _padded_ends(lengths: np.ndarray, max_tokens: int, one_length: bool) -> list[int]:
     """Where each part of padded examples ends; lengths in descending order [B]."""
     ends = [0]
     while ends[-1] < len(lengths):
-        ends.append(min(len(lengths), ends[-1] + max(1, max_tokens // int(lengths[ends[-1]]))))
+        longest = int(lengths[ends[-1]])
+        last = int(np.count_nonzero(lengths >= longest)) if one_length else len(lengths)
+        ends.append(min(last, ends[-1] + max(1, max_tokens // longest)))
     return ends[1:]
 
 
@@ -294,10 +302,12 @@ def collate(
     pad_token_id: int | None,
     device: torch.device,
     shape: Shape | None = None,
+    left: bool = False,
 ) -> Batch:
     """Pads the examples `ids` [B] to the longest of them and puts them on the device; packs them where no id pads.
 
-    With a `shape` examples of weight 0 are added to the packed ones, whose ids, labels and tokens are all 0.
+    With a `shape` examples of weight 0 are added to the packed ones, whose ids, labels and tokens are all 0. Padding
+    comes behind the tokens, or with `left` before them.
     """
     lengths, labels = examples.lengths[ids], examples.labels[ids]
     starts = examples.offsets[ids]
@@ -312,6 +322,7 @@ def collate(
         lengths = np.concatenate([lengths, fillers])
     if pad_token_id is not None:
         real = np.arange(lengths.max()) < lengths[:, None]
+        real = real[:, ::-1] if left else real
         arrays = {name: _padded(array, real, pad_token_id * (name == "input_ids")) for name, array in arrays.items()}
         arrays["attention_mask"] = real.astype(np.int64)
     return Batch(

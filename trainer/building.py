@@ -28,10 +28,11 @@ from trainer.graphs import NOT_COMPILED, Graphs
 from trainer.kernels import Kernels
 from trainer.labels import describe_look_alikes, match_labels
 from trainer.metrics import METRICS
-from trainer.model import COMPUTE_TYPES, build_model, check_fit, shard_frozen
+from trainer.model import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
 from trainer.optim import build_optimizer
-from trainer.packed import PackedForward, PaddedForward, why_not_packed
+from trainer.packed import Forward, PackedForward, PaddedForward, Padding, why_not_packed
 from trainer.processes import StopRequest, Watch
+from trainer.start_check import check_start
 from trainer.state import Training
 from trainer.tokenising import Examples, tokenise
 from trainer.tracking import RunLog
@@ -111,14 +112,15 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         UserError: weights that cannot be read, or what the configuration asks for is not to be had.
     """
     config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
-    model, keys, sharded = _model_on_device(inputs, accelerator)
-    because = _why_padded(config, model, sharded)
+    model, keys, sharded, padding = _model_on_device(inputs, accelerator)
+    because = _why_padded(config, model, sharded, padding.packs)
     compiled = inputs.compiled if device.type == "cpu" else _compiled(config, partial(keys.compile, device))
     if compiled.kernels is not None:
         keys.use(compiled.kernels)
     recorded, why_not_recorded = _recorded(config, keys, because is None, device)
     notes = {
         "padded, in batches sorted by length": because,
+        "batches hold examples of one length": "this model's logits depend on padding" if padding.one_length else None,
         "nothing is compiled": compiled.why_not,
         "micro-batches are not recorded": why_not_recorded,
         "exact up to dropout; out of reach this model draws": ", ".join(keys.unreached),
@@ -127,11 +129,11 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    forward = PackedForward(prepared, keys, compiled.kernels) if because is None else PaddedForward(prepared)
+    forward = PackedForward(prepared, keys, compiled.kernels) if because is None else PaddedForward(prepared, padding)
     graphs = None
     if recorded and isinstance(forward, PackedForward):
         graphs = Graphs(forward, keys, trained.values(), accelerator.autocast)
-    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward.packed, filled=recorded)
+    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward, filled=recorded)
     return Training(
         config=config,
         folder=inputs.folder,
@@ -167,20 +169,27 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     )
 
 
-def _model_on_device(inputs: Inputs, accelerator: Accelerator) -> tuple[PeftModel, dropout.DropoutKeys, bool]:
-    """The model in training mode, its dropout's keys, and whether its frozen weights are shared out over the ranks."""
-    config, device = inputs.config, accelerator.device
+def _model_on_device(inputs: Inputs, accelerator: Accelerator) -> tuple[PeftModel, dropout.DropoutKeys, bool, Padding]:
+    """The model in training mode, its dropout's keys, whether its frozen weights are sharded, and its padding.
+
+    Raises:
+        UserError: weights that cannot be read, or a model that `check_start` refuses.
+    """
+    config, device, backbone = inputs.config, accelerator.device, inputs.backbone
     if device.type == "cuda":
         _ask_for_equal_bits()
-    model = build_model(inputs.backbone, config.peft, config.run.seed, COMPUTE_TYPES[inputs.precision])
-    with accelerator.autocast():
-        keys = dropout.install(model, config.run.seed)
+    model = build_model(backbone, config.peft, config.run.seed)
+    keys, padding = check_start(
+        model, config.run.seed, inputs.corpus.splits["train"], backbone.tokenizer, config.data.max_length, backbone.path
+    )
+    backbone.tokenizer.padding_side = "left" if padding.left else "right"  # as it is saved with the adapter
+    set_precision(model, COMPUTE_TYPES[inputs.precision])
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
     if sharded:
         shard_frozen(model, device, accelerator.num_processes)
     else:
         model.to(device)
-    return model.train(), keys, sharded
+    return model.train(), keys, sharded, padding
 
 
 def _ask_for_equal_bits() -> None:
@@ -190,7 +199,7 @@ def _ask_for_equal_bits() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
-def _plan(inputs: Inputs, max_tokens: int, packed: bool, filled: bool) -> Plan:
+def _plan(inputs: Inputs, max_tokens: int, forward: Forward, filled: bool) -> Plan:
     config, train = inputs.config, inputs.examples["train"]
     return Plan(
         lengths=train.lengths,
@@ -198,12 +207,13 @@ def _plan(inputs: Inputs, max_tokens: int, packed: bool, filled: bool) -> Plan:
         batch_size=config.batch.size,
         seed=config.run.seed,
         max_tokens=max_tokens,
-        packed=packed,
+        packed=forward.packed,
         filled=filled,
+        one_length=forward.padding.one_length,
     )
 
 
-def _why_padded(config: Config, model: PeftModel, sharded: bool) -> str | None:
+def _why_padded(config: Config, model: PeftModel, sharded: bool, packs: bool = True) -> str | None:
     """Why examples are padded, in words; "" where that was asked for, None where they are packed.
 
     Raises:
@@ -212,6 +222,7 @@ def _why_padded(config: Config, model: PeftModel, sharded: bool) -> str | None:
     if config.model.packed is False:
         return ""
     because = "the frozen weights are sharded" if sharded else why_not_packed(model)
+    because = because or (None if packs else "packed examples give other logits")
     if because and config.model.packed is True:
         raise UserError(f"model.packed: true is not to be had: {because}; auto pads where it must")
     return because

@@ -8,6 +8,8 @@ examples and puts our dropout in the place of the model's own. What a site drops
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,6 +30,10 @@ from trainer.kernels import Kernels, Units
 from trainer.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
+# Keywords that change what SDPA attention computes and that `keyed_attention` passes through without keying dropout.
+UNKEYED = {*inspect.signature(sdpa_attention_forward).parameters, "softcap"} - {
+    "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "position_bias", "kwargs",
+}  # fmt: skip
 PROBE_BATCH, PROBE_LENGTH = 2, 11  # the length is the least
 Wanted = tuple[int, tuple[int, ...], int]  # a mask: its site's number, its shape, the number of its first example
 # What a site drops, by which of the axes behind the example's are as long as the example.
@@ -43,6 +50,7 @@ class DropoutKeys:
         self.unreached: list[str] = []
         """random operations of the forward that are not ours"""
         self._probe_length: int | None = None  # while sites are recorded
+        self._drops_nothing = False
         self._calls: Counter[Hashable] = Counter()
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -94,6 +102,8 @@ class DropoutKeys:
             caller: whose call this is: the module.
             first: number of the first example of `x` in the micro-batch; after 0, calls go on with the same site.
         """
+        if self._drops_nothing:
+            return None
         key = self._call_of(caller, first)
         if self._probe_length is not None:
             self.sites[key] = _site_of(x.shape, p, self._probe_length)
@@ -155,6 +165,17 @@ class DropoutKeys:
         masks = HostMasks(draw, self._memory, self._pool, self._kernels)
         self._memory = masks.memory
         return masks
+
+    @contextlib.contextmanager
+    def dropping_nothing(self) -> Iterator[None]:
+        """Inside, a forward in training mode computes as with dropout, but drops no unit: neither ours nor torch's."""
+        global _current
+        self._drops_nothing, _current = True, self
+        try:
+            with _NoDropout():
+                yield
+        finally:
+            self._drops_nothing, _current = False, None
 
     @contextlib.contextmanager
     def recording(self, length: int) -> Iterator[None]:
@@ -226,20 +247,28 @@ def install(model: nn.Module, seed: int) -> DropoutKeys:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
-                module.register_module(name, KeyedDropout(child.p))
+                module.register_module(name, KeyedDropout(child.p).train(child.training))
     backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     _use_keyed_attention(backbone)
     keys = DropoutKeys(seed)
-    _probe(model, keys, backbone.config)
+    twin = twin_of(model)
+    origin = dict(zip(twin.modules(), model.modules(), strict=True))
+    _probe(twin, keys, backbone.config)
+    keys.sites = {(origin[caller], call): site for (caller, call), site in keys.sites.items()}
     return keys
+
+
+def twin_of(model: nn.Module) -> Any:
+    """The same model with modules of its own around the same parameters: a trial forward may change its modules."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _use_keyed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION, keyed_attention)
     AttentionMaskInterface.register(ATTENTION, _whole_mask)
-    # a family without transformers' attention interface keeps its own attention, whose dropout is a module; the probe
-    # tells whether that was reached
-    if model._can_set_attn_implementation():
+    # A family without transformers' attention interface keeps its own attention, whose dropout is a module; the probe
+    # tells whether that was reached. One that chose another attention than SDPA has features that SDPA lacks.
+    if model._can_set_attn_implementation() and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
 
 
@@ -256,32 +285,43 @@ def keyed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention with keyed dropout on its probabilities, as transformers' attention interface wants it.
 
-    Without dropout, and for causal models, it is transformers' own SDPA attention.
+    Without dropout, for causal models, and with keywords of SDPA attention that it does not know, it is transformers'
+    own SDPA attention.
 
     Args:
         module: the attention layer that calls.
         query: [B, heads, L, head size]; key and value likewise.
         key: see query.
         value: see query.
-        attention_mask: bool [B, 1, L, L], True where attended, or None.
+        attention_mask: bool [B, 1, L, L], True where attended; or numbers to add to the scores; or None.
         dropout: probability, 0 in evaluation.
         scaling: factor on the scores; None = 1 / sqrt(head size).
+        position_bias: added to the scores (T5), [1 or B, heads, L, L].
         kwargs: what SDPA attention takes besides.
 
     Returns:
         [B, L, heads, head size], and None for the probabilities.
     """
-    if _current is None or dropout == 0 or getattr(module, "is_causal", False) or query.shape[1] != key.shape[1]:
+    unkeyed = any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNKEYED)
+    causal = getattr(module, "is_causal", False)
+    if _current is None or dropout == 0 or causal or unkeyed or query.shape[1] != key.shape[1]:
+        if position_bias is not None:
+            kwargs["position_bias"] = position_bias
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
     scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:  # added, for filling in every head costs more; the exponential is 0 as well
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        scores = scores + attention_mask
+    elif attention_mask is not None:  # added, for filling in every head costs more; the exponential is 0 as well
         unattended = torch.zeros_like(attention_mask, dtype=scores.dtype)
         scores += unattended.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
     shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -297,19 +337,17 @@ def _site_of(shape: torch.Size, p: float, length: int) -> Site | None:
 
 
 def _probe(model: nn.Module, keys: DropoutKeys, config: PretrainedConfig) -> None:
-    """Fills `keys.sites` by one forward in training mode over dummy examples; no weight and no random state changes."""
-    training = model.training
+    """Fills `keys.sites` by one forward of a twin in training mode over dummy examples; no random state changes."""
     device = next(model.parameters()).device
-    end_token, length = getattr(config, "eos_token_id", None), _probe_length(model, config)
+    length = _probe_length(model, config)
     ids = torch.ones(PROBE_BATCH, length, dtype=torch.long, device=device)
-    if isinstance(end_token, int):  # encoder-decoders classify by the last end token
-        ids[:, -1] = end_token
+    if getattr(config, "is_encoder_decoder", False):  # these classify by the last end token
+        ids[:, -1] = config.eos_token_id
     mask = torch.ones_like(ids)
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with random_state, torch.no_grad(), keys.recording(length):
         model.train()
         model(input_ids=ids, attention_mask=mask)
-    model.train(training)
 
 
 def _probe_length(model: nn.Module, config: PretrainedConfig) -> int:
@@ -317,6 +355,19 @@ def _probe_length(model: nn.Module, config: PretrainedConfig) -> int:
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     sizes.update(value for value in config.to_dict().values() if isinstance(value, int))
     return next(length for length in itertools.count(PROBE_LENGTH) if length not in sizes)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Turns off torch's own dropout, as modules, as functions and in SDPA."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.functional.dropout, torch.dropout):
+            return args[0] if args else kwargs["input"]
+        if func is nn.functional.scaled_dot_product_attention:  # its fifth argument
+            args, kwargs = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, {**kwargs}
+            kwargs.update({"dropout_p": 0.0} if len(args) < 5 else {})
+        return func(*args, **kwargs)
 
 
 class _RandomOperations(TorchDispatchMode):

@@ -65,7 +65,7 @@ def score_split(
     was_training = forward.model.training
     forward.model.eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    parts = split_by_tokens(examples.lengths, max_tokens, forward.packed)
+    parts = split_by_tokens(examples.lengths, max_tokens, forward.packed, forward.padding.one_length)
     padding = None if forward.packed else pad_token_id
     logits = torch.zeros(len(examples.lengths), num_labels, device=accelerator.device)
     times_seen = torch.zeros(len(examples.lengths), device=accelerator.device)
@@ -77,7 +77,9 @@ def score_split(
             ids = np.array(parts[number if number < len(parts) else -1])
             out_of_memory = False
             try:
-                batch = collate(examples, ids, np.ones(len(ids)), padding, accelerator.device)
+                batch = collate(
+                    examples, ids, np.ones(len(ids)), padding, accelerator.device, left=forward.padding.left
+                )
                 with accelerator.autocast():
                     output = forward(batch.inputs, batch.lengths)
             except torch.OutOfMemoryError:

@@ -21,6 +21,7 @@ import transformers
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -119,23 +120,32 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
     positions = backbone.max_positions
     if positions is not None and max_length > positions:
         raise UserError(f"data.max_length: {max_length} is above the {positions} positions of {backbone.path}")
+    if getattr(backbone.config, "attention_type", None) == "block_sparse":
+        full = (5 + 2 * backbone.config.num_random_blocks) * backbone.config.block_size
+        if max_length > full:
+            raise UserError(
+                f"data.max_length: {max_length} is not supported: above {full} tokens this backbone attends to blocks "
+                f"drawn at random, and to others in evaluation; use --data.max_length {full}"
+            )
     num_special = backbone.tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_length <= num_special:
         raise UserError(f"data.max_length: {max_length} leaves no room for text beside {num_special} special tokens")
     wanted = adapter_config(settings, backbone.path)
     with torch.device("meta"):
         try:
-            model = AutoModelForSequenceClassification.from_config(backbone.config)
+            # PEFT's layer_replication changes the configuration
+            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(backbone.config))
         except Exception as error:  # of whatever kind the family's code raises at numbers that do not fit together
             raise UserError(f"model.name: {backbone.path} cannot be built: {one_line(error)}") from None
         _check_targets(model, settings)
         model = _wrap(model, wanted, set())
+        _check_adapted(model, settings)
     check_budget(model, settings)
     return model
 
 
-def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_type: torch.dtype) -> PeftModel:
-    """Loads the weights and adds head and adapter, drawn from the seed; on the CPU.
+def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> PeftModel:
+    """Loads the weights and adds head and adapter, drawn from the seed; in fp32 on the CPU.
 
     Raises:
         UserError: weights that cannot be read, or the budget exceeded by layers the weights file lacks.
@@ -150,7 +160,6 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int, compute_typ
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32, copy=True)
-    set_precision(model, compute_type)
     return model
 
 
@@ -279,3 +288,23 @@ def _check_targets(model: nn.Module, settings: PeftConfig) -> None:
     empty = [name for name, module in chosen if not any(True for _ in module.parameters())]
     if empty:
         raise UserError(f"peft.target_modules: {empty[0]} has no parameters that an adapter could change")
+
+
+def _check_adapted(model: PeftModel, settings: PeftConfig) -> None:
+    """Refuses names that led to no adapter: PEFT passes over those inside modules that train and are saved whole."""
+    names = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    adapted = [name for name, module in names.items() if isinstance(module, BaseTunerLayer)]
+    whole = [name for name, module in names.items() if isinstance(module, ModulesToSaveWrapper)]
+    targets = settings.options.get("target_modules")
+    for target in targets if isinstance(targets, list) else []:
+        found = [name for name in names if f".{name}".endswith(f".{target}")]
+        outside = [name for name in found if not any(f"{name}.".startswith(f"{module}.") for module in whole)]
+        if not outside:
+            raise UserError(
+                f"peft.target_modules: {target!r} is only in {', '.join(whole)}, which trains and is saved whole; "
+                "leave it out"
+            )
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in settings.options.get(option) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                raise UserError(f"peft.{option}: {pattern!r} matches no module that has an adapter")

@@ -30,6 +30,18 @@ from trainer.products import Projection, is_joinable, widened
 ROBERTA = (RobertaForSequenceClassification, XLMRoberta)
 
 
+@dataclass(frozen=True)
+class Padding:
+    """How the examples of this model may share a batch; see start_check.py."""
+
+    left: bool = False
+    """padding comes before the tokens of an example"""
+    one_length: bool = False
+    """examples of one length only, since this model's logits depend on padding"""
+    packs: bool = True
+    """packed examples give the same logits, where `why_not_packed` knows of no reason"""
+
+
 class Forward(Protocol):
     """How a model computes the logits of a batch."""
 
@@ -37,6 +49,8 @@ class Forward(Protocol):
     def model(self) -> PeftModel: ...
     @property
     def packed(self) -> bool: ...
+    @property
+    def padding(self) -> Padding: ...
     def __call__(
         self, inputs: dict[str, torch.Tensor], lengths: np.ndarray, layout: Layout | None = None
     ) -> torch.Tensor: ...
@@ -47,6 +61,7 @@ class PaddedForward:
     """The model's own forward, over padded examples."""
 
     model: PeftModel
+    padding: Padding = Padding()
     packed = False
 
     def __call__(
@@ -72,7 +87,7 @@ def why_not_packed(model: PeftModel) -> str | None:
 class PackedForward:
     """Logits of packed examples, by the modules of a model for which `why_not_packed` is None."""
 
-    packed = True
+    packed, padding = True, Padding()
 
     def __init__(self, model: PeftModel, keys: DropoutKeys | None, kernels: Kernels | None = None) -> None:
         """`keys`: what `dropout.install` gave for the model; None for a model that never trains.

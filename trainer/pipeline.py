@@ -169,8 +169,10 @@ def _start_from(run: Training, inputs: Inputs, start: Start) -> None:
 def _probe(run: Training, state: TrainState) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A few examples, and the logits that the model gives for them. On every rank: a sharded model needs them all."""
     # no more than memory has allowed a step: it may have run out
-    probe = np.array(split_by_tokens(run.train.lengths[:8], plan_in_force(run, state).max_tokens)[0])
-    batch = collate(run.train, probe, np.ones(len(probe)), run.pad_token_id, run.accelerator.device).inputs
+    padding, limit = run.forward.padding, plan_in_force(run, state).max_tokens
+    probe = np.array(split_by_tokens(run.train.lengths[:8], limit, one_length=padding.one_length)[0])
+    device = run.accelerator.device
+    batch = collate(run.train, probe, np.ones(len(probe)), run.pad_token_id, device, left=padding.left).inputs
     with torch.no_grad():
         expected = run.model.eval()(**batch).logits
     if run.sharded:  # the whole may fit no device but the host, where other kernels round otherwise
@@ -329,6 +331,7 @@ def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str
         "compile_seconds": (run.compile_seconds or 0) + run.graphs.seconds if run.graphs else run.compile_seconds,
         "precision": inputs.precision,
         "backbone": dataclasses.asdict(run.backbone),
+        "padding": dataclasses.asdict(run.forward.padding),
         "resumed_from": list(state.resumed_from),
         "label_names": inputs.corpus.label_names,
         "label_values": inputs.corpus.label_values,

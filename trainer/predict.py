@@ -132,7 +132,7 @@ def predict(options: Options) -> int:
     from trainer.evaluation import score_split
     from trainer.metrics import classification_metrics
     from trainer.model import COMPUTE_TYPES
-    from trainer.packed import PackedForward, PaddedForward, why_not_packed
+    from trainer.packed import PackedForward, PaddedForward, Padding, why_not_packed
     from trainer.processes import choose_precision, together
     from trainer.tokenising import tokenise
 
@@ -144,14 +144,16 @@ def predict(options: Options) -> int:
     split, ids, warnings = load_for_prediction(source, config.data, label_names, id_column, options.quiet)
     backbone, unverified = find_trained_backbone(Path(options.run), config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
+    summary = json.loads((Path(options.run) / "summary.json").read_text(encoding="utf-8"))
+    padding = Padding(**summary.get("padding", {}))
     precision = choose_precision(options.precision)
     same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
     with together(precision, same) as (accelerator, _):
         model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
         model.to(accelerator.device)
-        packed = config.model.packed is not False and why_not_packed(model) is None
+        packed = config.model.packed is not False and padding.packs and why_not_packed(model) is None
         logits = score_split(
-            PackedForward(model, None) if packed else PaddedForward(model),
+            PackedForward(model, None) if packed else PaddedForward(model, padding),
             examples,
             accelerator,
             max_tokens=options.max_tokens,

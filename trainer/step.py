@@ -138,7 +138,8 @@ def _add_gradient(run: Training, step: int, ids: np.ndarray, weights: np.ndarray
     """Adds the gradient of a micro-batch's weighted losses to that of the parameters; these losses, [B], detached."""
     shape = shape_of(run.train.lengths[ids]) if run.graphs is not None else None
     padding = None if run.forward.packed else run.pad_token_id
-    batch = collate(run.train, ids, weights, padding, run.accelerator.device, shape)
+    left = run.forward.padding.left
+    batch = collate(run.train, ids, weights, padding, run.accelerator.device, shape, left)
 
     def work(batch: Batch, layout: Layout | None = None) -> torch.Tensor:
         with run.accelerator.autocast():

@@ -24,7 +24,15 @@ from transformers import (
 from trainer.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors, load_plain
 from trainer.backbone import Backbone, find_backbone
 from trainer.config import ModelConfig, PeftConfig, UserError
-from trainer.model import PEFT_TYPES, _wrap, adapter_config, build_model, check_fit, parameter_table
+from trainer.model import (
+    PEFT_TYPES,
+    _wrap,
+    adapter_config,
+    build_model,
+    check_fit,
+    parameter_table,
+    set_precision,
+)
 
 NAMES = ["World", "Sports", "Business", "Sci/Tech"]
 ATTENTION = ["query", "value"]
@@ -164,7 +172,8 @@ def test_types_of_trained_and_frozen_weights(tiny_backbone, tmp_path, compute_ty
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     stored_tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
     safetensors.torch.save_file(stored_tensors, folder / "model.safetensors", {"format": "pt"})
-    model = build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42, compute_type)
+    model = build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42)
+    set_precision(model, compute_type)
     kinds = {}
     for name, parameter in model.named_parameters():
         kind = "trained" if parameter.requires_grad else "matrix" if ".base_layer." in name or "dense" in name else ""
@@ -178,10 +187,10 @@ def test_types_of_trained_and_frozen_weights(tiny_backbone, tmp_path, compute_ty
 
 def test_the_seed_alone_draws_head_and_adapter(backbone):
     torch.manual_seed(1)
-    one = adapter_tensors(build_model(backbone, LORA, 42, torch.float32))
+    one = adapter_tensors(build_model(backbone, LORA, 42))
     torch.manual_seed(2)
-    same = adapter_tensors(build_model(backbone, LORA, 42, torch.float32))
-    other = adapter_tensors(build_model(backbone, LORA, 43, torch.float32))
+    same = adapter_tensors(build_model(backbone, LORA, 42))
+    other = adapter_tensors(build_model(backbone, LORA, 43))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(
         one["base_model.model.classifier.dense.weight"], other["base_model.model.classifier.dense.weight"]
@@ -200,8 +209,8 @@ def test_every_supported_method_is_tested():
 def method(request, backbone, batch, tmp_path_factory):
     """A method's settings, a model trained with it, and the folder of its adapter."""
     settings = PeftConfig(peft_type=request.param.split(" ")[0], options=METHODS[request.param])
-    untrained = adapter_tensors(build_model(backbone, settings, 42, torch.float32))
-    model = train(build_model(backbone, settings, 42, torch.float32), batch)
+    untrained = adapter_tensors(build_model(backbone, settings, 42))
+    model = train(build_model(backbone, settings, 42), batch)
     folder = save(model, tmp_path_factory.mktemp("method") / "adapter")
     return settings, model, folder, untrained
 
@@ -217,7 +226,8 @@ def test_a_saved_adapter_gives_the_same_logits(method, backbone, batch):
 
 def test_in_bf16_too(method, backbone, batch, tmp_path):
     settings, model, _, _ = method
-    narrow = build_model(backbone, settings, 42, torch.bfloat16).eval()
+    narrow = build_model(backbone, settings, 42).eval()
+    set_precision(narrow, torch.bfloat16)
     load_adapter_tensors(narrow, adapter_tensors(model), "test")
     fresh = load_plain(backbone, save(narrow, tmp_path / "adapter"), torch.bfloat16)
     assert not trained(fresh)
@@ -238,14 +248,14 @@ def test_training_changed_the_logits_by_more_than_the_head(method, backbone, bat
     settings, model, _, untrained = method
     trained_tensors = adapter_tensors(model)
     headless = {n: untrained[n] if "classifier" not in n else tensor for n, tensor in trained_tensors.items()}
-    fresh = build_model(backbone, settings, 42, torch.float32).eval()
+    fresh = build_model(backbone, settings, 42).eval()
     load_adapter_tensors(fresh, headless, "test")
     assert (logits(fresh, batch) - logits(model, batch)).abs().max() > 1e-4
 
 
 def test_a_checkpoint_holds_all_that_trains(method, backbone, batch):
     settings, model, _, _ = method
-    fresh = build_model(backbone, settings, 42, torch.float32)
+    fresh = build_model(backbone, settings, 42)
     with torch.no_grad():
         for parameter in trained(fresh).values():
             parameter.normal_()
@@ -282,9 +292,9 @@ def damaged(tensors):
 
 @pytest.mark.parametrize("fault", [0, 1, 2])
 def test_strict_loading(backbone, batch, tmp_path, fault):
-    model = train(build_model(backbone, LORA, 42, torch.float32), batch)
+    model = train(build_model(backbone, LORA, 42), batch)
     message, tensors = list(damaged(adapter_tensors(model)))[fault]
-    fresh = build_model(backbone, LORA, 42, torch.float32)
+    fresh = build_model(backbone, LORA, 42)
     before = adapter_tensors(fresh)
     with pytest.raises(UserError, match=message):
         load_adapter_tensors(fresh, tensors, "the checkpoint")
@@ -316,7 +326,7 @@ def test_freshly_drawn_layers_train_and_are_saved(family, tmp_path, tiny_tokeniz
     }[family]  # fmt: skip
     backbone = saved_backbone(kind, config, tmp_path / "backbone", tiny_tokenizer)
     settings = PeftConfig(options={"r": 2, "target_modules": targets})
-    model = build_model(backbone, settings, 42, torch.float32)
+    model = build_model(backbone, settings, 42)
     assert any(f"{new}." in f"{name.replace('modules_to_save.default.', '')}" for name in trained(model)), list(
         trained(model)
     )
@@ -334,7 +344,8 @@ def test_adapters_that_give_fp32_train_in_bf16(kind, tmp_path, tiny_tokenizer, b
     config = DebertaV2Config(**{**SHAPE, "vocab_size": len(tiny_tokenizer)})
     backbone = saved_backbone(DebertaV2Model, config, tmp_path / "backbone", tiny_tokenizer)
     settings = PeftConfig(kind, options={**METHODS[kind], "target_modules": ["query_proj", "value_proj"]})
-    model = build_model(backbone, settings, 42, torch.bfloat16)
+    model = build_model(backbone, settings, 42)
+    set_precision(model, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in trained(model).values())
@@ -345,7 +356,7 @@ def test_a_head_of_another_number_of_classes_is_drawn_anew(backbone, tmp_path, t
     config = RobertaConfig(**{**SHAPE, "vocab_size": len(tiny_tokenizer), "num_labels": 7})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "backbone")
     tiny_tokenizer.save_pretrained(tmp_path / "backbone")
-    model = build_model(find_backbone(ModelConfig(name=str(tmp_path / "backbone")), NAMES), LORA, 42, torch.float32)
+    model = build_model(find_backbone(ModelConfig(name=str(tmp_path / "backbone")), NAMES), LORA, 42)
     assert trained(model)["base_model.model.classifier.modules_to_save.default.out_proj.weight"].shape == (4, 32)
 
 
@@ -418,7 +429,7 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
     shutil.copytree(tiny_backbone, folder)
     spoil(folder, what)
     with pytest.raises(UserError, match=message):
-        build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42, torch.float32)
+        build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42)
 
 
 @pytest.mark.parametrize(
@@ -466,5 +477,5 @@ def test_all_wrong_options_are_named_at_once(backbone):
 
 def test_settings_are_not_changed_by_building(backbone):
     before = dataclasses.asdict(LORA)
-    build_model(backbone, LORA, 42, torch.float32)
+    build_model(backbone, LORA, 42)
     assert dataclasses.asdict(LORA) == before

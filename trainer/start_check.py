@@ -1,0 +1,154 @@
+"""The check before step 1: the model that trains is the model, and an example's logits are its own.
+
+Always holds: a model that passes gives an example the same logits in training (nothing dropped) and in evaluation,
+alone and beside other examples, padded and packed. The check runs in fp32 on a twin of the model and changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from trainer.backbone import one_line
+from trainer.batching import collate
+from trainer.config import UserError
+from trainer.data import TextSplit
+from trainer.dropout import DropoutKeys, install, twin_of
+from trainer.packed import PackedForward, Padding, why_not_packed
+from trainer.tokenising import Examples
+
+NUM_TOKENS = 20, 512
+"""fewest and most tokens of the longer example; more than the fewest while parameters x tokens stay below `WORK`"""
+WORK = 2e9
+NUM_TEXTS = 32
+"""rows of the split that the examples are made of"""
+TOLERANCE = 2e-5
+"""what rounding explains in fp32: a difference of logits, as a fraction of the largest logit or of 1"""
+
+
+def trial_rows(split: TextSplit, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, ...]) -> Examples:
+    """Examples of at most these lengths, made of a split's first texts; no shorter, unless these are very short."""
+    texts = split.texts[:NUM_TEXTS]
+    pairs = split.text_pairs[:NUM_TEXTS] if split.text_pairs is not None else texts[:0]
+    rows = [
+        tokenizer(
+            " ".join(texts[start::2] or texts),
+            " ".join(pairs[start::2] or pairs) if pairs else None,
+            truncation=True,
+            max_length=length,
+        )
+        for start, length in enumerate(lengths)
+    ]
+    names = {"tokens": "input_ids"} | ({"token_types": "token_type_ids"} if pairs else {})
+    arrays = {ours: np.concatenate([row[name] for row in rows]) for ours, name in names.items() if name in rows[0]}
+    sizes = np.array([len(row["input_ids"]) for row in rows])
+    return Examples(
+        tokens=arrays["tokens"],
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        token_types=arrays.get("token_types"),
+        labels=np.zeros(len(rows), dtype=np.int64),
+        lengths=sizes,
+    )
+
+
+def check_start(
+    model: PeftModel, seed: int, split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
+) -> tuple[DropoutKeys, Padding]:
+    """Installs keyed dropout and tries two examples in every way in which they may be computed.
+
+    Args:
+        model: in fp32 on the CPU; its dropout is changed in place.
+        seed: of the run.
+        split: real texts.
+        tokenizer: of the model.
+        max_length: longest example in tokens.
+        name: of the backbone, for messages.
+
+    Returns:
+        the keys of its dropout, and how its examples may share a batch.
+
+    Raises:
+        UserError: the model cannot compute them, trains another function than it evaluates, or an example's logits
+            depend on the other examples of its batch whatever the padding.
+    """
+    num_special = tokenizer.num_special_tokens_to_add(pair=split.text_pairs is not None)
+    fitting = int(WORK / sum(parameter.numel() for parameter in model.parameters()))
+    long = min(max_length, max(NUM_TOKENS[0], min(NUM_TOKENS[1], fitting)))
+    short = max(2 * long // 5, num_special)
+    try:
+        keys = install(model, seed)
+        trial = _Trial(twin_of(model).eval(), keys, tokenizer.pad_token_id)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            padding, rows = trial.find_padding(
+                trial_rows(split, tokenizer, (long, short)), trial_rows(split, tokenizer, (short, short))
+            )
+            if padding is None:
+                raise UserError(
+                    f"model.name: {name} is not supported: the logits of an example depend on the other examples of "
+                    "its batch"
+                )
+            if not trial.trains_what_it_evaluates(rows, padding):
+                raise UserError(
+                    f"model.name: {name} is not supported: in training it computes other logits than in evaluation, "
+                    "though nothing is dropped"
+                )
+            packs = why_not_packed(model) is not None or trial.packs(rows)
+            return keys, dataclasses.replace(padding, packs=packs)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: a family's own code meets numbers that it was not written for
+        raise UserError(f"model.name: {name} cannot compute an example: {one_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A twin of the model, in evaluation mode."""
+
+    model: PeftModel
+    keys: DropoutKeys
+    pad_token_id: int
+
+    def logits(self, rows: Examples, ids: list[int], left: bool = False) -> torch.Tensor:
+        """[B, C] of the rows `ids` in one batch."""
+        batch = collate(rows, np.array(ids), np.ones(len(ids)), self.pad_token_id, torch.device("cpu"), left=left)
+        logits: torch.Tensor = self.model(**batch.inputs).logits
+        return logits
+
+    def alone(self, rows: Examples) -> torch.Tensor:
+        return torch.cat([self.logits(rows, [0]), self.logits(rows, [1])])
+
+    def find_padding(self, unequal: Examples, equal: Examples) -> tuple[Padding | None, Examples]:
+        """The padding that leaves logits alone, and the rows to go on with; None where none does."""
+        expected = self.alone(unequal)
+        if is_same(self.logits(unequal, [0, 1]), expected):
+            return Padding(), unequal
+        # keyed masks begin at the first token; padding on the left is for models with dropout that has no keys anyway
+        unkeyed = self.keys.unreached or not self.keys.sites
+        if unkeyed and is_same(self.logits(unequal, [0, 1], left=True), expected):
+            self.keys.sites = dict.fromkeys(self.keys.sites)
+            return Padding(left=True), unequal
+        one_length = is_same(self.logits(equal, [0, 1]), self.alone(equal))
+        return (Padding(one_length=True) if one_length else None), equal
+
+    def trains_what_it_evaluates(self, rows: Examples, padding: Padding) -> bool:
+        expected = self.logits(rows, [0, 1], padding.left)
+        self.model.train()
+        with self.keys.dropping_nothing():
+            found = self.logits(rows, [0, 1], padding.left)
+        self.model.eval()
+        return is_same(found, expected)
+
+    def packs(self, rows: Examples) -> bool:
+        batch = collate(rows, np.arange(2), np.ones(2), None, torch.device("cpu"))
+        return is_same(PackedForward(self.model, None)(batch.inputs, batch.lengths), self.alone(rows))
+
+
+def is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether rounding explains the difference of logits; not where one is not finite."""
+    scale = max(1.0, expected.abs().max().item())
+    return (found - expected).abs().max().item() <= TOLERANCE * scale
