@@ -250,10 +250,23 @@ def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextS
     labels = None
     if table.label_codes is not None:
         labels = _class_numbers(table, table.label_codes, label_names, warnings)
+        if (
+            table.origin.layout.column_names
+            and len(labels) > 4
+            and np.sum(table.label_codes == table.label_codes[0]) == 1
+        ):
+            first = table.label_values[table.label_codes[0]]
+            warnings.append(f"{table.origin.where}: is row 1 a header? Its label {first!r} is in no other row")
     rows = table.texts.rows
     return TextSplit(
         table.origin.name, table.origin.layout.path, table.texts, table.text_pairs, labels, rows, table.digests
     )
+
+
+def _is_first_alone(table: Table, codes: np.ndarray) -> bool:
+    """Whether the first row of a file read without a header has a label of its own, and most others share theirs."""
+    is_few = 2 * len(table.label_values) <= len(codes)
+    return bool(table.origin.layout.column_names) and is_few and np.count_nonzero(codes == codes[0]) == 1
 
 
 def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warnings: list[str]) -> np.ndarray:

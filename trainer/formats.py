@@ -43,7 +43,6 @@ _SIGNS = {
     b"PK\x03\x04": "is a zip archive or a spreadsheet; name it .zip or .xlsx",
     b"PAR1": "is a parquet file; name it .parquet",
     b"ARROW1": "is an Arrow file; name it .arrow",
-    b"version https://git-lfs": "is a Git LFS pointer, not the data; fetch it with git lfs pull",
 }
 
 Chunk = tuple[int, dict[str, list[Any]]]
@@ -373,7 +372,7 @@ def _refuse_header(row: list[Any], names: list[str], where: str, prefix: str) ->
         shown = ", ".join(map(str, row))[:80]
         raise ValueError(
             f"{where} is a header ({shown}), and column_names is for files without one: {prefix}column_names "
-            f"{'[]' if prefix != '--data.' else 'null'}"
+            f"{'[]' if prefix != '--data.' else 'null'} (if it is a row, give the columns other names)"
         )
 
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # importing it takes most of a second, and files need none of
 
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
 
+LFS_POINTER = b"version https://git-lfs.github.com"
+
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/\w[\w.-]*(/\w[^/\\:]*)?(:\w[\w.+-]*)?")
 _FILE_NAME = re.compile(r".*\.[A-Za-z]{3,7}")  # a hub name of this form is written with its split: owner/name.abc:train
 _PART = re.compile(r"part[-_.]?\d.*")  # of Spark, Dask and others
@@ -151,11 +153,14 @@ def find_files(name: str, path: str) -> list[str]:
             raise UserError(f"{where}: {file} is of no known type ({', '.join((*FILE_TYPES, *PACKED))})")
         if not Path(file).is_file():
             raise UserError(f"{where}: {file} is no file")
+        with open(file, "rb") as content:
+            if content.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{where}: {file} is a Git LFS pointer, not the data; fetch it with git lfs pull")
     return paths
 
 
 def check_places(sources: dict[str, str | Source | None]) -> None:
-    """Refuses paths that name no file, all of them at once; reads nothing and asks no hub."""
+    """Refuses paths that name no file, all of them at once; reads no rows and asks no hub."""
     problems = []
     for name, source in sources.items():
         path = source.path if isinstance(source, Source) else source

@@ -193,7 +193,7 @@ def test_an_input_keeps_rows_without_text_and_says_so():
 def test_a_header_is_not_read_as_a_row(header):
     path = write("x.csv", f"{header}\na,x\nb,y\n")
     said = refused(path, column_names=["text", "label"])
-    assert " is a header (" in said and said.endswith("column_names is for files without one: --data.column_names null")
+    assert " is a header (" in said and "without one: --data.column_names null (if it is a row" in said
     with pytest.raises(UserError, match=r"is a header .* --column_names \[\]"):
         predicted(path, column_names=["text", "label"])
 
@@ -202,6 +202,9 @@ def test_a_header_with_some_other_names_is_no_row_either():
     path = write("x.csv", "Class Index,Title,Description\n1,a,b\n2,c,d\n")
     layout = {"column_names": ["label", "title", "description"], "text_columns": ["title", "description"]}
     assert "line 1 is a header (Class Index, Title, Description)" in refused(path, **layout)
+    path = write("y.csv", "review,stars\n" + "a,x\nb,y\n" * 3)
+    corpus = load_corpus(DataConfig(train=path, column_names=["text", "label"], validation_fraction=0), 1)
+    assert corpus.warnings[0] == "data.train: is row 1 a header? Its label 'stars' is in no other row"
     write("part/a.csv", "1,a,b\n2,c,d\n")
     assert rows("part/*.csv", **layout) == [("a b", "1"), ("c d", "2")]
     write("part/b.csv", "label,Title,description\n1,a,b\n")
@@ -273,7 +276,6 @@ def test_encodings(encoding, is_packed):
         (ACCENT.encode(), "utf-16-le", "is UTF-8, not utf-16-le: --data.encoding utf-8"),
         (packed(b"x"), "utf-8", "is packed by gzip; add .gz to its name"),
         (b"PK\x03\x04", "cp1252", "is a zip archive or a spreadsheet; name it .zip or .xlsx"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "utf-8", "is a Git LFS pointer, not the data"),
     ],
 )
 def test_another_encoding_or_type_is_named(content, encoding, said):
@@ -322,6 +324,12 @@ def test_stored_class_names_are_used(name):
     write_table(table.replace_schema_metadata(None), f"z{name}")
     assert rows(f"z{name}") == [("a", "1"), ("b", "0")]
     assert refused(f"*{name}") == f"z{name}: the stored class names of 'label' are not those of {name}"
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet", "x.json", "x.arrow", "x.csv.gz", "x.xlsx"])
+def test_a_git_lfs_pointer_is_named(name):
+    path = write(name, "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    assert refused(path) == f"{path} is a Git LFS pointer, not the data; fetch it with git lfs pull"
 
 
 def test_bytes_that_are_no_text_in_parquet_are_named_by_row():
