@@ -44,10 +44,10 @@ HEADERS = {"full": ("id", "prediction"), "contest": ("ID", "Label")}
 
 @dataclass(frozen=True)
 class Copy:
-    """The backbone, where it is no longer where it was trained on."""
+    """An unchanged copy of the run's backbone in another place."""
 
     name: str | None = None
-    """hub id, local folder or package:NAME/dir of an unchanged copy; null = as in training"""
+    """hub id, local folder or package:NAME/dir; null = as in training"""
     revision: str | None = None
     """branch, tag or commit of a hub model; null = the commit of the training"""
 
