@@ -256,7 +256,7 @@ def labels_to_write(options: Options, config: Config, label_names: list[str]) ->
         return label_names, f"holds the names of the classes, since {why}: {quoted(label_names)}"
     labels = [own[0] for own in of_class.values()]
     if all(map(is_number, label_names)) and not all(map(is_number, labels)):
-        return label_names, f"holds the numbers of data.label_names: {quoted(label_names)}"
+        return label_names, f"holds the names of the classes, which are numbers: {quoted(label_names)}"
     return labels, f"holds the labels of {origin}: {quoted(labels)}"
 
 
