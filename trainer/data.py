@@ -250,11 +250,7 @@ def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextS
     labels = None
     if table.label_codes is not None:
         labels = _class_numbers(table, table.label_codes, label_names, warnings)
-        if (
-            table.origin.layout.column_names
-            and len(labels) > 4
-            and np.sum(table.label_codes == table.label_codes[0]) == 1
-        ):
+        if _is_first_alone(table, table.label_codes):
             first = table.label_values[table.label_codes[0]]
             warnings.append(f"{table.origin.where}: is row 1 a header? Its label {first!r} is in no other row")
     rows = table.texts.rows
