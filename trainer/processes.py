@@ -106,7 +106,7 @@ def choose_precision(wanted: str, begun: bool = False) -> str:
     if wanted == "fp16" and on_cpu:
         hint = "this run has begun with it: continue on a GPU, or --run.name NAME" if begun else "use bf16, no or auto"
         raise UserError(f"run.precision: fp16 on a CPU is dozens of times slower than fp32; {hint}")
-    planned = os.environ.get("ISOTRAIN_PRECISION")
+    planned = None if begun else os.environ.get("ISOTRAIN_PRECISION")
     if planned in {"no", "fp16", "bf16"} - {wanted}:
         raise UserError(
             f"run.precision is {wanted}, and launch.sh planned {planned}; give --run.precision, or change "

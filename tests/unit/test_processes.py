@@ -409,6 +409,7 @@ def test_another_precision_than_planned_is_refused(unlaunched):
     assert choose_precision("bf16") == "bf16"
     with pytest.raises(UserError, match=r"run\.precision is no, and launch\.sh planned bf16"):
         choose_precision("no")
+    assert choose_precision("no", begun=True) == "no"  # launch.sh does not know what the run has begun with
 
 
 def test_another_number_of_processes_than_asked_for_is_refused(unlaunched):
