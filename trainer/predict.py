@@ -139,12 +139,12 @@ def predict(options: Options) -> int:
     silence_libraries()
     source = _source(options)
     _refuse_other_classes(source, label_names)
-    labels, what_labels = labels_to_write(options, config, label_names)
+    summary = _summary(Path(options.run))
+    labels, what_labels = labels_to_write(options, config, summary, label_names)
     id_column, what_ids = _id_column(options, id_columns(source, config.data) if options.id_column is None else [])
     split, ids, warnings = load_for_prediction(source, config.data, label_names, id_column, options.quiet)
     backbone, unverified = find_trained_backbone(Path(options.run), config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
-    summary = json.loads((Path(options.run) / "summary.json").read_text(encoding="utf-8"))
     padding = Padding(**summary.get("padding", {}))
     precision = choose_precision(options.precision)
     same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
@@ -235,7 +235,16 @@ def _id_column(options: Options, found: list[str]) -> tuple[str | None, str]:
     return None, f"holds the row, counted from 0{several}"
 
 
-def labels_to_write(options: Options, config: Config, label_names: list[str]) -> tuple[list[str], str]:
+def _summary(run: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--run: {run}: summary.json cannot be read: {error}") from None
+
+
+def labels_to_write(
+    options: Options, config: Config, summary: dict[str, Any], label_names: list[str]
+) -> tuple[list[str], str]:
     """What stands for each class in the output [C], and what that is in words.
 
     A submission holds the labels of the data. It holds the names of the classes where several labels mean one class,
@@ -243,7 +252,7 @@ def labels_to_write(options: Options, config: Config, label_names: list[str]) ->
     """
     if options.layout == "full":
         return label_names, "holds the names of the classes"
-    values, origin = _label_values(options, config, label_names)
+    values, origin = _label_values(options, config, summary, label_names)
     if not values:
         numbers = [str(i) for i in range(len(label_names))]
         return numbers, f"holds numbers counted from 0, as this run has no record of its labels: {quoted(numbers)}"
@@ -260,9 +269,10 @@ def labels_to_write(options: Options, config: Config, label_names: list[str]) ->
     return labels, f"holds the labels of {origin}: {quoted(labels)}"
 
 
-def _label_values(options: Options, config: Config, label_names: list[str]) -> tuple[dict[str, str], str]:
+def _label_values(
+    options: Options, config: Config, summary: dict[str, Any], label_names: list[str]
+) -> tuple[dict[str, str], str]:
     """{label: class name} with every class, and where it is from; empty where nothing says it."""
-    summary = json.loads((Path(options.run) / "summary.json").read_text(encoding="utf-8"))
     configured = completed(config.data.train or "", config.data).label_names
     mappings: dict[str, Any] = {
         "--label_names": parse_label_names(options.label_names) if options.label_names is not None else None,

@@ -15,7 +15,7 @@ from trainer.config import Config, DataConfig, EvaluationConfig, OptimConfig, So
 from trainer.data import id_columns, load_corpus, load_for_prediction
 from trainer.labels import label_text, look_alikes, match_labels
 from trainer.metrics import metric_value
-from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, labels_to_write
+from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, _summary, labels_to_write
 
 
 @pytest.fixture(autouse=True)
@@ -150,9 +150,9 @@ FOUR = ["World", "Sports", "Business", "Tech"]
 
 def submission(folder, config, classes, values, output="x.csv", **options):
     """The labels that a prediction of each class in turn is written as, and the line that says what they are."""
-    (folder / "summary.json").write_text(json.dumps({} if values is None else {"label_values": values}))
+    summary = {} if values is None else {"label_values": values}
     asked = Options(str(folder), "input.csv", output, layout="contest", **options)
-    labels, told = labels_to_write(asked, config, classes)
+    labels, told = labels_to_write(asked, config, summary, classes)
     text = _rendered(asked, [str(i) for i in range(len(labels))], np.eye(len(labels)) * 9, classes, labels)
     return text, told
 
@@ -240,6 +240,13 @@ def test_truth_values_of_a_run_of_an_earlier_version(tmp_path):
         source = Source(str(labelled(tmp_path / name, labels)))
         split, *_ = load_for_prediction(source, DataConfig(train="x"), ["False", "True"], None)
         assert split.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("content", ["", "{", "3", "\xff"])
+def test_a_summary_that_is_damaged(tmp_path, content):
+    (tmp_path / "summary.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"summary\.json cannot be read"):
+        _summary(tmp_path)
 
 
 def test_whole_numbers_are_numbers_in_jsonl(tmp_path):
