@@ -145,15 +145,17 @@ def _check_head(head: bytes, encoding: str, prefix: str) -> None:
         if head.startswith(sign):
             raise ValueError(told)
     name = codecs.lookup(encoding).name.removesuffix("-sig")
-    marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if name == "utf-8":
-        if marked:
-            raise ValueError(f"is UTF-16: {prefix}encoding utf-16")
-        if head.count(0) > len(head) // 5:
-            raise ValueError(f"has a NUL in place of every other letter: {prefix}encoding utf-16-le (or utf-16-be)")
-    elif name == "utf-16" and head and not marked:
-        raise ValueError(f"has no byte order mark: {prefix}encoding utf-16-le (or utf-16-be), or utf-8")
-    elif b"\0" not in head and not head.isascii() and _is_utf8(head):
+    is_marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if name.startswith(("utf-16", "utf-32")):
+        if head and b"\0" not in head and _is_utf8(head):
+            raise ValueError(f"is UTF-8, not {encoding}: {prefix}encoding utf-8")
+        if head and name == "utf-16" and not is_marked:
+            raise ValueError(f"has no byte order mark: {prefix}encoding utf-16-le (or utf-16-be)")
+    elif is_marked:
+        raise ValueError(f"is UTF-16: {prefix}encoding utf-16")
+    elif head.count(0) > len(head) // 5:
+        raise ValueError(f"has a NUL in place of every other letter: {prefix}encoding utf-16-le (or utf-16-be)")
+    elif name != "utf-8" and not head.isascii() and _is_utf8(head):
         raise ValueError(f"is UTF-8, not {encoding}: {prefix}encoding utf-8")
 
 
@@ -360,7 +362,7 @@ def _whole_rows(
         if may_be_header:
             _refuse_header(row, names, place(), request.prefix)
             may_be_header = False
-        if row == names and len(names) > 1:
+        if row[-1] == names[-1] and len(names) > 1 and [str(cell).removeprefix("\ufeff") for cell in row] == names:
             raise ValueError(f"{place()} repeats the names of the columns; remove it")
         yield row
 

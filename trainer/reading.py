@@ -196,13 +196,12 @@ def find_origin(name: str, layout: Source) -> Origin:
 def _files_in(folder: Path, name: str) -> list[str]:
     """The files of a folder that one table was saved to: by `save_to_disk`, or as part files."""
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = _saved_names(folder / "dataset_dict.json")
         if name not in splits:
             raise ValueError(f"{folder} holds the splits {', '.join(splits)}; name one, as {folder / splits[0]}")
         folder = folder / name
     if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [str(folder / file["filename"]) for file in state["_data_files"]]
+        return [str(folder / file) for file in _saved_names(folder / "state.json")]
     entries = sorted(os.listdir(folder))
     if {"_delta_log", "_temporary"} & set(entries):
         raise ValueError(f"{folder} is a Delta table, or what an unfinished Spark job left; export it as parquet")
@@ -210,6 +209,15 @@ def _files_in(folder: Path, name: str) -> list[str]:
     if not parts or not all(_PART.fullmatch(part) and (folder / part).is_file() for part in parts):
         raise ValueError(f"{folder} is a folder; name the files that belong to this split, as '{folder}/*.csv'")
     return [str(folder / part) for part in parts]
+
+
+def _saved_names(path: Path) -> list[str]:
+    """What `save_to_disk` notes in a file: the splits of a DatasetDict, or the files of a data set."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return [str(name) for name in saved.get("splits") or [file["filename"] for file in saved["_data_files"]]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not as save_to_disk writes it") from None
 
 
 def _hash_of(path: str) -> str:

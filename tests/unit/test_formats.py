@@ -212,8 +212,9 @@ def test_a_header_with_some_other_names_is_no_row_either():
 
 
 def test_a_header_in_the_middle_is_no_row():
-    path = write("x.csv", "text,label\na,x\ntext,label\nb,y\n")  # cat a.csv b.csv
-    assert refused(path) == "x.csv: line 3 repeats the names of the columns; remove it"
+    # cat a.csv b.csv
+    for text in ("text,label\na,x\ntext,label\nb,y\n", "\ufefftext,label\na,x\n\ufefftext,label\nb,y\n"):
+        assert refused(write("x.csv", text)) == "x.csv: line 3 repeats the names of the columns; remove it"
     assert predicted(write("y.csv", "text\na\ntext\n"))[0] == [("0", "a"), ("1", "text")]
 
 
@@ -273,6 +274,10 @@ def test_encodings(encoding, is_packed):
         (ACCENT.encode("utf-16-le"), "utf-16", "has no byte order mark: --data.encoding utf-16-le"),
         (ACCENT.encode("utf-16")[:-1], "utf-16", "line 3 has a byte that is not UTF-16 (0x0a, character 4)"),
         (ACCENT.encode(), "cp1252", "is UTF-8, not cp1252: --data.encoding utf-8"),
+        (b"text,label\na,x\nb,y\n", "utf-16-le", "is UTF-8, not utf-16-le: --data.encoding utf-8"),
+        (b"text,label\na,x\nb,y\n", "utf-16", "is UTF-8, not utf-16: --data.encoding utf-8"),
+        (ACCENT.encode("utf-16"), "cp1252", "is UTF-16: --data.encoding utf-16"),
+        (ACCENT.encode("utf-16-be"), "latin-1", "has a NUL in place of every other letter: --data.encoding utf-16-le"),
         (ACCENT.encode(), "utf-16-le", "is UTF-8, not utf-16-le: --data.encoding utf-8"),
         (packed(b"x"), "utf-8", "is packed by gzip; add .gz to its name"),
         (b"PK\x03\x04", "cp1252", "is a zip archive or a spreadsheet; name it .zip or .xlsx"),
@@ -446,6 +451,9 @@ def test_saved_data_sets():
     assert rows("all") == rows("all/test") == wanted
     with pytest.raises(UserError, match="all holds the splits train, test; name one, as all/train"):
         predicted("all")
+    for content in ("{", "[]", "{}", '{"_data_files": [1]}'):
+        write("broken/state.json", content)
+        assert refused("broken") == "broken/state.json is not as save_to_disk writes it"
 
 
 # --- several files ----------------------------------------------------------------------------------------------------
