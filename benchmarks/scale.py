@@ -127,9 +127,9 @@ def measure_repeat(chosen):
             few = split.take(name, np.arange(min(len(split), chosen["tokenise_max"])))
             some = tokenising.tokenise(few, tokenizer, MAX_LENGTH, quiet=True)
 
-            key = tokenising._cache_key(split, tokenizer, MAX_LENGTH)
+            path = tokenising.cache_folder(quiet=True) / tokenising._cache_key(split, tokenizer, MAX_LENGTH)
             parts = repeated(some, len(split))
-            tokenising._keep(tokenising.cache_folder() / key, ["tokens", "lengths"], parts)
+            tokenising._keep(path, path.with_suffix(".part"), ["tokens", "lengths"], parts)
     return {"seconds": seconds[0]}
 
 

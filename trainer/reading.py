@@ -116,7 +116,8 @@ def files_of(path: str, name: str = "input") -> list[str]:
     found: list[str] = []
     for match in sorted(set(glob.glob(path, recursive=True))):
         if not Path(match).is_dir():
-            found.append(match)
+            if Path(match).suffix or not Path(match).name.startswith("_"):  # not _SUCCESS of Spark
+                found.append(match)
         elif "**" not in path:  # ** has matched what is in the folder, too
             found += _files_in(Path(match), name)
     same = {os.path.realpath(file): file for file in found}

@@ -430,7 +430,7 @@ def test_folders_of_part_files():
         write(f"spark/{name}", "")
     write("spark/part-00000-f.csv", "text,label\na,x\n")
     write("spark/part-00002-f.csv", "text,label\nb,y\n")
-    assert rows("spark") == rows("spark/") == rows("spar*") == ROWS
+    assert rows("spark") == rows("spark/") == rows("spar*") == rows("spark/*") == rows("spar*/**") == ROWS
     write("lines/part-0.json", LINES.splitlines()[0])
     write("lines/part-1.json", LINES.splitlines()[1])
     assert rows("lines") == ROWS
