@@ -59,7 +59,7 @@ def build(task):
     config = parse_config(arguments(task))
     folder = task.folder / "runs" / "isotrain"
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = start_accelerator(task.precision, folder)
+    accelerator = start_accelerator(task.precision)
     inputs = building.prepare(config, folder, task.precision, accelerator.device)
     return building.build(inputs, accelerator, StopRequest(), Watch())
 

@@ -73,7 +73,7 @@ def build(folder):
     config = parse_config(["--recipe", "quickstart", "--run.output_dir", str(folder)])
     precision = choose_precision(config.run.precision)
     folder.mkdir(exist_ok=True)
-    accelerator = start_accelerator(precision, folder, config.tracking.backends)
+    accelerator = start_accelerator(precision)
     inputs = building.prepare(config, folder, precision, accelerator.device)
     return precision, building.build(inputs, accelerator, StopRequest(), Watch())
 

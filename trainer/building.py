@@ -158,7 +158,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
             **({"adapter to start from": inputs.start.fingerprint()} if inputs.start is not None else {}),
         },
         backbone=inputs.backbone.identity,
-        log=RunLog(inputs.folder, accelerator, config.run.quiet),
+        log=RunLog(inputs.folder, accelerator.is_main_process, config.run.quiet),
         stop=stop,
         watch=watch,
         sharded=sharded,

@@ -37,7 +37,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto = continue an unfinished run of the same configuration and data; never = refuse a folder that is in use"""
     precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """arithmetic of the frozen part; auto = what accelerate was launched with, else the device's best"""
+    """arithmetic of the frozen part; auto = accelerate's own setting, else the device's best, for the whole run"""
     quiet: bool = False
     """true = print nothing but errors"""
 

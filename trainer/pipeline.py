@@ -66,7 +66,7 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
         notes.append(f"run.precision: auto stays {kept}, as when the run began; this machine would choose {alone}")
     _check_trackers(config.tracking.backends)
     same = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
-    with together(precision, same, folder, config.tracking.backends) as (accelerator, watch):
+    with together(precision, same) as (accelerator, watch):
         if is_finished is not None and accelerator.is_main_process and is_finished():
             sys.exit(0)  # on all ranks: see `together`
         precision = accelerator.mixed_precision

@@ -17,14 +17,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from trainer import meeting
 from trainer.config import UserError
@@ -115,27 +114,19 @@ def choose_precision(wanted: str, begun: bool = False) -> str:
     return wanted
 
 
-def start_accelerator(precision: str, folder: Path | None = None, backends: Sequence[str] = ()) -> Accelerator:
-    """Joins the processes that the launcher started.
-
-    Args:
-        precision: no, bf16 or fp16.
-        folder: run folder, for the trackers.
-        backends: names of Accelerate's trackers.
+def start_accelerator(precision: str) -> Accelerator:
+    """Joins the processes that the launcher started, in precision no, bf16 or fp16.
 
     Raises:
-        UserError: an unknown tracker, or another number of processes than was asked for.
+        UserError: another number of processes than was asked for.
     """
     keep_freed_memory()
-    place = ProjectConfiguration(project_dir=str(folder.parent), logging_dir=str(folder.parent)) if folder else None
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
             # without a GPU, accelerate would otherwise leave several processes unaware of one another
             cpu=trains_on_cpu(),
-            log_with=list(backends) or None,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE)],
-            project_config=place,
         )
     except ValueError as error:
         raise UserError(f"accelerate: {' '.join(str(error).split())[:240]}") from None
@@ -148,16 +139,12 @@ def start_accelerator(precision: str, folder: Path | None = None, backends: Sequ
 
 
 @contextlib.contextmanager
-def together(
-    precision: str, facts: Mapping[str, str], folder: Path | None = None, backends: Sequence[str] = ()
-) -> Iterator[tuple[Accelerator, Watch]]:
+def together(precision: str, facts: Mapping[str, str]) -> Iterator[tuple[Accelerator, Watch]]:
     """Everything that several processes do together happens inside; alone, it is `start_accelerator`.
 
     Args:
         precision: no, bf16 or fp16; that of rank 0 counts, for the others may not see a run that has begun.
         facts: what must be equal on all processes, by name.
-        folder: see `start_accelerator`.
-        backends: see `start_accelerator`.
 
     Raises:
         UserError: the processes do not come up, cannot reach one another, or differ in the facts.
@@ -170,7 +157,7 @@ def together(
             watch.begin(*meeting.meet({"device": device, "torch": torch.__version__, **facts}))
             precision = watch.word_of_rank_0("precision", precision)
         with _first_collective(watch) if watch.watching else contextlib.nullcontext():
-            accelerator = start_accelerator(precision, folder, backends)
+            accelerator = start_accelerator(precision)
             total = accelerator.reduce(torch.ones((), device=accelerator.device), "sum")
             assert int(total) == accelerator.num_processes
         yield accelerator, watch

@@ -12,15 +12,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 from tqdm import tqdm
 
 from trainer.console import bar_settings, writing
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 PROJECT = "isotrain"
 """project or experiment of a tracker that has such, unless its own environment variable names another"""
@@ -45,10 +42,9 @@ class RunLog:
     to the trackers; `say` prints a line above the progress bar.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, quiet: bool) -> None:
+    def __init__(self, folder: Path, is_main: bool, quiet: bool) -> None:
         self.folder = folder
-        self.accelerator = accelerator
-        self.is_main = accelerator.is_main_process
+        self.is_main = is_main
         self.quiet = quiet or not self.is_main
         self._bar: tqdm | None = None
         self._trackers: list[Any] = []

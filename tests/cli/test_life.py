@@ -22,6 +22,14 @@ def error_of(ended):
     return line
 
 
+def test_a_tracker_that_is_not_there_is_found_before_any_data_is_read(options, tmp_path):
+    arguments = changed(options, run__output_dir=tmp_path, tracking__backends="[tensorboard, no-such-tracker]")
+    assert "tracking.backends: 'no-such-tracker' is not installed; installed: tensorboard" in error_of(
+        command("run", arguments, [UNREAD])
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("place", ["a file", "in a file", "in use", "another configuration"])
 def test_what_is_wrong_with_the_folder_is_found_before_any_data_is_read(place, killed, tmp_path):
     folder, arguments = killed

@@ -97,7 +97,7 @@ def build(arguments, double=False, precision="no"):
     config = parse_config(list(map(str, arguments)))
     folder = Path(config.run.output_dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = start_accelerator(precision, folder)
+    accelerator = start_accelerator(precision)
     plain = building.build_model
     if double:
         building.build_model = lambda *given: plain(*given).double()

@@ -416,8 +416,3 @@ def test_another_number_of_processes_than_asked_for_is_refused(unlaunched):
     unlaunched.setenv("ISOTRAIN_NUM_PROCESSES", "2")
     with pytest.raises(UserError, match="2 processes were asked for, 1 came up"):
         start_accelerator("no")
-
-
-def test_an_unknown_tracker_is_refused(unlaunched, tmp_path):
-    with pytest.raises(UserError, match="accelerate: "):
-        start_accelerator("no", tmp_path, ["no-such-tracker"])

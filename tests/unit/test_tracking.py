@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import ProjectConfiguration
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -26,11 +25,17 @@ def _files_of_one_process_in_order(monkeypatch):
 
 
 def opened(folder, step=0, evaluated=0, backends=("tensorboard",), quiet=True):
-    place = ProjectConfiguration(project_dir=str(folder.parent), logging_dir=str(folder.parent))
     folder.mkdir(exist_ok=True)
-    log = RunLog(folder, Accelerator(cpu=True, log_with=list(backends) or None, project_config=place), quiet)
+    Accelerator(cpu=True)  # its trackers ask whether they are on the main process
+    log = RunLog(folder, True, quiet)
     log.open(list(backends), step, evaluated, 12, CONFIG)
     return log
+
+
+def killed(log):
+    """What it has written so far is on the disk, and nothing else happens to it."""
+    for tracker in log._trackers:
+        tracker.writer.flush()
 
 
 def board(folder):
@@ -76,7 +81,7 @@ def test_after_a_resume_no_step_stands_twice(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
     train(log, 1, 5, 1.0)  # killed here; the checkpoint was of step 3
-    log.accelerator.end_training()
+    killed(log)
     log = opened(folder, step=3)
     train(log, 4, 7, 2.0)
     log.close()
@@ -90,7 +95,7 @@ def test_an_evaluation_that_is_to_come_again_stands_once(tmp_path):
     log = opened(folder)
     train(log, 1, 4, 1.0)
     log.scalars({"validation/loss": 1.0}, 4, 0.5)  # the checkpoint of step 4 knows nothing of it
-    log.accelerator.end_training()
+    killed(log)
     log = opened(folder, step=4, evaluated=0)
     log.scalars({"validation/loss": 2.0}, 4, 0.5)
     train(log, 5, 6, 2.0)
@@ -107,7 +112,7 @@ def test_final_metrics_written_twice_stand_once(tmp_path):
         if value == 1:
             train(log, 1, 6, 1.0)
         log.finals(CONFIG, {"final/test_loss": value}, 6, 1.0)
-        log.accelerator.end_training()
+        killed(log)
     assert scalars(folder)["final/test_loss"] == [(7, 2.0)]
     assert len(scalars(folder)["train/loss"]) == 6
     finals = [line for line in lines(folder) if "final/test_loss" in line]
@@ -307,9 +312,7 @@ def test_quiet_says_nothing_and_other_ranks_write_nothing(tmp_path, capsys):
     log.progress(1, loss="1.0")
     assert log.bar_label("validation") is None
     log.close()
-    accelerator = Accelerator(cpu=True)
-    other = RunLog(tmp_path / "other", accelerator, False)
-    other.is_main, other.quiet = False, True
+    other = RunLog(tmp_path / "other", False, False)
     other.open(["tensorboard"], 0, 0, 12, CONFIG)
     other.scalars({"train/loss": 1.0}, 1, 0.1)
     other.finals(CONFIG, {"final/x": 1.0}, 1, 0.1)
