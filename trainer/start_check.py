@@ -7,6 +7,7 @@ alone and beside other examples, padded and packed. The check runs in fp32 on a 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from trainer.tokenising import Examples
 
 NUM_TOKENS = 20, 512
 """fewest and most tokens of the longer example; more than the fewest while parameters x tokens stay below `WORK`"""
-WORK = 2e9
+WORK = 1e9
 NUM_TEXTS = 32
 """rows of the split that the examples are made of"""
 TOLERANCE = 2e-5
@@ -82,70 +83,71 @@ def check_start(
     short = max(2 * long // 5, num_special)
     try:
         keys = install(model, seed)
-        trial = _Trial(twin_of(model).eval(), keys, tokenizer.pad_token_id)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            padding, rows = trial.find_padding(
-                trial_rows(split, tokenizer, (long, short)), trial_rows(split, tokenizer, (short, short))
-            )
-            if padding is None:
-                raise UserError(
-                    f"model.name: {name} is not supported: the logits of an example depend on the other examples of "
-                    "its batch"
-                )
-            if not trial.trains_what_it_evaluates(rows, padding):
-                raise UserError(
-                    f"model.name: {name} is not supported: in training it computes other logits than in evaluation, "
-                    "though nothing is dropped"
-                )
-            packs = why_not_packed(model) is not None or trial.packs(rows)
-            return keys, dataclasses.replace(padding, packs=packs)
-    except (UserError, torch.OutOfMemoryError):
+            trial = _Trial(twin_of(model).eval(), keys, tokenizer.pad_token_id)
+            return keys, trial.padding_for(*(trial_rows(split, tokenizer, (first, short)) for first in (long, short)))
+    except Refused as reason:
+        raise UserError(f"model.name: {name} is not supported: {reason}") from None
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: a family's own code meets numbers that it was not written for
         raise UserError(f"model.name: {name} cannot compute an example: {one_line(error)}") from None
 
 
+class Refused(Exception):
+    """Why a model cannot train here."""
+
+
 @dataclass(frozen=True)
 class _Trial:
-    """A twin of the model, in evaluation mode."""
+    """A twin of the model, in evaluation mode. The second example is compared, since it is the one that is padded."""
 
     model: PeftModel
     keys: DropoutKeys
     pad_token_id: int
 
-    def logits(self, rows: Examples, ids: list[int], left: bool = False) -> torch.Tensor:
-        """[B, C] of the rows `ids` in one batch."""
-        batch = collate(rows, np.array(ids), np.ones(len(ids)), self.pad_token_id, torch.device("cpu"), left=left)
-        logits: torch.Tensor = self.model(**batch.inputs).logits
-        return logits
+    def padding_for(self, unequal: Examples, equal: Examples) -> Padding:
+        """How the model's examples may share a batch.
 
-    def alone(self, rows: Examples) -> torch.Tensor:
-        return torch.cat([self.logits(rows, [0]), self.logits(rows, [1])])
+        Args:
+            unequal: two examples, the second shorter.
+            equal: two examples of one length.
 
-    def find_padding(self, unequal: Examples, equal: Examples) -> tuple[Padding | None, Examples]:
-        """The padding that leaves logits alone, and the rows to go on with; None where none does."""
-        expected = self.alone(unequal)
-        if is_same(self.logits(unequal, [0, 1]), expected):
-            return Padding(), unequal
+        Raises:
+            Refused: none of the ways leaves an example's logits alone.
+        """
+        padding, rows, alone = Padding(), unequal, self.logits(unequal, [1])
         # keyed masks begin at the first token; padding on the left is for models with dropout that has no keys anyway
         unkeyed = self.keys.unreached or not self.keys.sites
-        if unkeyed and is_same(self.logits(unequal, [0, 1], left=True), expected):
-            self.keys.sites = dict.fromkeys(self.keys.sites)
-            return Padding(left=True), unequal
-        one_length = is_same(self.logits(equal, [0, 1]), self.alone(equal))
-        return (Padding(one_length=True) if one_length else None), equal
-
-    def trains_what_it_evaluates(self, rows: Examples, padding: Padding) -> bool:
-        expected = self.logits(rows, [0, 1], padding.left)
+        if not alone.isfinite().all():
+            raise Refused("its logits are not finite")
+        if not is_same(self.logits(rows), alone):
+            if unkeyed and is_same(self.logits(rows, left=True), alone):
+                padding = Padding(left=True)
+                self.keys.sites = dict.fromkeys(self.keys.sites)
+            else:
+                padding, rows, alone = Padding(one_length=True), equal, self.logits(equal, [1])
+                if not is_same(self.logits(rows), alone):
+                    raise Refused("the logits of an example depend on the other examples of its batch")
         self.model.train()
         with self.keys.dropping_nothing():
-            found = self.logits(rows, [0, 1], padding.left)
+            trained = self.logits(rows, left=padding.left)
         self.model.eval()
-        return is_same(found, expected)
+        if not is_same(trained, alone):
+            raise Refused("in training it computes other logits than in evaluation, though nothing is dropped")
+        packs = why_not_packed(self.model) is not None or is_same(self.packed_logits(rows), alone)
+        return dataclasses.replace(padding, packs=packs)
 
-    def packs(self, rows: Examples) -> bool:
+    def logits(self, rows: Examples, ids: Sequence[int] = (0, 1), left: bool = False) -> torch.Tensor:
+        """The logits [C] of the last of these rows, all in one batch."""
+        batch = collate(rows, np.array(ids), np.ones(len(ids)), self.pad_token_id, torch.device("cpu"), left=left)
+        logits: torch.Tensor = self.model(**batch.inputs).logits[-1]
+        return logits
+
+    def packed_logits(self, rows: Examples) -> torch.Tensor:
+        """As `logits`, of both rows packed."""
         batch = collate(rows, np.arange(2), np.ones(2), None, torch.device("cpu"))
-        return is_same(PackedForward(self.model, None)(batch.inputs, batch.lengths), self.alone(rows))
+        return PackedForward(self.model, None)(batch.inputs, batch.lengths)[-1]
 
 
 def is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
