@@ -1,7 +1,7 @@
-"""What launchers and accelerate leave in the environment: brought into one form, or refused, before anything is read.
+"""What launchers and accelerate say in the environment: brought into one form, or refused, before data is read.
 
-Always holds: a process that was started as one of several never trains alone unless the user asked for that, and no
-setting of accelerate's changes the training unseen. Imports no torch.
+Always holds: one of several processes never trains alone unless the user asked for that, and no setting of accelerate
+changes the training in silence. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import sys
 
 from trainer.config import UserError
 
-PR_SET_PDEATHSIG = 1  # of Linux' sys/prctl.h
+PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
 TRUE = {"1", "true", "yes", "y", "t", "on"}  # as accelerate reads them
 GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MPI = (  # the same four, in the words of Open MPI, MVAPICH, jsrun, MPICH and Intel MPI, PALS
+MPI = (  # the names of the same four in Open MPI, MVAPICH 2 and 3, jsrun, MPICH and Intel MPI, PALS
     tuple(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
     tuple(f"MV2_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
     tuple(f"MVP_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
@@ -26,7 +26,7 @@ MPI = (  # the same four, in the words of Open MPI, MVAPICH, jsrun, MPICH and In
 )
 SIZES = (*(names[0] for names in MPI), "PET_NNODES", "FLUX_JOB_SIZE", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM")
 RANKS = ("PMI_RANK", "PMIX_RANK", "PALS_RANKID", "FLUX_TASK_RANK")
-"""what is set, among others, by launchers that do not tell a process all that it needs"""
+"""variables that tell of several processes, also from launchers that do not say how they meet"""
 NO = {"", "no", "none", "0", "false", "f", "n", "off"}
 ALLOWED = {
     "ACCELERATE_DYNAMO_BACKEND": NO,
@@ -52,10 +52,10 @@ ALLOWED_FSDP = {
 
 
 def read_environment() -> None:
-    """Makes RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of what the launcher says; unset for a single process.
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the launcher's variables; a single process has none.
 
     Raises:
-        UserError: processes that do not know how to meet, or a setting of accelerate's that Isotrain does not have.
+        UserError: the processes do not know how to meet, or accelerate has a setting that Isotrain does not support.
     """
     _end_with_launcher()
     _refuse_settings()
@@ -63,7 +63,7 @@ def read_environment() -> None:
 
 
 def _end_with_launcher() -> None:
-    """A launcher that is killed takes its ranks with it: they get SIGTERM, save and leave."""
+    """Has the kernel send SIGTERM to this process when launch.sh is killed: it saves and leaves."""
     launcher = os.environ.get("ISOTRAIN_LAUNCHER")
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -128,7 +128,7 @@ def _join_group() -> None:
 
 
 def _refuse_several() -> None:
-    """Processes of one launcher that do not know one another: each would train the whole run.
+    """Refuses processes of one launcher that do not know one another: each would train the whole run.
 
     Raises:
         UserError: there are several.

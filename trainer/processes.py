@@ -54,7 +54,7 @@ def check_device() -> None:
     if found == "cpu" and planned != "cpu" and not _told_to_use_cpu() and (num_gpus := _num_listed_gpus()):
         try:
             torch.cuda.init()
-            reason = "no GPU is visible to it"
+            reason = "it sees none"
         except Exception as error:
             reason = str(error).partition("\n")[0]
         raise UserError(
