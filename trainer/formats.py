@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TextIO, TypeVar
@@ -405,12 +406,13 @@ def _check_delimiter(line: str, delimiter: str, request: Request) -> None:
 def _read_json(path: str, request: Request) -> Iterator[Chunk]:
     lines: Iterable[str] = _lines(path, request)
     records: Iterable[Any]
+    parse = json.JSONDecoder(object_pairs_hook=partial(_object, request.wanted)).decode
     if kind_of(path) in LINES:
-        records = _json_lines(lines)
+        records = _json_lines(lines, parse)
     else:
         text = "".join(lines)
         try:
-            value = json.loads(text) if text.strip() else []
+            value = parse(text) if text.strip() else []
             if isinstance(value, dict) and set(value) & set(request.wanted):
                 value = [value]  # a shard of one line
             if not isinstance(value, list):
@@ -419,7 +421,7 @@ def _read_json(path: str, request: Request) -> Iterator[Chunk]:
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":
                 raise
-            records = _json_lines(text.split("\n"))  # one object a line, as Spark and others write it
+            records = _json_lines(text.split("\n"), parse)  # one object a line, as Spark and others write it
     for chunk in in_chunks(records):
         names = dict.fromkeys(name for record in chunk for name in record)
         yield len(chunk), {n: [r.get(n) for r in chunk] if n in request.wanted else [] for n in names}
@@ -432,11 +434,21 @@ def _objects(values: list[Any]) -> Iterator[dict[str, Any]]:
         yield value
 
 
-def _json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _object(wanted: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        for name in wanted:
+            if names.count(name) > 1:
+                raise ValueError(f"two values have the same name {name!r}")
+    return found
+
+
+def _json_lines(lines: Iterable[str], parse: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = parse(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg} (character {error.pos + 1})") from None
             except ValueError as error:  # a number of too many digits

@@ -98,7 +98,7 @@ def prefix(name: str) -> str:
 def is_hub_id(path: str) -> bool:
     """Whether a `data` entry is `owner/name[/config][:split]`, and nothing here has that name."""
     match = _HUB_ID.fullmatch(path)
-    if match is None or Path(path).exists() or Path(match[1]).exists():
+    if match is None or os.path.exists(path) or os.path.exists(match[1]):
         return False
     return match[3] is not None or _FILE_NAME.fullmatch(path) is None
 
@@ -109,10 +109,10 @@ def files_of(path: str, name: str = "input") -> list[str]:
     Raises:
         ValueError: a folder that is no single table, or a file that is named twice.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # not Path's, which raises where a name is too long
         return _files_in(Path(path), name)
-    if Path(path).is_file() or not glob.has_magic(path):  # a file may really be called [a].csv
-        return [path] if Path(path).exists() else []
+    if os.path.isfile(path) or not glob.has_magic(path):  # a file may really be called [a].csv
+        return [path] if os.path.exists(path) else []
     found: list[str] = []
     for match in sorted(set(glob.glob(path, recursive=True))):
         if not Path(match).is_dir():

@@ -383,7 +383,8 @@ def test_a_spreadsheet_without_its_library(monkeypatch):
     "path",
     ["/usr/no/such/train.txt", "./corpus/default", "corpus/default", "corpus/v2/default", "csv", "json", "text",
      "parquet", "imagefolder", "./x", "../x/y", "~/x", "a/b/c/d", "dta/train.txt", "dta/x.cvs", "x.csv", "no/x.csv",
-     "a//b", "a/b/", "C:\\x\\y", "https://x.org/a.csv", "a b/c", "*.csv", "no/**/*.parquet", "corpus/[x]"],
+     "a//b", "a/b/", "C:\\x\\y", "https://x.org/a.csv", "a b/c", "*.csv", "no/**/*.parquet", "corpus/[x]",
+     "x" * 300],
 )  # fmt: skip
 def test_a_path_that_does_not_exist_is_an_error_at_once(path, monkeypatch):
     write("corpus/v2/train.csv", CSV)
@@ -473,6 +474,12 @@ def test_shards_may_differ_in_what_is_not_asked_for():
     write("e/1.csv", "")
     write("e/2.jsonl", "")
     assert refused("e/*") == "e/* has no rows"
+
+
+def test_a_key_that_an_object_has_twice_is_refused_where_it_is_asked_for():
+    two = '{"text": "a", "label": "x", "n": 1, "n": 2}\n{"text": "b", "label": "y", "text": "c"}\n'
+    assert refused(write("x.jsonl", two)) == "x.jsonl: line 2: two values have the same name 'text'"
+    assert rows(write("y.jsonl", two.replace(', "text": "c"', ""))) == ROWS
 
 
 def test_an_optional_key_may_be_missing_from_a_whole_shard():
