@@ -36,7 +36,7 @@ ENDING = {
     "before the test": "_test",
     "before the adapter": "save_adapter",
     "before its check": "check_adapter",
-    "before the summary": "_summary",
+    "before the summary": "trainer.pipeline:_summary",
     "in the report": "trainer.report:build_report",
 }
 
