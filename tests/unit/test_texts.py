@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import re
@@ -191,6 +193,31 @@ def test_damaged_rows_are_made_anew(tmp_path, cache, damage):
         file.write_bytes(cut[damage])
     assert content(load(path)) == before
     assert kept_rows(cache) == [file] and file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("what", ["full disk", "no folder", "unknown locks"])
+def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeypatch, capsys, what):
+    path = write_csv(tmp_path / "x.csv", ROWS)
+    expected = content(in_memory(path))
+    error = {"full disk": errno.ENOSPC, "no folder": errno.ENOTDIR, "unknown locks": errno.EIO}[what]
+
+    def fails(*arguments):
+        raise OSError(error, os.strerror(error))
+
+    if what == "no folder":
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    else:
+        monkeypatch.setattr(
+            *{"full disk": ("trainer.texts.sync", fails), "unknown locks": (fcntl, "flock", fails)}[what]
+        )
+    corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), 1, quiet=False)
+    assert content(corpus) == expected
+    said = [line for line in capsys.readouterr().err.splitlines() if "going on without the cache" in line]
+    if what == "unknown locks":  # a lock only saves work
+        assert (said, len(kept_rows(cache))) == ([], 1)
+    else:
+        assert len(said) == 1 and said[0].endswith(os.strerror(error))
 
 
 def test_what_a_killed_process_left_is_overwritten(tmp_path, cache):
