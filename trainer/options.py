@@ -383,7 +383,13 @@ def _yaml(text: str, words: bool = False) -> Any:
     return value
 
 
-jsonargparse.set_loader("yaml", _yaml, exceptions=(UserError,))  # of predict.py's options too
+def _typed(text: str) -> Any:
+    """A value typed for an option. YAML takes '#1', '~' and '&x' for nothing; only null is that."""
+    value = _yaml(text)
+    return text if value is None and text.strip().lower() != "null" else value
+
+
+jsonargparse.set_loader("yaml", _typed, exceptions=(UserError,))  # of predict.py's options too
 
 
 def parse_label_names(text: str) -> list[str] | dict[str, str]:

@@ -468,7 +468,16 @@ def test_ways_to_read_that_do_not_exist(key, value):
         assert f"{option}: {value!r} " in problems("--data.test.path", "x", f"--{option}", value)
 
 
-@pytest.mark.parametrize("value", [";", "|", "\t", "\\t", ":", ",", " ", "&", "*", "-", "%", "null", "x"])
+DELIMITERS = [";", "|", "\t", "\\t", ":", ",", " ", "&", "*", "-", "%", "#", "~", "!", "null"]
+
+
+def test_only_null_is_null_on_the_command_line():
+    for text in ("#1", "~", "&x", "NULL", "null"):
+        config = parse("--data.test", text, "--run.name", text)
+        assert config.data.test == config.run.name == (None if text.lower() == "null" else text)
+
+
+@pytest.mark.parametrize("value", DELIMITERS)
 def test_delimiters_of_the_command_line(value):
     assert parse("--data.delimiter", value).data.delimiter == (None if value == "null" else value)
 
