@@ -121,6 +121,16 @@ def obey(end):
                 os.close(read)
                 end.send("silent")
                 end.recv()
+            case "paused":  # as where stderr is piped to a pager that waits for a key
+                read, write = os.pipe()
+                os.set_blocking(write, False)
+                with contextlib.suppress(BlockingIOError):
+                    while os.write(write, bytes(4096)):
+                        pass
+                os.set_blocking(write, True)
+                os.dup2(write, 2)
+                end.send("silent")
+                end.recv()
     end.send("gone in peace")
     end.recv()
 

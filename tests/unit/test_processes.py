@@ -99,9 +99,10 @@ def test_an_error_of_one_ends_all_with_its_words_once_a_machine_and_its_code(ran
     assert said == ([f"error: {message}", "", f"error: {message}", ""] if message else [""] * 4)
 
 
-def test_who_cannot_say_why_ends_nevertheless(ranks):
-    group = ranks.meet("aab")
-    group[0].tell("silence")
+@pytest.mark.parametrize("why", ["silence", "paused"])
+def test_who_cannot_say_why_ends_nevertheless(ranks, why):
+    group = ranks.meet("aab", constants={"HEARSAY": 1.0})
+    group[0].tell(why)
     assert group[0].answer() == "silent"
     group[1].process.kill()
     assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
