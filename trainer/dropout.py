@@ -270,6 +270,10 @@ def _use_keyed_attention(model: PreTrainedModel) -> None:
     # tells whether that was reached. One that chose another attention than SDPA has features that SDPA lacks.
     if model._can_set_attn_implementation() and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
+        for module in model.modules():  # the layers that PEFT's layer_replication adds have configurations of their own
+            config = getattr(module, "config", None)
+            if isinstance(config, PretrainedConfig) and config._attn_implementation == "sdpa":
+                config._attn_implementation = ATTENTION
 
 
 def _whole_mask(**facts: Any) -> Any:
@@ -358,12 +362,14 @@ def _probe_length(model: nn.Module, config: PretrainedConfig) -> int:
 
 
 class _NoDropout(TorchFunctionMode):
-    """Turns off torch's own dropout, as modules, as functions and in SDPA."""
+    """Turns off torch's own dropout, as modules, as functions and in SDPA, and the random choice of layers to skip."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (nn.functional.dropout, torch.dropout):
             return args[0] if args else kwargs["input"]
+        if func is torch.rand:  # layerdrop skips a layer where this is below its probability
+            return torch.ones_like(func(*args, **kwargs))
         if func is nn.functional.scaled_dot_product_attention:  # its fifth argument
             args, kwargs = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, {**kwargs}
             kwargs.update({"dropout_p": 0.0} if len(args) < 5 else {})

@@ -12,7 +12,7 @@ LEAVES = {"console", "config", "metrics", "figures", "checkpoint", "devices", "k
 BELOW_THE_LOOP = LEAVES | {
     "tracking", "locks", "data", "tokenising", "batching", "optim", "philox", "masks", "dropout", "products",
     "attention", "packed", "graphs", "backbone", "model", "adapter", "evaluation", "environment",
-    "meeting", "processes",
+    "meeting", "processes", "start_check",
 }  # fmt: skip
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
@@ -39,6 +39,7 @@ ALLOWED = {
     "graphs": {"attention", "batching", "config", "dropout", "packed"},
     "model": {"backbone", "config"},
     "adapter": LEAVES | {"backbone", "model"},
+    "start_check": LEAVES | {"backbone", "batching", "data", "dropout", "packed", "tokenising"},
     "evaluation": LEAVES | {"batching", "packed"},
     "state": BELOW_THE_LOOP,
     "memory": BELOW_THE_LOOP | {"state"},

@@ -305,6 +305,15 @@ def test_evaluation_drops_nothing_and_gives_the_models_own_logits(family, texts)
         assert torch.allclose(model(**batch).logits, own, rtol=0, atol=1e-12)
 
 
+def test_replicated_layers_have_keys_too():
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(REACHED["bert"]())
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["query"], layer_replication=[[0, 2], [1, 2]])
+    keys = install(get_peft_model(model, lora), SEED)
+    kinds = [site.kind for site in keys.sites.values()]
+    assert (kinds.count("attention"), keys.unreached) == (3, [])
+
+
 def test_outside_of_a_micro_batch_it_is_torchs_dropout():
     x = torch.randn(200, 50)
     ours, theirs = KeyedDropout(0.3), nn.Dropout(0.3)

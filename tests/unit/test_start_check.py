@@ -107,6 +107,12 @@ def test_few_or_short_texts_are_enough(texts):
     assert check(tiny("roberta"), SimpleNamespace(texts=texts, text_pairs=texts), 5) == Padding()
 
 
+@pytest.mark.parametrize("family", ["bart", "opt"])
+def test_layers_that_are_skipped_at_random_are_dropout_too(family):
+    layerdrop = {"bart": {"encoder_layerdrop": 0.9, "decoder_layerdrop": 0.9}, "opt": {"layerdrop": 0.9}}
+    assert check(tiny(family, **layerdrop[family])) == Padding()
+
+
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
 def test_dropout_that_drops_nothing_keeps_the_position_bias(family):
     model = tiny(family, dropout_rate=1e-9).get_base_model()
