@@ -100,7 +100,11 @@ def is_hub_id(path: str) -> bool:
     match = _HUB_ID.fullmatch(path)
     if match is None or os.path.exists(path) or os.path.exists(match[1]):
         return False
-    return match[3] is not None or _FILE_NAME.fullmatch(path) is None
+    return match[3] is not None or not (_FILE_NAME.fullmatch(path) or _has_file_type(path))
+
+
+def _has_file_type(path: str) -> bool:
+    return Path(path).suffix.lower() in (*FILE_TYPES, *PACKED, *PICKLED)
 
 
 def files_of(path: str, name: str = "input") -> list[str]:
@@ -141,8 +145,10 @@ def find_files(name: str, path: str) -> list[str]:
     if not paths:
         if glob.has_magic(path):
             raise UserError(f"{where}: no file matches {path!r}")
-        hub = "" if Path(path).suffix or Path(path).is_absolute() else "; a hub data set is written owner/name"
-        raise UserError(f"{where}: no file {path!r}{hub}")
+        hub = f"owner/name, and with its split where the name ends like a file: {path}:train"
+        hub = hub if _HUB_ID.fullmatch(path) and _FILE_NAME.fullmatch(path) else "owner/name"
+        hint = "" if _has_file_type(path) or Path(path).is_absolute() else f"; a hub data set is written {hub}"
+        raise UserError(f"{where}: no file {path!r}{hint}")
     for file in paths:
         if Path(file).suffix.lower() in PICKLED:
             raise UserError(f"{where}: {file} is a pickled file, which can run code when read; refused. Save it as csv")

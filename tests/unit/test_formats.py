@@ -384,7 +384,7 @@ def test_a_spreadsheet_without_its_library(monkeypatch):
     ["/usr/no/such/train.txt", "./corpus/default", "corpus/default", "corpus/v2/default", "csv", "json", "text",
      "parquet", "imagefolder", "./x", "../x/y", "~/x", "a/b/c/d", "dta/train.txt", "dta/x.cvs", "x.csv", "no/x.csv",
      "a//b", "a/b/", "C:\\x\\y", "https://x.org/a.csv", "a b/c", "*.csv", "no/**/*.parquet", "corpus/[x]",
-     "x" * 300],
+     "x" * 300, "no/x.pq", "no/x.gz", "no/x/y.zip", "no/x.pt"],
 )  # fmt: skip
 def test_a_path_that_does_not_exist_is_an_error_at_once(path, monkeypatch):
     write("corpus/v2/train.csv", CSV)
@@ -396,6 +396,9 @@ def test_a_path_that_does_not_exist_is_an_error_at_once(path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["owner/name", "owner/name:test", "owner/na.me-1.0/20231101.en", "owner/x.abc:train"])
 def test_what_is_looked_up_on_the_hub(path):
+    assert refused("owner/x.abc").endswith(
+        "a hub data set with such a name is written with its split, as owner/x.abc:train"
+    )
     assert is_hub_id(path)
     check_places({"train": path})
     write("owner/x", "")
