@@ -396,9 +396,7 @@ def test_a_path_that_does_not_exist_is_an_error_at_once(path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["owner/name", "owner/name:test", "owner/na.me-1.0/20231101.en", "owner/x.abc:train"])
 def test_what_is_looked_up_on_the_hub(path):
-    assert refused("owner/x.abc").endswith(
-        "a hub data set with such a name is written with its split, as owner/x.abc:train"
-    )
+    assert refused("owner/x.abc").endswith("with its split where the name ends like a file: owner/x.abc:train")
     assert is_hub_id(path)
     check_places({"train": path})
     write("owner/x", "")
