@@ -260,7 +260,8 @@ def install(model: nn.Module, seed: int) -> DropoutKeys:
 
 def twin_of(model: nn.Module) -> Any:
     """The same model with modules of its own around the same parameters: a trial forward may change its modules."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, shared | {id(buffer): buffer.clone() for buffer in model.buffers()})
 
 
 def _use_keyed_attention(model: PreTrainedModel) -> None:

@@ -389,7 +389,8 @@ def test_folder_of_another_configuration(finished, unchanged, attempt):
     folder, arguments = finished
     assert attempt("--batch.size", "4", "--peft.r", "2", base=arguments) == (
         f"{folder} holds a run of another configuration: batch.size (there 8, now 4), peft.r (there None, now 2)\n"
-        "For a new run: --run.name NAME"
+        "For a new run: --run.name NAME; to train this adapter on: "
+        f"--run.name NAME --model.adapter {folder / 'adapter'}"
     )
     assert attempt("--run.resume", "never", base=arguments) == (
         f"{folder} is in use and run.resume is never; choose another --run.name, or remove the folder"

@@ -225,10 +225,10 @@ def log_ids(folder):
         return stepped
 
     def noting(collate):
-        def noted(examples, ids, weights, *others):
+        def noted(examples, ids, weights, *others, **settings):
             with path.open("a") as file:
                 file.write(json.dumps({"step": step, "attempt": attempt, "ids": ids[weights > 0].tolist()}) + "\n")
-            return collate(examples, ids, weights, *others)
+            return collate(examples, ids, weights, *others, **settings)
 
         return noted
 
@@ -247,9 +247,9 @@ def out_of_memory(above, where="forward"):
     too_large = False
 
     def measuring(collate):
-        def measured(*arguments):
+        def measured(*arguments, **settings):
             nonlocal too_large
-            batch = collate(*arguments)
+            batch = collate(*arguments, **settings)
             too_large = batch.inputs["input_ids"].numel() > above
             return batch
 

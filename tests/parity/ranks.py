@@ -98,15 +98,16 @@ def build(arguments, double=False, precision="no"):
     folder = Path(config.run.output_dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator(precision)
-    plain = building.build_model
+    plain, kept = building.build_model, building.set_precision
     if double:
         building.build_model = lambda *given: plain(*given).double()
+        building.set_precision = lambda model, compute_type: None
     try:
         return building.build(
             building.prepare(config, folder, precision, accelerator.device), accelerator, StopRequest(), Watch()
         )
     finally:
-        building.build_model = plain
+        building.build_model, building.set_precision = plain, kept
 
 
 class CpuRecorder:
