@@ -13,6 +13,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import warnings
 import zipfile
 import zlib
@@ -291,11 +292,17 @@ class _Records:
 
 
 def _read_csv(path: str, request: Request) -> Iterator[Chunk]:
-    delimiter = request.layout.delimiter or ("\t" if kind_of(path) == ".tsv" else ",")
+    lines = filter(str.strip, _lines(path, request))
+    first = next(lines, "")
+    noted = re.fullmatch(r'"?sep=(.)"?\s*', first)  # a line for Excel
+    delimiter = request.layout.delimiter or (noted and noted[1]) or ("\t" if kind_of(path) == ".tsv" else ",")
     delimiter = {typed: meant for meant, typed in DELIMITERS.items()}.get(delimiter, delimiter)
-    _check_delimiter(next(filter(str.strip, _lines(path, request)), ""), delimiter, request)
+    _check_delimiter(next(lines, "") if noted else first, delimiter, request)
     records = _Records(_lines(path, request), delimiter, request)
-    return _table(records, lambda: f"line {records.line}", request)
+    rows = iter(records)
+    if noted:
+        next(filter(None, rows))
+    return _table(rows, lambda: f"line {records.line}", request)
 
 
 def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:

@@ -250,10 +250,10 @@ def _file_chunks(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk
     for index, path in enumerate(origin.paths):
         columns: set[str] = set()
         with _refusals(origin, path):
+            may_lack = kind_of(path) in (".json", *LINES)
             for count, chunk in read_file(path, request):
                 columns.update(set(chunk) & set(wanted))
-                # an empty shard lacks nothing, and a key of a json object may be absent
-                if count and kind_of(path) not in (".json", *LINES):
+                if chunk and not may_lack:  # also of a file without rows: its header may be a row of a headerless file
                     first = first or (path, columns)
                     for column in sorted(columns ^ first[1]):
                         lacks, has = (path, first[0]) if column in first[1] else (first[0], path)

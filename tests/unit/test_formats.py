@@ -238,6 +238,18 @@ def test_another_delimiter_is_named(name, content, typed):
         assert [label for _, label in rows(path, delimiter=typed)] == ["x", "y"]
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "separator"),
+    [("x.csv", "sep=;", ";"), ("x.csv", '\ufeff"sep=;"\r', ";"), ("x.csv", "sep=,", ","), ("x.csv", "sep=\t", "\t")],
+)
+def test_a_first_line_for_excel_names_the_delimiter_and_is_no_row(name, first, separator):
+    path = write(name, f"{first}\n{CSV.replace(',', separator)}")
+    assert rows(path) == ROWS == rows(path, delimiter=separator)
+    assert refused(path, column_names=["text", "label"]).startswith(f"{name}: line 2 is a header")
+    assert refused(write(name, f"{first}\ntext{separator}label\na\n")).startswith(f"{name}: line 3 has 1 fields")
+    assert refused(path, delimiter="|").endswith(f": --data.delimiter {separator!r}")
+
+
 def test_another_delimiter_of_a_file_without_header_and_of_one_split():
     path = write("x.csv", "a;x\nb;y\n")
     assert refused(path, column_names=["text", "label"]).endswith(": --data.delimiter ';'")
@@ -465,13 +477,15 @@ def test_shards_may_differ_in_what_is_not_asked_for():
     write("a/1.csv", "text,label\na,x\n")
     write("a/2.csv", "n,label,text\n1,y,b\n")
     write("a/3.csv", "")
-    write("a/4.csv", "other\n")
+    write("a/4.csv", "label,text,other\n")
     write("a/5.jsonl", "\n")
     assert rows("a/*") == ROWS
     write("a/6.jsonl", '{"text": "c", "label": "x", "note": 1}\n{"text": "d", "label": "y"}\n')
     assert len(rows("a/*")) == 4
     write("a/7.csv", "text,lable\nb,y\n")
     assert refused("a/*") == "a/7.csv: column 'label' is in a/1.csv, and not in a/7.csv"
+    write("a/4.csv", "c,x\n")  # the only row of a shard without a header
+    assert refused("a/*") == "a/4.csv: column 'label' is in a/1.csv, and not in a/4.csv"
     write("e/1.csv", "")
     write("e/2.jsonl", "")
     assert refused("e/*") == "e/* has no rows"
