@@ -8,7 +8,9 @@ loaded. Nothing is removed: duplicates are counted and reported, and a hold-out 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -320,13 +322,15 @@ def _could_count_otherwise(found: set[str], meaning: dict[str, int]) -> bool:
 def _unknown_label(table: Table, told: str, label: str, label_names: list[str], meaning: dict[str, int]) -> str:
     message = f"{table.origin.where}: {table.origin.layout.path}: {told}; known: {_few(meaning)}"
     message += describe_look_alikes(label, meaning)
+    message += "; --ignore_labels true reads none" if table.origin.name == "input" else ""
     count = len(label_names)
     counts_from = [n for n in (0, 1) if set(table.label_values) <= {str(n + i) for i in range(count)}]
     if counts_from and count <= 20:
         first = counts_from[0]
-        example = ", ".join(f"{first + i}: {name}" for i, name in enumerate(label_names))
+        words = [name if re.fullmatch(r"\w[\w /.-]*", name) else json.dumps(name) for name in label_names]
+        example = shlex.quote(f"{{{', '.join(f'{first + i}: {word}' for i, word in enumerate(words))}}}")
         flag = "--label_names" if table.origin.name == "input" else f"--{table.origin.where}.label_names"
-        message += f"\n{table.origin.where} counts its labels from {first}; map them: {flag} '{{{example}}}'"
+        message += f"\n{table.origin.where} counts its labels from {first}; map them: {flag} {example}"
     return message
 
 
@@ -366,8 +370,8 @@ def _hold_out(train: TextSplit, first: np.ndarray, fraction: float, seed: int) -
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x5B117]))
     copies = np.bincount(first, minlength=len(train))
     held = np.zeros(len(train), dtype=bool)
-    for label in np.unique(train.labels):
-        members = np.flatnonzero(train.labels == label)
+    sizes = np.unique(train.labels, return_counts=True)[1]
+    for members in np.split(np.argsort(train.labels, kind="stable"), np.cumsum(sizes)[:-1]):
         num_wanted, num_held = int(len(members) * fraction + 0.5), 0
         drawn = generator.permutation(members[first[members] == members])
         drawn = drawn[copies[drawn] <= 2 * num_wanted][:num_wanted]
@@ -428,7 +432,7 @@ def _whole_ids(table: Table, ids: list[str], where: str, warnings: list[str]) ->
     for row, text in enumerate(whole):
         if text.strip().lower() in MISSING_IDS:
             raise UserError(f"{where}: {table.place(row)} has no id ({text!r}); {fix}")
-        if re.fullmatch(r"-?[0-9](\.[0-9]+)?[eE]\+[0-9]+", text) or (are_floats and abs(float(text)) >= 2**53):
+        if re.fullmatch(r"-?[0-9]([.,][0-9]+)?[eE]\+[0-9]+", text) or (are_floats and abs(float(text)) >= 2**53):
             raise UserError(
                 f"{where}: {table.place(row)}: {ids[row]!r} has lost digits; write the ids as text, or {fix}"
             )

@@ -370,9 +370,9 @@ def _checked(chunk: Chunk, column: str, seen: _Seen) -> list[Any]:
 
 
 def _checked_ids(chunk: Chunk, column: str, seen: _Seen) -> list[str]:
-    ids = ["" if value is None else str(value) for value in _values(chunk, column)]
+    ids = ["" if value is None else str(value) for value in _checked(chunk, column, seen)]
     _note_missing(seen, "id", [not text for text in ids])
-    return _checked((chunk[0], {column: ids}), column, seen)
+    return ids
 
 
 def _note_missing(seen: _Seen, what: str, missing: list[bool]) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shlex
 
 import datasets
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from tests.conftest import write_csv
 from trainer.config import DataConfig, Source, UserError
 from trainer.data import load_corpus, load_for_prediction
+from trainer.options import parse_label_names
 
 OPEN_QUOTE = (
     "a quote opens here and does not close in this line; if texts may span lines: --data.quoting multi_line; if quotes "
@@ -408,6 +410,16 @@ def test_train_from_0_and_test_from_1(tmp_path, names):
     if names:
         mapped = load(train, test=Source(str(test), label_names=FROM_1), label_names=names)
         assert mapped.splits["test"].labels.tolist() == [0, 1, 2, 3] and mapped.warnings == []
+
+
+def test_the_mapping_to_type_is_one_word_and_has_these_names(tmp_path):
+    names = ["a, b: c", "it's", 'say "hi"', "two\nlines", "null", "- x", "café", "#1"]
+    train = numbered(tmp_path / "train.csv", range(8))
+    said = refused(train, test=str(numbered(tmp_path / "test.csv", range(1, 9))), label_names=names)
+    assert said.count("\n") == 1
+    *_, option, typed = shlex.split(said)
+    assert option == "--data.test.label_names"
+    assert parse_label_names(typed) == {str(i): name for i, name in enumerate(names, start=1)}
 
 
 @pytest.mark.parametrize("names", [None, FROM_1])
