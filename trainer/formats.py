@@ -318,6 +318,7 @@ def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
     def rows(sheet: Any) -> Iterator[list[Any]]:
         nonlocal number
         width = len(request.layout.column_names or [])
+        sheet.reset_dimensions()  # some programs write a smaller one than the sheet has
         for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):  # noqa: B007
             cells = list(row)
             while len(cells) > width and cells[-1] is None:

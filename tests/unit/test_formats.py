@@ -379,6 +379,15 @@ def test_spreadsheets(monkeypatch):
     )
     assert predicted(book([["text"], ["a"], [None], ["b"], [None]]))[0] == [("0", "a"), ("1", ""), ("2", "b")]
     assert "cannot be read" in refused(zipped("x.xlsx", a=""))
+    with zipfile.ZipFile(book([["text", "label"], *ROWS])) as whole:
+        parts = {part: whole.read(part) for part in whole.namelist()}
+    sheet = parts["xl/worksheets/sheet1.xml"]
+    for size in (b"A1", b"A1:B2", b"A1:A3"):  # as some programs write it
+        assert b'"A1:B3"' in sheet
+        with zipfile.ZipFile("y.xlsx", "w") as smaller:
+            for part, content in parts.items():
+                smaller.writestr(part, content.replace(b'"A1:B3"', b'"' + size + b'"'))
+        assert rows("y.xlsx") == ROWS
 
 
 def test_a_spreadsheet_without_its_library(monkeypatch):
