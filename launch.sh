@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The front door: finds or makes the Python environment, chooses the topology, says so, and becomes `accelerate launch`.
 # It never changes directory, so relative paths stay the caller's and `runs/` appears where the command was typed.
-[ -n "${BASH_VERSION-}" ] || { echo "launch.sh: this shell is not bash; type ./launch.sh or bash launch.sh" >&2; exit 2; }
+[ -n "${BASH_SOURCE-}" ] || { echo "launch.sh: type ./launch.sh or bash launch.sh (no other shell, no pipe)" >&2; exit 2; }
 set -euo pipefail
 
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
@@ -48,7 +48,7 @@ main() {
             choose_precision
             plan_command
             if [[ $action == dry-run ]]; then
-                print_plan >&2
+                print_plan >&2 || true
                 printf '%q ' env "${environment[@]}" "${command[@]}"
                 echo
             else
@@ -211,6 +211,8 @@ choose_topology() {
             topology=multi_gpu topology_from="$gpus GPUs visible"
         elif ((gpus)); then
             topology=gpu topology_from="one GPU visible"
+        elif [[ $processes_from == PET_NPROC_PER_NODE ]] && ((processes > 1)); then
+            topology=cpu_multi topology_from="no GPU visible, $processes_from=$processes"
         else
             topology=cpu topology_from="no GPU visible"
         fi
@@ -272,12 +274,12 @@ choose_nodes() {
     nodes=1
     [[ $topology == multi_node ]] || return 0
     if in_srun; then nodes_of_srun; fi
+    [[ ${NNODES:-1} =~ ^[1-9][0-9]*$ ]] || die "NNODES=$NNODES: 1 or more"
     for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT; do
         [[ -n ${!name-} ]] || die "multi_node needs $name (and all of NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT)"
     done
     [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] && ((MASTER_PORT < 65536)) || die "MASTER_PORT=$MASTER_PORT: 1 to 65535"
-    [[ $NNODES =~ ^[1-9][0-9]*$ ]] || die "NNODES=$NNODES: 1 or more"
-    [[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || die "NODE_RANK=$NODE_RANK: 0 to $((NNODES - 1))"
+    [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ ]] && ((NODE_RANK < NNODES)) || die "NODE_RANK=$NODE_RANK: 0 to $((NNODES - 1))"
     nodes=$NNODES
 }
 
@@ -398,6 +400,7 @@ count_gpus() {
 # container's quota and the share in Slurm's. Each line gives a number, or nothing where the system has no such thing.
 cores() {
     {
+        set +e # bash as sh would have it from outside
         lscpu --parse=CORE,SOCKET | grep -v '^#' | sort -u | grep -c .
         nproc
         awk '$1 != "max" { print int(($1 + $2 - 1) / $2) }' /sys/fs/cgroup/cpu.max

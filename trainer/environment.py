@@ -63,12 +63,16 @@ def read_environment() -> None:
 
 
 def _end_with_launcher() -> None:
-    """Has the kernel send SIGTERM to this process when launch.sh is killed: it saves and leaves."""
+    """Has the kernel send SIGTERM to this process when launch.sh is killed: it saves and leaves.
+
+    Raises:
+        UserError: launch.sh is gone already.
+    """
     launcher = os.environ.get("ISOTRAIN_LAUNCHER")
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(launcher):  # it is gone already
-            os.kill(os.getpid(), signal.SIGTERM)
+        if str(os.getppid()) != launcher:
+            raise UserError(f"ISOTRAIN_LAUNCHER={launcher}: that launch.sh has ended; unset it to start without one")
 
 
 def _refuse_settings() -> None:

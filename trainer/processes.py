@@ -62,7 +62,9 @@ def check_device() -> None:
             "Install a build of torch that fits the driver, or train on the CPU: ./launch.sh --topology cpu"
         )
     if planned and planned != found:
-        raise UserError(f"launch.sh planned for {planned}, and torch found {found}; see ./launch.sh --dry-run")
+        raise UserError(
+            f"launch.sh planned for {planned} (ISOTRAIN_DEVICE), and torch found {found}; see ./launch.sh --dry-run"
+        )
 
 
 def _told_to_use_cpu() -> bool:
@@ -133,7 +135,8 @@ def start_accelerator(precision: str) -> Accelerator:
     asked = int(os.environ.get("ISOTRAIN_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
     if asked != accelerator.num_processes:
         raise UserError(
-            f"{asked} processes were asked for, {accelerator.num_processes} came up; see ./launch.sh --dry-run"
+            f"{asked} processes were asked for (ISOTRAIN_NUM_PROCESSES), {accelerator.num_processes} came up; see "
+            "./launch.sh --dry-run"
         )
     return accelerator
 

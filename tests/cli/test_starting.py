@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def launch(*arguments, shell=None, **environment):
          "2 (SLURM_PROCID)", 4),
         (["--topology=cpu"], TASKS, None, None, 1),
         ([], {"WORLD_SIZE": "1", "RANK": "0", "PET_NNODES": "1"}, None, None, 1),
+        ([], {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2"}, None, None, 2),
     ],
 )  # fmt: skip
 def test_the_group_is_that_of_the_launcher_around_it(arguments, environment, nodes, rank, total):
@@ -73,6 +75,8 @@ def test_the_group_is_that_of_the_launcher_around_it(arguments, environment, nod
         ([], PODS | {"RANK": ""}, "multi_node needs NODE_RANK"),
         ([], PODS | {"LOCAL_RANK": "0"}, "WORLD_SIZE=2 and LOCAL_RANK=0: another launcher started this"),
         ([], PODS | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two: 1 or more"),
+        ([], MASTER | {"NNODES": "two"}, "NNODES=two: 1 or more"),
+        ([], MASTER | {"NNODES": "10", "NODE_RANK": "08"}, "NODE_RANK=08: 0 to 9"),
         ([], PODS | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: 1 to 65535"),
         ([], {"PET_NNODES": "1:3", "PET_RDZV_BACKEND": "c10d"}, "PET_NNODES=1:3: a fixed number of pods"),
         ([], {"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4: this is one of several processes"),
@@ -110,9 +114,17 @@ def test_the_plan_of_gpus_goes_to_run_py(tmp_path):
 
 
 def test_another_shell_says_that_it_is_none():
-    result = launch("--dry-run", shell="dash")
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "bash launch.sh" in result.stderr
+    with (ROOT / "launch.sh").open() as script:
+        piped = subprocess.run(["bash", "-s", "--", "--dry-run"], stdin=script, capture_output=True, text=True)
+    for result in (launch("--dry-run", shell="dash"), piped):
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert "bash launch.sh" in result.stderr
+
+
+def test_bash_may_be_called_sh(tmp_path):
+    (tmp_path / "sh").symlink_to(shutil.which("bash"))
+    result = launch("--dry-run", shell=tmp_path / "sh")
+    assert (result.returncode, result.stdout.count("ISOTRAIN_DEVICE=cpu")) == (0, 1), result.stderr
 
 
 def test_a_busy_port_names_master_port_and_asks_for_no_retry():

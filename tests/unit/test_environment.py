@@ -103,6 +103,7 @@ def test_every_launcher_is_understood(monkeypatch, variables, group):
         ({**MASTER, "WORLD_SIZE": "2", "RANK": "one"}, "RANK=one: a number from 0 to 1"),
         ({**MASTER, **SECOND_OF_TWO, "LOCAL_RANK": "x"}, "LOCAL_RANK=x: a number from 0 to 1"),
         ({**MASTER, **SECOND_OF_TWO, "MASTER_PORT": "99999"}, "MASTER_PORT=99999: a number from 0 to 65535"),
+        ({"ISOTRAIN_LAUNCHER": "1"}, "ISOTRAIN_LAUNCHER=1: that launch.sh has ended"),
         ({"ISOTRAIN_NUM_PROCESSES": "N"}, "ISOTRAIN_NUM_PROCESSES=N is not a number"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not supported.*unset it"),
