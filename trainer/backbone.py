@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from trainer.config import ModelConfig, UserError
 
 # Position ids of these families start behind the padding id.
 OFFSET_POSITIONS = (
-    "camembert", "data2vec-text", "longformer", "mpnet",
-    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+    "camembert", "data2vec-text", "esm", "lilt", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 
 
@@ -69,6 +69,8 @@ class Backbone:
     tokenizer: Any
     asked: ModelConfig
     """what the user asked for"""
+    notes: list[str] = field(default_factory=list)
+    """what the user should know of its weights, once they are loaded"""
 
     @cached_property
     def identity(self) -> Identity:
@@ -144,7 +146,7 @@ def find_backbone(
             f"model.name: the tokenizer of {config.name} knows {len(tokenizer)} tokens, the backbone only "
             f"{vocab_size}: they do not belong together"
         )
-    _set_labels(backbone_config, label_names)
+    _set_task(backbone_config, label_names)
     _set_padding(backbone_config, tokenizer, config.name)
     _read_special_tokens_as_text(tokenizer)
     if config.dropout is not None:
@@ -193,7 +195,20 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
         raise UserError(f"model.name: the weights of {backbone.path} cannot be read: {one_line(error)}") from None
     missing = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     _refuse_partial_weights(backbone.path, model, missing, info["unexpected_keys"])
+    unused = _unused(model.base_model, f"{model.base_model_prefix}.", info["unexpected_keys"])
+    backbone.notes[:] = [f"{len(unused)} have no place in this backbone, first {unused[0]}"] if unused else []
     return model, missing
+
+
+def _unused(base: nn.Module, prefix: str, unexpected: Iterable[str]) -> list[str]:
+    """Tensors of the file that belong inside the backbone, in a layer of a kind that it has: config.json lacks them."""
+
+    def kind(name: str) -> str:
+        return re.sub(r"\d+", "*", name.removeprefix(prefix))
+
+    kinds = {f"{kind(name)}." for name, _ in base.named_modules() if name}
+    learned = [name for name in unexpected if name.endswith((".weight", ".bias"))]  # and no mask or table of old
+    return sorted(name for name in learned if any(kind(name).startswith(known) for known in kinds))
 
 
 def _refuse_partial_weights(path: str, model: nn.Module, missing: set[str], unexpected: Iterable[str]) -> None:
@@ -317,7 +332,16 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _set_labels(config: BackboneConfig, label_names: list[str]) -> None:
+def _set_task(config: BackboneConfig, label_names: list[str]) -> None:
+    """Our classes, and nothing that config.json has from another use: what it returns, saves memory by or runs on."""
+    config._attn_implementation = None  # the family's own choice
+    values: dict[str, Any] = {
+        "output_attentions": False, "output_hidden_states": False, "return_dict": True, "torchscript": False,
+        "gradient_checkpointing": False, "chunk_size_feed_forward": 0,
+    }  # fmt: skip
+    for name, value in values.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
     # transformers would choose its own loss from this; ours is computed from the logits

@@ -119,6 +119,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         keys.use(compiled.kernels)
     recorded, why_not_recorded = _recorded(config, keys, because is None, device)
     notes = {
+        "tensors of the weights file": "; ".join(inputs.backbone.notes),
         "padded, in batches sorted by length": because,
         "batches hold examples of one length": "this model's logits depend on padding" if padding.one_length else None,
         "nothing is compiled": compiled.why_not,

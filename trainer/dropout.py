@@ -49,6 +49,8 @@ class DropoutKeys:
         """by who calls and the number of its call, in order of execution; None: its shape shows no example or token"""
         self.unreached: list[str] = []
         """random operations of the forward that are not ours"""
+        self.skips_layers = False
+        """whether a step may leave a layer without gradient"""
         self._probe_length: int | None = None  # while sites are recorded
         self._drops_nothing = False
         self._calls: Counter[Hashable] = Counter()
@@ -251,6 +253,7 @@ def install(model: nn.Module, seed: int) -> DropoutKeys:
     backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     _use_keyed_attention(backbone)
     keys = DropoutKeys(seed)
+    keys.skips_layers = any("layerdrop" in name and value for name, value in backbone.config.to_dict().items())
     twin = twin_of(model)
     origin = dict(zip(twin.modules(), model.modules(), strict=True))
     _probe(twin, keys, backbone.config)
@@ -363,7 +366,7 @@ def _probe_length(model: nn.Module, config: PretrainedConfig) -> int:
 
 
 class _NoDropout(TorchFunctionMode):
-    """Turns off torch's own dropout, as modules, as functions and in SDPA, and the random choice of layers to skip."""
+    """Turns off torch's own dropout, as modules, functions and in SDPA, the choice of layers to skip, and noise."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -371,6 +374,8 @@ class _NoDropout(TorchFunctionMode):
             return args[0] if args else kwargs["input"]
         if func is torch.rand:  # layerdrop skips a layer where this is below its probability
             return torch.ones_like(func(*args, **kwargs))
+        if func is torch.Tensor.uniform_ and len(args) == 3:  # a router of experts multiplies by noise around 1
+            return args[0].fill_((args[1] + args[2]) / 2)
         if func is nn.functional.scaled_dot_product_attention:  # its fifth argument
             args, kwargs = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, {**kwargs}
             kwargs.update({"dropout_p": 0.0} if len(args) < 5 else {})
@@ -386,6 +391,6 @@ class _RandomOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if any(word in name for word in ("dropout", "bernoulli", "rand")) and name not in self.found:
+        if any(word in name for word in ("dropout", "bernoulli", "rand", "uniform")) and name not in self.found:
             self.found.append(name)
         return func(*args, **(kwargs or {}))

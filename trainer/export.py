@@ -77,6 +77,8 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _unwrap_head(model)
+        if config.peft.options.get("layer_replication"):
+            _unshare(model)
         try:
             merged: Any = model.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
@@ -109,6 +111,18 @@ def _unwrap_head(model: Any) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.modules_to_save["default"])
+
+
+def _unshare(model: Any) -> None:
+    """Gives each of the layers that PEFT replicated parameters of its own, to merge into."""
+    import torch
+
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in seen:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+            seen.add(id(parameter))
 
 
 def _logits(model: Any, tokenizer: Any) -> Any:

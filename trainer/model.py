@@ -268,8 +268,17 @@ def _check_targets(model: nn.Module, settings: PeftConfig) -> None:
     def absent(wanted: list[str]) -> list[str]:
         return [w for w in wanted if not any(matches(name, w) for name in names)]
 
-    if whole := absent(settings.options.get("modules_to_save") or []):
-        raise UserError(f"peft.modules_to_save: this backbone has no module {whole[0]!r}")
+    for option in ("modules_to_save", "exclude_modules"):
+        wanted = settings.options.get(option) or []
+        if isinstance(wanted, str):  # a regular expression
+            unknown = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
+        else:
+            unknown = absent(wanted)
+        if unknown:
+            raise UserError(f"peft.{option}: this backbone has no module {unknown[0]!r}")
+    for wanted in settings.options.get("target_parameters") or []:
+        if not any(matches(name, wanted) for name, _ in model.named_parameters()):
+            raise UserError(f"peft.target_parameters: this backbone has no parameter {wanted!r}")
     if isinstance(targets, list):
         lost = absent(targets) if targets else ["[]"]
         chosen = [(name, m) for name, m in model.named_modules() if any(matches(name, t) for t in targets)]
@@ -304,6 +313,10 @@ def _check_adapted(model: PeftModel, settings: PeftConfig) -> None:
                 f"peft.target_modules: {target!r} is only in {', '.join(whole)}, which trains and is saved whole; "
                 "leave it out"
             )
+    layers = settings.options.get("layers_to_transform")
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if layer is not None and not any(f".{layer}." in name for name in adapted):
+            raise UserError(f"peft.layers_to_transform: layer {layer} has no module that gets an adapter")
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in settings.options.get(option) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import BertForSequenceClassification, RobertaForSequenceClassification
 from transformers import XLMRobertaForSequenceClassification as XLMRoberta
@@ -158,7 +159,11 @@ class _Layer:
 
     def __init__(self, layer: Any, last: bool, keys: DropoutKeys | None, kernels: Kernels | None) -> None:
         """`keys` draw the masks of attention."""
-        self.attention, self.attention_output = layer.attention.self, layer.attention.output
+        attention: Any = layer.attention.self  # where PEFT trains a copy of it, the keys know the copy
+        self.attention = (
+            attention.modules_to_save["default"] if isinstance(attention, ModulesToSaveWrapper) else attention
+        )
+        self.attention_output = layer.attention.output
         self.intermediate, self.output = layer.intermediate, layer.output
         query, key, value = self.attention.query, self.attention.key, self.attention.value
         self.last, self.keys, self.kernels = last, keys, kernels

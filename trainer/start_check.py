@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,8 @@ def check_start(
         keys = install(model, seed)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             trial = _Trial(twin_of(model).eval(), keys, tokenizer.pad_token_id)
-            return keys, trial.padding_for(*(trial_rows(split, tokenizer, (first, short)) for first in (long, short)))
+            unequal, equal = (trial_rows(split, tokenizer, (first, short)) for first in (long, short))
+            return keys, trial.padding_for(unequal, equal, alike=not reads_longest(model.config, max_length))
     except Refused as reason:
         raise UserError(f"model.name: {name} is not supported: {reason}") from None
     except torch.OutOfMemoryError:
@@ -106,12 +108,13 @@ class _Trial:
     keys: DropoutKeys
     pad_token_id: int
 
-    def padding_for(self, unequal: Examples, equal: Examples) -> Padding:
+    def padding_for(self, unequal: Examples, equal: Examples, alike: bool = True) -> Padding:
         """How the model's examples may share a batch.
 
         Args:
             unequal: two examples, the second shorter.
             equal: two examples of one length.
+            alike: longer examples are computed as these are.
 
         Raises:
             Refused: none of the ways leaves an example's logits alone.
@@ -121,8 +124,8 @@ class _Trial:
         unkeyed = self.keys.unreached or not self.keys.sites
         if not alone.isfinite().all():
             raise Refused("its logits are not finite")
-        if not is_same(self.logits(rows), alone):
-            if unkeyed and is_same(self.logits(rows, left=True), alone):
+        if not alike or not is_same(self.logits(rows), alone):
+            if alike and unkeyed and is_same(self.logits(rows, left=True), alone):
                 padding = Padding(left=True)
                 self.keys.sites = dict.fromkeys(self.keys.sites)
             else:
@@ -148,6 +151,16 @@ class _Trial:
         """As `logits`, of both rows packed."""
         batch = collate(rows, np.arange(2), np.ones(2), None, torch.device("cpu"))
         return PackedForward(self.model, None)(batch.inputs, batch.lengths)[-1]
+
+
+def reads_longest(config: Any, max_length: int) -> bool:
+    """Whether positions in an example depend on the longest one beside it: LongRoPE's do, above a length."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return any(
+        rope.get("rope_type") == "longrope" and max_length > (rope.get("original_max_position_embeddings") or 0)
+        for rope in (ropes, *ropes.values())  # one, or one for each type of layer
+        if isinstance(rope, dict)
+    )
 
 
 def is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -202,6 +202,9 @@ def _sum_gradients(run: Training) -> torch.Tensor:
     The losses are divided by the whole batch's weight, so the sum is its gradient. A parameter without a gradient takes
     part with 0, since its memory may have run out on this rank alone.
     """
+    if run.dropout.skips_layers:  # at random, perhaps one in all micro-batches
+        for parameter in run.trained.values():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.trained.values()]
     if run.accelerator.num_processes > 1:
         total = run.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
@@ -217,7 +220,10 @@ def _update(run: Training, step: int, norm: torch.Tensor, void: torch.Tensor) ->
     """
     without = [name for name, p in run.trained.items() if p.grad is None]
     if without:
-        raise UserError(f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(run.trained)} tensors)")
+        raise UserError(
+            f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(run.trained)} tensors); what does "
+            "not classify trains nothing: leave it out with peft.target_modules or peft.exclude_modules"
+        )
     if run.accelerator.scaler is None or not bool(void):
         run.accelerator.unscale_gradients()
         if run.config.optim.max_grad_norm is not None:

@@ -45,6 +45,7 @@ PLACES = [
     {"lora_bias": True},
     {"modules_to_save": ["LayerNorm"]},
     {"modules_to_save": ["key"]},
+    {"modules_to_save": ["self"], "target_modules": ["intermediate.dense"]},
 ]
 LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False, "lora_dropout": 0.1}
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -22,10 +23,12 @@ from transformers import (
 )
 
 from tests.conftest import TOPICS
+from tests.families import tiny
 from trainer.adapter import save_tokenizer
-from trainer.backbone import find_backbone, load_weights
+from trainer.backbone import OFFSET_POSITIONS, Backbone, find_backbone, load_weights
 from trainer.config import ModelConfig, PeftConfig, UserError
-from trainer.model import check_fit
+from trainer.export import _unshare, _unwrap_head
+from trainer.model import build_model, check_fit
 
 NAMES = list(TOPICS)
 BERT = {
@@ -99,6 +102,62 @@ def test_a_head_and_a_pooler_may_be_new(bert, prefix):
     keep = {"": lambda name: name.removeprefix("bert.") if name.startswith("bert.") else None, "bert.": lambda n: n}
     _, missing = load_weights(find(rewritten(bert, keep[prefix])))
     assert missing == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "extra", "notes"),
+    [
+        (1, None, ["16 have no place in this backbone, first bert.encoder.layer.1.attention.output.LayerNorm.bias"]),
+        (2, "encoder.layer.0.attention.self.distance_embedding.weight", ["1 have no place in this backbone, first "]),
+        (2, "encoder.layer.0.attention.self.inv_freq", []),
+        (2, "pooler.dense.weight", []),
+    ],
+)
+def test_layers_of_the_file_that_the_configuration_lacks_are_noted(bert, layers, extra, notes):
+    path = bert / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": layers}))
+    weights = safetensors.torch.load_file(bert / "model.safetensors")
+    weights |= {f"bert.{extra}": torch.ones(4, 4)} if extra else {}
+    safetensors.torch.save_file(weights, bert / "model.safetensors", {"format": "pt"})
+    backbone = find(bert)
+    load_weights(backbone)
+    load_weights(backbone)
+    assert [note.startswith(wanted) for note, wanted in zip(backbone.notes, notes, strict=True)] == [True] * len(notes)
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"return_dict": False}, {"output_attentions": True, "output_hidden_states": True}, {"torchscript": True},
+        {"gradient_checkpointing": True}, {"chunk_size_feed_forward": 7}, {"attn_implementation": "eager"},
+        {"attn_implementation": "flash_attention_2"}, {"problem_type": "regression"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_config_json_has_from_another_use_changes_nothing(bert, tmp_path, left_over):
+    expected = find(bert).config.to_dict()
+    path = bert / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **left_over}))
+    backbone = find(bert)
+    found = backbone.config.to_dict()
+    assert {name: value for name, value in found.items() if value} == {n: v for n, v in expected.items() if v}
+    model = load_weights(backbone)[0].train()
+    assert model.config._attn_implementation == "sdpa" and not any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+    backbone.config.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("family", OFFSET_POSITIONS)
+def test_positions_that_start_behind_the_padding_id(family):
+    """The longest example that fits is computed, and one more token is not."""
+    model = tiny(family, max_position_embeddings=16).get_base_model().eval()
+    backbone = Backbone("", None, model.config, None, ModelConfig())
+    longest = backbone.max_positions
+    assert longest == 14
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))
 
 
 # --- padding ---
@@ -251,3 +310,15 @@ def test_replicated_layers_leave_the_configuration_alone(bert):
     settings = PeftConfig(options={"target_modules": ["query"], "layer_replication": [[0, 2], [1, 2]]})
     model = check_fit(backbone, settings, 32, pairs=False)
     assert (model.config.num_hidden_layers, backbone.config.num_hidden_layers) == (3, 2)
+
+
+def test_replicated_layers_are_merged_each_for_itself(bert, tmp_path):
+    options = {"target_modules": ["query"], "layer_replication": [[0, 2], [1, 2]], "init_lora_weights": False}
+    model = build_model(find(bert), PeftConfig(options=options), 0).eval()
+    ids = torch.arange(5, 15)[None]
+    expected = model(input_ids=ids).logits
+    _unwrap_head(model)
+    _unshare(model)
+    model.merge_and_unload(safe_merge=True).save_pretrained(tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-5)

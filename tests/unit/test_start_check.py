@@ -14,6 +14,7 @@ from trainer.config import UserError
 from trainer.dropout import install
 from trainer.packed import Padding
 from trainer.start_check import check_start
+from trainer.step import _sum_gradients
 
 LISTED = listed()
 
@@ -110,7 +111,31 @@ def test_few_or_short_texts_are_enough(texts):
 @pytest.mark.parametrize("family", ["bart", "opt"])
 def test_layers_that_are_skipped_at_random_are_dropout_too(family):
     layerdrop = {"bart": {"encoder_layerdrop": 0.9, "decoder_layerdrop": 0.9}, "opt": {"layerdrop": 0.9}}
-    assert check(tiny(family, **layerdrop[family])) == Padding()
+    keys, padding = check_start(tiny(family, **layerdrop[family]), 0, TEXTS, tokenizer(), 64, "the backbone")
+    assert padding == Padding() and keys.skips_layers
+    assert not install(tiny(family), 0).skips_layers
+
+
+@pytest.mark.parametrize("skips_layers", [True, False])
+def test_a_step_may_skip_layers_only_where_the_model_does(skips_layers):
+    parameter = nn.Parameter(torch.ones(2))
+    alone, keys = SimpleNamespace(num_processes=1), SimpleNamespace(skips_layers=skips_layers)
+    _sum_gradients(SimpleNamespace(trained={"a layer": parameter}, dropout=keys, accelerator=alone))
+    assert (parameter.grad is not None) == skips_layers
+
+
+def test_a_routers_noise_is_dropout_too():
+    model = tiny("mixtral", router_jitter_noise=0.1)
+    keys, padding = check_start(model, 0, TEXTS, tokenizer(), 64, "the backbone")
+    assert padding == Padding() and "uniform_" in keys.unreached
+
+
+@pytest.mark.parametrize(("limit", "max_length"), [(600, 64), (600, 601), (600, 600)])
+def test_positions_that_depend_on_the_longest_example_beyond_the_check(limit, max_length):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": limit}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=limit, max_position_embeddings=1200)
+    assert check(model, max_length=max_length) == Padding(one_length=max_length > limit)
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
