@@ -393,10 +393,12 @@ def _refuse_incomplete(origin: Origin, seen: _Seen, labels_required: bool, extra
     if missing:
         group = "--" if origin.name == "input" else "data."
         named = "label_column" if missing == [label] else "id_column" if missing == [extra] else "text_columns"
+        near = {column.strip().casefold() for column in missing}
+        shown = sorted(seen.columns, key=lambda column: column.strip().casefold() not in near)[:12]
         hint = "" if layout.column_names else f"; for a file without a header name its columns in {group}column_names"
         raise UserError(
             f"{origin.where}: {layout.path} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(repr(column[:40]) for column in list(seen.columns)[:12])} (see {group}{named}{hint})"
+            f"{', '.join(repr(column[:40]) for column in shown)} (see {group}{named}{hint})"
         )
     if not seen.num_rows:
         raise UserError(f"{origin.where}: {layout.path} has no rows")

@@ -278,6 +278,9 @@ def test_missing_column(tmp_path):
     )
     said = refused(path, text_columns=["title"])
     assert said.startswith(f"data.train: {path} has no column 'label'; it has 'title', 'class' (see data.label_column;")
+    others = [f"c{i}" for i in range(20)]
+    path = write_csv(tmp_path / "y.csv", [[1] * 22], header=[*others, "text ", "Label"])
+    assert "'text', 'label'; it has 'text ', 'Label', 'c0', 'c1'," in refused(path)  # first what is nearly meant
 
 
 def test_every_splits_problem_at_once(tmp_path):

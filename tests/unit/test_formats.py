@@ -349,6 +349,12 @@ def test_a_git_lfs_pointer_is_named(name):
     assert refused(path) == f"{path} is a Git LFS pointer, not the data; fetch it with git lfs pull"
 
 
+def test_a_date_that_python_has_not_is_refused():
+    table = pa.table({"text": ["a", "b"], "label": pa.array([1, 2**60], pa.timestamp("s"))})
+    pyarrow.feather.write_feather(table, "x.arrow")
+    assert refused("x.arrow") == "x.arrow: Python int too large to convert to C int"
+
+
 def test_bytes_that_are_no_text_in_parquet_are_named_by_row():
     texts = [b"a", b"caf\xe9"]
     bad = pa.Array.from_buffers(pa.string(), 2, pa.array(texts, pa.binary()).buffers())
