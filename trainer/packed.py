@@ -159,10 +159,9 @@ class _Layer:
 
     def __init__(self, layer: Any, last: bool, keys: DropoutKeys | None, kernels: Kernels | None) -> None:
         """`keys` draw the masks of attention."""
-        attention: Any = layer.attention.self  # where PEFT trains a copy of it, the keys know the copy
-        self.attention = (
-            attention.modules_to_save["default"] if isinstance(attention, ModulesToSaveWrapper) else attention
-        )
+        self.attention: Any = layer.attention.self
+        if isinstance(self.attention, ModulesToSaveWrapper):  # the keys know the copy that trains
+            self.attention = self.attention.modules_to_save["default"]
         self.attention_output = layer.attention.output
         self.intermediate, self.output = layer.intermediate, layer.output
         query, key, value = self.attention.query, self.attention.key, self.attention.value

@@ -415,5 +415,5 @@ def test_another_precision_than_planned_is_refused(unlaunched):
 
 def test_another_number_of_processes_than_asked_for_is_refused(unlaunched):
     unlaunched.setenv("ISOTRAIN_NUM_PROCESSES", "2")
-    with pytest.raises(UserError, match="2 processes were asked for .ISOTRAIN_NUM_PROCESSES., 1 came up"):
+    with pytest.raises(UserError, match=r"2 processes were asked for .ISOTRAIN_NUM_PROCESSES., 1 came up"):
         start_accelerator("no")
