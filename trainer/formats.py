@@ -64,7 +64,10 @@ class Request:
 
 
 # What the readers raise for a file that is not as it should be (RuntimeError: an archive that needs more than we have).
-UNREADABLE = (OSError, ValueError, OverflowError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, pa.ArrowException)
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, RuntimeError, OverflowError),
+    *(zlib.error, zipfile.BadZipFile, pa.ArrowException),
+)
 
 
 def kind_of(path: str) -> str:
