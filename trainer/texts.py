@@ -30,14 +30,14 @@ from tqdm import tqdm
 from trainer.config import NO_COLUMN, Source, UserError, speaks_for_its_machine
 from trainer.console import bar_settings
 from trainer.formats import Chunk, kind_of
-from trainer.labels import label_text
+from trainer.labels import describe_look_alikes, label_text
 from trainer.locks import say_once, share, taking_turns
 from trainer.reading import Origin, find_origin, prefix
 
 SHOWN = 5  # how many rows an error names
 LARGE = 2**26  # bytes of a source from which on its rows are kept in the cache
 BLOCK = 2**26  # bytes that are hashed at a time
-LAYOUT = 4  # of the kept rows; another number makes them anew
+LAYOUT = 5  # of the kept rows; another number makes them anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,12 +393,11 @@ def _refuse_incomplete(origin: Origin, seen: _Seen, labels_required: bool, extra
     if missing:
         group = "--" if origin.name == "input" else "data."
         named = "label_column" if missing == [label] else "id_column" if missing == [extra] else "text_columns"
-        near = {column.strip().casefold() for column in missing}
-        shown = sorted(seen.columns, key=lambda column: column.strip().casefold() not in near)[:12]
+        alike = "".join(describe_look_alikes(column, seen.columns) for column in missing)
         hint = "" if layout.column_names else f"; for a file without a header name its columns in {group}column_names"
         raise UserError(
             f"{origin.where}: {layout.path} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(repr(column[:40]) for column in shown)} (see {group}{named}{hint})"
+            f"{', '.join(repr(column[:40]) for column in list(seen.columns)[:12])}{alike} (see {group}{named}{hint})"
         )
     if not seen.num_rows:
         raise UserError(f"{origin.where}: {layout.path} has no rows")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shlex
 
 import datasets
@@ -278,9 +279,15 @@ def test_missing_column(tmp_path):
     )
     said = refused(path, text_columns=["title"])
     assert said.startswith(f"data.train: {path} has no column 'label'; it has 'title', 'class' (see data.label_column;")
-    others = [f"c{i}" for i in range(20)]
-    path = write_csv(tmp_path / "y.csv", [[1] * 22], header=[*others, "text ", "Label"])
-    assert "'text', 'label'; it has 'text ', 'Label', 'c0', 'c1'," in refused(path)  # first what is nearly meant
+
+
+@pytest.mark.parametrize("text", ["text ", "Text", "\u200btext", "te\u00adxt", "ｔｅｘｔ"])
+def test_a_column_that_looks_like_the_missing_one_is_shown(tmp_path, text):
+    path = write_csv(tmp_path / "x.csv", [[1] * 22], header=[*(f"c{i}" for i in range(20)), text, "label"])
+    said = refused(path)
+    assert "has no column 'text'; it has 'c0', " in said
+    assert re.search(r"; ('text', .*) differ only in case, spaces, invisible characters or Unicode form \(see", said)
+    assert ascii(text) in said or repr(text) in said
 
 
 def test_every_splits_problem_at_once(tmp_path):
