@@ -18,7 +18,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trainer.config import NO_COLUMN, DataConfig, Source, UserError, completed
-from trainer.labels import INVISIBLE, describe_look_alikes, is_number, label_text, look_alikes, match_labels, quoted
+from trainer.labels import (
+    INVISIBLE,
+    describe_look_alikes,
+    is_number,
+    label_text,
+    look_alikes,
+    match_labels,
+    quoted,
+    short,
+)
 from trainer.reading import find_origin, option
 from trainer.texts import Table, Texts, read_table
 
@@ -276,7 +285,7 @@ def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warn
     unknown = np.flatnonzero(numbers < 0)
     if len(unknown):
         first = table.label_values[codes[unknown[0]]]
-        told = f"{len(unknown)} of {len(codes)} labels are unknown, first {first!r} in {table.place(unknown[0])}"
+        told = f"{len(unknown)} of {len(codes)} labels are unknown, first {short(first)} in {table.place(unknown[0])}"
         raise UserError(_unknown_label(table, told, first, label_names, meaning))
     if _could_count_otherwise(found, meaning):
         read = ", ".join(f"{value} = {label_names[meaning[matched[value]]]}" for value in sorted(found)[:4])
@@ -336,7 +345,7 @@ def _unknown_label(table: Table, told: str, label: str, label_names: list[str], 
 
 def _few(names: Any) -> str:
     names = list(names)
-    return ", ".join(map(repr, names[:12])) + (f", ... ({len(names)})" if len(names) > 12 else "")
+    return ", ".join(map(short, names[:12])) + (f", ... ({len(names)})" if len(names) > 12 else "")
 
 
 def _refuse_single_class(train: TextSplit, label_names: list[str]) -> None:

@@ -7,6 +7,7 @@ finds its class only where no class is spelled so itself. Imports nothing of the
 from __future__ import annotations
 
 import re
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 
 SHOWN = 6  # how many labels a message names
 INVISIBLE = "case, spaces, invisible characters or Unicode form"
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 60
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?")
 # invisible characters that Unicode does not call format characters: fillers, selectors of another glyph
 _FILLERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f]")
@@ -86,12 +89,17 @@ def describe_look_alikes(word: str, labels: Iterable[str]) -> str:
     return f"; {quoted(alike[0])} differ only in {INVISIBLE}" if alike else ""
 
 
+def short(label: str) -> str:
+    """A label in quotes for a message, without its middle where it is long."""
+    return _SHORT.repr(label)
+
+
 def quoted(labels: Sequence[str]) -> str:
     """Some labels for a message, with escapes where two of them would look the same."""
     shown = labels[:SHOWN]
     same = len({_visible(label) for label in shown}) < len(shown)
     more = f", ... ({len(labels)})" if len(labels) > SHOWN else ""
-    return ", ".join(label if is_number(label) else ascii(label) if same else repr(label) for label in shown) + more
+    return ", ".join(label if is_number(label) else ascii(label) if same else short(label) for label in shown) + more
 
 
 def _visible(text: str) -> str:

@@ -422,6 +422,15 @@ def test_train_from_0_and_test_from_1(tmp_path, names):
         assert mapped.splits["test"].labels.tolist() == [0, 1, 2, 3] and mapped.warnings == []
 
 
+def test_long_labels_are_shortened_in_messages(tmp_path):
+    texts = [f"review {i} " + "word\n" * 300 for i in range(20)]
+    test = numbered(tmp_path / "test.csv", texts)
+    said = refused(numbered(tmp_path / "train.csv", [1, 2]), test=str(test), quoting="multi_line")
+    assert "first 'review 0 word" in said and len(said) < 400
+    said = refused(test, test=str(numbered(tmp_path / "other.csv", ["x"])), quoting="multi_line")
+    assert said.count("review") == 12 and len(said) < 1300
+
+
 def test_the_mapping_to_type_is_one_word_and_has_these_names(tmp_path):
     names = ["a, b: c", "it's", 'say "hi"', "two\nlines", "null", "- x", "café", "#1"]
     train = numbered(tmp_path / "train.csv", range(8))
