@@ -366,9 +366,9 @@ def test_precision_on_a_gpu(unlaunched, has_bf16, chosen):
     [
         (None, False, None, "", "nvidia-smi lists 2 GPUs that torch .* cannot use: .*\n.* ./launch.sh --topology cpu"),
         ("cuda", False, "0,1", "", "nvidia-smi lists 2 GPUs"),
-        ("cuda", False, None, "true", "launch.sh planned for cuda .ISOTRAIN_DEVICE., and torch found cpu"),
-        ("cuda", False, "", "false", "launch.sh planned for cuda .ISOTRAIN_DEVICE., and torch found cpu"),
-        ("cpu", True, None, "false", "launch.sh planned for cpu .ISOTRAIN_DEVICE., and torch found cuda"),
+        ("cuda", False, None, "true", "launch.sh planned for cuda \\(ISOTRAIN_DEVICE\\), and torch found cpu"),
+        ("cuda", False, "", "false", "launch.sh planned for cuda \\(ISOTRAIN_DEVICE\\), and torch found cpu"),
+        ("cpu", True, None, "false", "launch.sh planned for cpu \\(ISOTRAIN_DEVICE\\), and torch found cuda"),
         (None, False, "", "", None),
         (None, False, "-1", "", None),
         (None, False, None, "yes", None),
@@ -415,5 +415,5 @@ def test_another_precision_than_planned_is_refused(unlaunched):
 
 def test_another_number_of_processes_than_asked_for_is_refused(unlaunched):
     unlaunched.setenv("ISOTRAIN_NUM_PROCESSES", "2")
-    with pytest.raises(UserError, match=r"2 processes were asked for .ISOTRAIN_NUM_PROCESSES., 1 came up"):
+    with pytest.raises(UserError, match=r"2 processes were asked for \(ISOTRAIN_NUM_PROCESSES\), 1 came up"):
         start_accelerator("no")
