@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from trainer.backbone import Backbone, Identity, apart, find_backbone, load_weights, one_line, refuse_another
-from trainer.checkpoint import replace_folder
+from trainer.checkpoint import UNFINISHED, replace_folder
 from trainer.config import Config, ModelConfig, UserError, completed
 from trainer.console import writing
 from trainer.model import set_precision
@@ -70,6 +70,8 @@ class Start:
     label_names: list[str]
     recorded: Identity
     """the backbone it was trained on"""
+    peft: dict[str, Any]
+    """its adapter_config.json"""
 
     def fingerprint(self) -> str:
         """SHA-256 of the tensors as a file."""
@@ -86,9 +88,10 @@ def read_start(folder: Path) -> Start:
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         label_names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
         recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
+        peft = dict(json.loads((folder / "adapter_config.json").read_bytes()))
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder} is no adapter folder of a finished run: {one_line(error)}") from None
-    return Start(folder, tensors, [str(name) for name in label_names], recorded)
+    return Start(folder, tensors, [str(name) for name in label_names], recorded, peft)
 
 
 def adapter_config_json(model: PeftModel) -> str:
@@ -160,9 +163,11 @@ def save_adapter(
     Raises:
         OSError: the disk is full or not writable; a folder that was there is unchanged.
     """
-    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
-        save_tokenizer(backbone.tokenizer, max_length, Path(temporary))
-        files = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
+    temporary = folder.with_name(f"{UNFINISHED}{folder.name}")  # a container may have no other place to write
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(temporary):
+        save_tokenizer(backbone.tokenizer, max_length, temporary)
+        files = {path.name: path.read_bytes() for path in temporary.iterdir() if path.is_file()}
     files["adapter_model.safetensors"] = safetensors.torch.save(tensors, {"format": "pt"})
     files["adapter_config.json"] = adapter_config_json(model).encode()
     # in a folder of its own: beside adapter_config.json, transformers would take the adapter for a whole model

@@ -26,7 +26,14 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 
-from trainer.adapter import Start, check_adapter, load_adapter_tensors, model_card, save_adapter
+from trainer.adapter import (
+    Start,
+    adapter_config_json,
+    check_adapter,
+    load_adapter_tensors,
+    model_card,
+    save_adapter,
+)
 from trainer.backbone import Identity, silence_libraries
 from trainer.batching import collate, split_by_tokens
 from trainer.building import Inputs, build, prepare
@@ -46,6 +53,8 @@ from trainer.options import config_text, load_config
 from trainer.processes import StopRequest, Watch, agree, check_device, choose_precision, together
 from trainer.state import Training, TrainState, restore
 
+FREE = {"base_model_name_or_path", "revision", "peft_version"}
+"""in adapter_config.json, what may differ from the adapter that a run starts from"""
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
@@ -130,15 +139,15 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
         state, best = restore(run, checkpoint), checkpoint.best_adapter
         run.log.say(f"continuing after step {state.step} of {run.total_steps}")
     elif inputs.start is not None:
-        _start_from(run, inputs, inputs.start)
+        _start_from(run, inputs.start)
     if is_main:  # only now is it sure that the run is this one
         write_atomic(folder / "config.yaml", config_text(config))
     for line in [*_data_lines(inputs), *(f"note: {note}" for note in notes)]:
         run.log.say(line)
     state = _started(run, state, inputs.precision)
+    stop.deferred = True
     run.log.open(config.tracking.backends, state.step, state.evaluated_step, run.total_steps, as_dict(config))
     try:
-        stop.deferred = True
         state, best = train(run, state, best)
         run.log.end_progress()
         load_adapter_tensors(run.model, best, "best adapter")
@@ -149,20 +158,18 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
         run.log.close()
 
 
-def _start_from(run: Training, inputs: Inputs, start: Start) -> None:
-    """Puts in place the adapter and head of another run, which must compute here what they compute in plain PEFT.
+def _start_from(run: Training, start: Start) -> None:
+    """Puts in place the adapter and head of another run.
 
     Raises:
         UserError: they do not fit.
     """
+    own = json.loads(adapter_config_json(run.model))
+    for name in sorted(own.keys() & start.peft.keys()):
+        if own[name] != start.peft[name] and name not in FREE and not name.endswith("dropout"):
+            there = f"{start.folder} was trained with peft.{name} {start.peft[name]!r}, and here it is {own[name]!r}"
+            raise UserError(f"model.adapter: {there}; give all of peft the values of its run (config.yaml)")
     load_adapter_tensors(run.model, start.tensors, f"model.adapter: {start.folder}")
-    batch, expected = _probe(run, TrainState())
-    run.model.train()
-    try:
-        if run.accelerator.is_main_process:
-            _check(run, inputs, start.folder, batch, expected)
-    except RuntimeError as error:
-        raise UserError(f"model.adapter: {error}; give all of peft the values of its run (config.yaml)") from None
     run.log.say(f"starting from the adapter {start.folder}")
 
 
@@ -178,11 +185,6 @@ def _probe(run: Training, state: TrainState) -> tuple[dict[str, torch.Tensor], t
     if run.sharded:  # the whole may fit no device but the host, where other kernels round otherwise
         batch = {name: tensor.cpu() for name, tensor in batch.items()}
     return batch, expected
-
-
-def _check(run: Training, inputs: Inputs, folder: Path, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
-    tolerance = 0.05 if run.sharded else 1e-3
-    check_adapter(folder, inputs.backbone, batch, expected, COMPUTE_TYPES[inputs.precision], tolerance)
 
 
 def _data_lines(inputs: Inputs) -> list[str]:
@@ -283,7 +285,8 @@ def _finish(
     summary = _summary(run, inputs, state, metrics)
     card = model_card(folder.name, run.config, backbone, run.label_names, summary)
     save_adapter(folder / "adapter", run.model, best, backbone, run.config.data.max_length, run.label_names, card)
-    _check(run, inputs, folder / "adapter", batch, expected)
+    tolerance = 0.05 if run.sharded else 1e-3
+    check_adapter(folder / "adapter", backbone, batch, expected, COMPUTE_TYPES[inputs.precision], tolerance)
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     scores = {
         f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")

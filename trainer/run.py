@@ -54,7 +54,7 @@ def _is_finished(folder: Path, config: Config) -> bool:
     Raises:
         UserError: the folder holds a run of another configuration, something else, or may not be used again.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         return False
     if not (folder / "config.yaml").is_file():
         # config.yaml is the first file of a run: a start killed earlier leaves no more than these

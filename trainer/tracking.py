@@ -193,7 +193,7 @@ class RunLog:
             return
         try:
             action(*arguments)
-        except Exception as error:  # a tracker is never worth a run
+        except (Exception, SystemExit) as error:  # a tracker is never worth a run
             if name not in self._failed:
                 self.say(f"warning: {name} failed and may miss values: {' '.join(str(error).split())[:240]}")
             self._failed[name] = failures + 1

@@ -130,9 +130,9 @@ def test_a_new_run_starts_from_an_adapter(uninterrupted, options, tmp_path):
     ("settings", "says"),
     [
         ({"model__adapter": "none"}, "model.adapter: none is no adapter folder of a finished run"),
-        ({"peft__lora_alpha": 64}, "give all of peft the values of its run"),
-        ({"peft__r": 2}, "has shape"),
-        ({"peft__target_modules": "[query]"}, "unexpected tensor"),
+        ({"peft__lora_alpha": 64}, "was trained with peft.lora_alpha 8, and here it is 64"),
+        ({"peft__use_rslora": "true"}, "was trained with peft.use_rslora False, and here it is True"),
+        ({"peft__target_modules": "[query]"}, "was trained with peft.target_modules ['query', 'value'], and here it"),
         ({"data__label_names": "[Sports, World, Business, Sci/Tech]"}, "the classes of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

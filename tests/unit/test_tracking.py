@@ -157,8 +157,8 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypa
 class Service:
     """Stands in for a tracker's package, with the calls that Accelerate makes; `broken` is the one that fails."""
 
-    def __init__(self, name, broken=None):
-        self.name, self.broken, self.calls = name, broken, []
+    def __init__(self, name, broken=None, error=RuntimeError):
+        self.name, self.broken, self.error, self.calls = name, broken, error, []
         self.id = f"run of {name}"  # of W&B and SwanLab
         self.info = SimpleNamespace(run_id=self.id)  # of MLflow
         self.utils = SimpleNamespace(
@@ -173,7 +173,7 @@ class Service:
 
         def answer(*arguments, **settings):
             if call == self.broken:
-                raise RuntimeError("no network")
+                raise self.error("no network")
             self.calls.append((call, arguments, settings))
             return [] if call == "search_experiments" else self
 
@@ -185,8 +185,8 @@ class Service:
 
 @pytest.fixture
 def service(monkeypatch):
-    def install(name, broken=None):
-        made = Service(name, broken)
+    def install(name, *broken):
+        made = Service(name, *broken)
         monkeypatch.setitem(sys.modules, name, made)
         return made
 
@@ -195,7 +195,7 @@ def service(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("first", "error"), [(True, RuntimeError), (False, SystemExit)])
 @pytest.mark.parametrize(
     ("name", "broken"),
     [
@@ -203,8 +203,8 @@ def service(monkeypatch):
         *(("mlflow", call) for call in ("import", "start_run", "log_params", "log_metrics", "end_run")),
     ],
 )
-def test_no_tracker_takes_another_with_it(tmp_path, service, capsys, name, broken, first):
-    service(name, broken)
+def test_no_tracker_takes_another_with_it(tmp_path, service, capsys, name, broken, first, error):
+    service(name, broken, error)
     folder = tmp_path / "run"
     log = opened(folder, backends=(name, "tensorboard") if first else ("tensorboard", name), quiet=False)
     train(log, 1, 5, 1.0)
