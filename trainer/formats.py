@@ -47,6 +47,8 @@ _SIGNS = {
     b"ARROW1": "is an Arrow file; name it .arrow",
 }
 
+csv.field_size_limit(2**31 - 1)
+
 Chunk = tuple[int, dict[str, list[Any]]]
 """number of rows, and the columns that these rows have"""
 _Item = TypeVar("_Item")
@@ -254,7 +256,6 @@ class _Records:
         self._prefix, self._quoting = request.prefix, request.layout.quoting
         self._plain = f"if quotes are plain characters: {request.prefix}quoting none"
         quoting: Any = csv.QUOTE_NONE if self._quoting == "none" else csv.QUOTE_MINIMAL
-        csv.field_size_limit(2**31 - 1)
         self._reader = csv.reader(self._checked(lines), delimiter=delimiter, quoting=quoting, strict=True)
 
     def _checked(self, lines: Iterator[str]) -> Iterator[str]:
@@ -297,8 +298,9 @@ class _Records:
 def _read_csv(path: str, request: Request) -> Iterator[Chunk]:
     lines = filter(str.strip, _lines(path, request))
     first = next(lines, "")
-    noted = re.fullmatch(r'"?sep=(.)"?\s*', first)  # a line for Excel
-    delimiter = request.layout.delimiter or (noted and noted[1]) or ("\t" if kind_of(path) == ".tsv" else ",")
+    noted = re.fullmatch(r'("?)sep=(.)\1', first.rstrip("\r\n"))  # a line for Excel
+    noted = noted if len(request.layout.column_names or ()) != 1 else None  # where it may be a text
+    delimiter = request.layout.delimiter or (noted and noted[2]) or ("\t" if kind_of(path) == ".tsv" else ",")
     delimiter = {typed: meant for meant, typed in DELIMITERS.items()}.get(delimiter, delimiter)
     _check_delimiter(next(lines, "") if noted else first, delimiter, request)
     records = _Records(_lines(path, request), delimiter, request)
@@ -396,7 +398,7 @@ def _check_delimiter(line: str, delimiter: str, request: Request) -> None:
     texts = {*(request.layout.text_columns or []), *(request.layout.text_pair_columns or [])}
 
     def fields(separator: str) -> list[str]:
-        return [field.strip() for field in next(csv.reader([line], delimiter=separator), [])]
+        return [field.strip() for field in next(csv.reader([line.replace("\r", "")], delimiter=separator), [])]
 
     def fits(found: list[str]) -> bool:
         return len(found) == len(names) if names else texts <= set(found)

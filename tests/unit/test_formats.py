@@ -248,6 +248,18 @@ def test_a_first_line_for_excel_names_the_delimiter_and_is_no_row(name, first, s
     assert refused(path, column_names=["text", "label"]).startswith(f"{name}: line 2 is a header")
     assert refused(write(name, f"{first}\ntext{separator}label\na\n")).startswith(f"{name}: line 3 has 1 fields")
     assert refused(path, delimiter="|").endswith(f": --data.delimiter {separator!r}")
+    texts = write("y.csv", '"sep=|"\n"sep=,"\n')
+    assert [text for _, text in predicted(texts, column_names=["text"])[0]] == ["sep=|", "sep=,"]
+    texts = write("y.csv", '"sep=,\na",b\n')
+    found = predicted(texts, column_names=["text", "n"], quoting="multi_line")[0]
+    assert [text for _, text in found] == ["sep=,\na"]
+
+
+def test_a_first_line_that_csv_cannot_read_is_refused_or_read():
+    said = "x.csv: line 1 has a carriage return (\\r) outside quotes"
+    assert refused(write("x.csv", "te\rxt,note\na,x\n"), quoting="multi_line") == said
+    long = "a" * 200_000  # the module refuses fields of half that length by default
+    assert rows(write("x.csv", f"{long},x\nb,y\n"), column_names=["text", "label"])[0] == (long, "x")
 
 
 def test_another_delimiter_of_a_file_without_header_and_of_one_split():
