@@ -105,7 +105,9 @@ def main() -> int:
     try:
         options = Options(**vars(parser.instantiate(parser.parse_args())))
     except jsonargparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        told = re.sub('Parser key "([^"]*)":', r"--\1:", " ".join(str(error).split()))
+        a_word = r"Does not validate .*\[list\[str\].* <class 'str'> Given value: (.*)"
+        raise UserError(re.sub(a_word, r"'\1' is no list; write [\1]", told)) from None
     read_environment()
     return predict(options)
 

@@ -15,7 +15,7 @@ from trainer.config import Config, DataConfig, EvaluationConfig, OptimConfig, So
 from trainer.data import id_columns, load_corpus, load_for_prediction
 from trainer.labels import label_text, look_alikes, match_labels
 from trainer.metrics import metric_value
-from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, _summary, labels_to_write
+from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, _summary, labels_to_write, main
 
 
 @pytest.fixture(autouse=True)
@@ -506,3 +506,18 @@ def test_class_names_that_a_file_stores_and_a_submission(tmp_path):
     assert corpus.label_values == dict(zip("0123", FOUR, strict=True))
     text, _ = submission(tmp_path, Config(), corpus.label_names, corpus.label_values)
     assert text.split()[1:] == ["0,0", "1,1", "2,2", "3,3"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("text_columns", "body", "--text_columns: 'body' is no list; write [body]"),
+        ("column_names", "id,text", "--column_names: 'id,text' is no list; write [id,text]"),
+        ("layout", "kaggle", "--layout: Expected a typing.Literal['full', 'contest']. Got value: kaggle"),
+    ],
+)
+def test_options_of_predict_that_do_not_fit(monkeypatch, option, value, told):
+    monkeypatch.setattr("sys.argv", ["", "--run", "r", "--input", "i", "--output", "o.csv", f"--{option}", value])
+    with pytest.raises(UserError) as error:
+        main()
+    assert str(error.value) == told
