@@ -311,9 +311,9 @@ def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str,
         classes = match_labels(own.values(), names)
         strangers = sorted(set(own.values()) - set(classes))
         if strangers:
-            raise UserError(
-                f"{table.origin.where}: label_names maps to {strangers[0]!r}, which is no class of train: {_few(names)}"
-            )
+            has = "label_names maps to" if table.origin.layout.label_names else "its stored class names have"
+            told = f"{has} {strangers[0]!r}, which is no class of train: {_few(names)} (see label_names)"
+            raise UserError(f"{table.origin.where}: {told}")
         return {value: names[classes[name]] for value, name in own.items()}
     if all(map(is_number, found)) and not any(map(is_number, names)):
         return {str(i): i for i in range(len(label_names))}
