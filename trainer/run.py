@@ -32,7 +32,7 @@ def execute(config: Config) -> int:
     Raises:
         UserError: anything the user can mend.
     """
-    folder = Path(config.run.output_dir) / run_name(config)
+    folder = Path(config.run.output_dir).expanduser() / run_name(config)
     # on several hosts rank 0 decides for all, since the others may not see the folder
     one_host = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
     if one_host and _is_finished(folder, config):

@@ -15,6 +15,8 @@ from tests.conftest import ROOT
 from trainer import locks
 from trainer.config import UserError
 from trainer.locks import held, share, taking_turns
+from trainer.options import parse_config
+from trainer.run import execute
 
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
 
@@ -98,6 +100,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, place):
         held(tmp_path / place),
     ):
         pass
+
+
+def test_a_run_folder_in_the_users_home(tmp_path, monkeypatch):
+    """Shells leave --run.output_dir=~ as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "letters" / "old").mkdir(parents=True)
+    config = parse_config(["--data.train=x.csv", "--run.output_dir=~", "--run.name=letters"])
+    with pytest.raises(UserError, match=f"{tmp_path}/letters holds something else than a run"):
+        execute(config)
 
 
 def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
