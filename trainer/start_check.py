@@ -24,7 +24,7 @@ from trainer.dropout import DropoutKeys, install, twin_of
 from trainer.packed import PackedForward, Padding, why_not_packed
 from trainer.tokenising import Examples
 
-NUM_TOKENS = 20, 512
+NUM_TOKENS = 16, 512
 """fewest and most tokens of the longer example; more than the fewest while parameters x tokens stay below `WORK`"""
 WORK = 1e9
 NUM_TEXTS = 32
@@ -124,20 +124,17 @@ class _Trial:
         unkeyed = self.keys.unreached or not self.keys.sites
         if not alone.isfinite().all():
             raise Refused("its logits are not finite")
-        if not alike or not is_same(self.logits(rows), alone):
-            if alike and unkeyed and is_same(self.logits(rows, left=True), alone):
-                padding = Padding(left=True)
-                self.keys.sites = dict.fromkeys(self.keys.sites)
-            else:
-                padding, rows, alone = Padding(one_length=True), equal, self.logits(equal, [1])
-                if not is_same(self.logits(rows), alone):
-                    raise Refused("the logits of an example depend on the other examples of its batch")
-        self.model.train()
-        with self.keys.dropping_nothing():
-            trained = self.logits(rows, left=padding.left)
-        self.model.eval()
-        if not is_same(trained, alone):
-            raise Refused("in training it computes other logits than in evaluation, though nothing is dropped")
+        if not alike or not is_same(self.logits_in_training(rows), alone):  # which of the two is it?
+            if not alike or not is_same(self.logits(rows), alone):
+                if alike and unkeyed and is_same(self.logits(rows, left=True), alone):
+                    padding = Padding(left=True)
+                    self.keys.sites = dict.fromkeys(self.keys.sites)
+                else:
+                    padding, rows, alone = Padding(one_length=True), equal, self.logits(equal, [1])
+                    if not is_same(self.logits(rows), alone):
+                        raise Refused("the logits of an example depend on the other examples of its batch")
+            if not is_same(self.logits_in_training(rows, padding.left), alone):
+                raise Refused("in training it computes other logits than in evaluation, though nothing is dropped")
         packs = why_not_packed(self.model) is not None or is_same(self.packed_logits(rows), alone)
         return dataclasses.replace(padding, packs=packs)
 
@@ -145,6 +142,14 @@ class _Trial:
         """The logits [C] of the last of these rows, all in one batch."""
         batch = collate(rows, np.array(ids), np.ones(len(ids)), self.pad_token_id, torch.device("cpu"), left=left)
         logits: torch.Tensor = self.model(**batch.inputs).logits[-1]
+        return logits
+
+    def logits_in_training(self, rows: Examples, left: bool = False) -> torch.Tensor:
+        """As `logits`, of both rows in training mode."""
+        self.model.train()
+        with self.keys.dropping_nothing():
+            logits = self.logits(rows, left=left)
+        self.model.eval()
         return logits
 
     def packed_logits(self, rows: Examples) -> torch.Tensor:
