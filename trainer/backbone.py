@@ -55,6 +55,8 @@ class Identity:
 
 # Families that transformers itself cannot compute without code that it would download.
 NEEDS_REMOTE_CODE = ("mra",)
+# Families whose code mixes types under autocast, which torch refuses.
+FP32_ONLY = ("xmod",)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def find_backbone(
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare ones, strict configurations kinds of their own
-        raise UserError(_why_not_found(config.name, error, revision)) from None
+        raise UserError(_why_not_found(config, error, revision)) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model.name: {config.name} has no fast tokenizer (tokenizer.json)")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
@@ -177,6 +179,7 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
     Raises:
         UserError: weights that cannot be read, or that lack more than the head and the pooler.
     """
+    backbone.identity  # noqa: B018  # refuses files that are missing, or that transformers would add
     config = copy.deepcopy(backbone.config)
     if getattr(config, "attention_type", None) == "block_sparse":
         config.attention_type = "original_full"  # as BigBird itself chooses for the lengths that check_fit lets pass
@@ -263,13 +266,13 @@ def _refuse_broken_weights(path: Path) -> None:
             raise UserError(f"model.name: {file} cannot be read, cut off perhaps: {one_line(error)}") from None
 
 
-def _why_not_found(name: str, error: Exception, commit: str | None) -> str:
-    reason = one_line(error)
+def _why_not_found(config: ModelConfig, error: Exception, commit: str | None) -> str:
+    name, reason = config.name, one_line(error)
     if "trust_remote_code" in reason or "custom code" in reason:
         return f"model.name: {name} asks to run code of its own; refused"
     if Path(name).is_dir() or name.startswith("package:"):
         return f"model.name: {name} cannot be read: {reason}"
-    at = f" at commit {commit}" if commit else ""
+    at = f" at commit {commit}" if commit else f" at revision {config.revision!r}" if config.revision else ""
     return (
         f"model.name: {name!r} is no local folder, and as a hub model{at} neither cached nor reachable ({reason})\n"
         "Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR, or run with a hub"

@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from trainer import dropout, kernels
 from trainer.adapter import Start, read_start
-from trainer.backbone import Backbone, Identity, find_backbone, refuse_another
+from trainer.backbone import FP32_ONLY, Backbone, Identity, find_backbone, refuse_another
 from trainer.batching import Plan
 from trainer.config import Config, UserError
 from trainer.data import Corpus, load_corpus
@@ -92,6 +92,8 @@ def prepare(
         classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
         raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
     backbone = find_backbone(config.model, corpus.label_names, recorded)
+    if precision != "no" and backbone.config.model_type in FP32_ONLY:
+        raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
     pairs = corpus.splits["train"].text_pairs is not None
     _why_padded(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
     if recorded is not None:

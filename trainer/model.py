@@ -170,7 +170,7 @@ def set_precision(model: nn.Module, compute_type: torch.dtype) -> None:
     And what an adapter makes of a product has the product's type: some give fp32, which DeBERTa is not made for.
     """
     for module in model.modules():
-        if isinstance(module, PRODUCTS):
+        if isinstance(module, PRODUCTS) or hasattr(module, "q_bias"):  # DeBERTa adds biases of its products itself
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(compute_type, copy=True)

@@ -10,8 +10,10 @@ from torch import nn
 from tests import families
 from tests.families import FAMILIES, NOT_TINY, TEXTS, difference_between_batches, listed, tiny, tokenizer, verdict_of
 from trainer import dropout
+from trainer.backbone import FP32_ONLY
 from trainer.config import UserError
 from trainer.dropout import install
+from trainer.model import set_precision
 from trainer.packed import Padding
 from trainer.start_check import check_start
 from trainer.step import _sum_gradients
@@ -31,6 +33,19 @@ def test_a_family_works_for_any_batch_or_is_refused(family):
     assert verdict.startswith(("works", "refused")) or family not in LISTED or LISTED[family].startswith("not built")
     if padding is not None:
         assert difference_between_batches(model, padding) <= 1e-5
+        assert trains_in_bf16(model) == (family not in FP32_ONLY)
+
+
+def trains_in_bf16(model):
+    set_precision(model, torch.bfloat16)
+    ids = torch.tensor([tokenizer()(TEXTS.texts[3])["input_ids"]])
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        except RuntimeError:  # of types
+            return False
+    logits.float().sum().backward()
+    return bool(logits.isfinite().all())
 
 
 def test_every_family_of_transformers_is_listed():
