@@ -86,12 +86,12 @@ def read_start(folder: Path) -> Start:
     """
     try:
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        label_names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        label_names = [str(name) for name in json.loads((folder / "labels.json").read_text(encoding="utf-8"))]
         recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
         peft = dict(json.loads((folder / "adapter_config.json").read_bytes()))
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder} is no adapter folder of a finished run: {one_line(error)}") from None
-    return Start(folder, tensors, [str(name) for name in label_names], recorded, peft)
+    return Start(folder, tensors, label_names, recorded, peft)
 
 
 def adapter_config_json(model: PeftModel) -> str:

@@ -100,13 +100,14 @@ def load_finished_run(folder: Path, name: str | None = None, revision: str | Non
     if not (folder / "summary.json").is_file():
         raise UserError(f"--run: {folder} is not finished; type its training command again to finish it")
     try:
-        label_names = json.loads((folder / "adapter" / "labels.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        labels = json.loads((folder / "adapter" / "labels.json").read_text(encoding="utf-8"))
+        label_names = [str(label) for label in labels]
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--run: {folder}: adapter/labels.json cannot be read: {error}") from None
     config = load_config(folder / "config.yaml")
     model = config.model if name is None else dataclasses.replace(config.model, name=name, revision=None)
     model = model if revision is None else dataclasses.replace(model, revision=revision)
-    return dataclasses.replace(config, model=model), [str(label) for label in label_names]
+    return dataclasses.replace(config, model=model), label_names
 
 
 @functools.cache

@@ -499,6 +499,9 @@ def test_load_finished_run(tmp_path):
     with pytest.raises(UserError, match=r"labels\.json cannot be read"):
         load_finished_run(tmp_path)
     (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "labels.json").write_text("null")
+    with pytest.raises(UserError, match=r"labels\.json cannot be read"):
+        load_finished_run(tmp_path)
     (tmp_path / "adapter" / "labels.json").write_text('["a", "b"]')
     assert load_finished_run(tmp_path) == (config, ["a", "b"])
 

@@ -11,7 +11,7 @@ import safetensors.torch
 from huggingface_hub import constants
 from transformers import AutoModelForMaskedLM
 
-from trainer.adapter import loading_lines
+from trainer.adapter import IDENTITY, loading_lines, read_start
 from trainer.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
 from trainer.config import ModelConfig, UserError
 
@@ -187,3 +187,18 @@ def test_ranks_compare_what_the_identity_holds(hub, folder):
     flip(folder / "model.safetensors")
     prints.append(find_backbone(ModelConfig(name=str(folder)), LABELS).fingerprint)
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("damage", [b"", b"null", b"\xff"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "labels.json", "adapter_config.json", IDENTITY])
+def test_a_damaged_adapter_to_start_from_is_one_line(tmp_path, name, damage):
+    (tmp_path / "backbone").mkdir()
+    safetensors.torch.save_file({}, tmp_path / "adapter_model.safetensors")
+    identity = {field.name: None for field in dataclasses.fields(Identity)}
+    for file, value in {"labels.json": ["a"], "adapter_config.json": {}, IDENTITY: identity}.items():
+        (tmp_path / file).write_text(json.dumps(value))
+    assert read_start(tmp_path).label_names == ["a"]
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(UserError, match="is no adapter folder of a finished run") as refusal:
+        read_start(tmp_path)
+    assert "\n" not in str(refusal.value)
