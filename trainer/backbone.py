@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tokenizers import normalizers
 from torch import nn
@@ -400,6 +400,12 @@ def apart(token: str) -> str:
 
 def _set_dropout(config: BackboneConfig, p: float) -> None:
     """Sets every dropout probability of the backbone; families name them differently, always with "drop"."""
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), BackboneConfig):
+            _set_dropout(part, p)
     for name, value in config.to_dict().items():
         if "drop" in name and "layerdrop" not in name and (type(value) in (int, float) or name == "classifier_dropout"):
-            setattr(config, name, p)
+            try:
+                setattr(config, name, value if value == p else p)
+            except StrictDataclassError as error:  # MPT takes whole numbers
+                raise UserError(f"model.dropout: {config.model_type} does not take {p}: {one_line(error)}") from None

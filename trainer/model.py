@@ -253,6 +253,11 @@ def _wrap(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]) -> P
     try:
         return peft.get_peft_model(model, wrapping)
     except Exception as error:  # of whatever kind its methods raise at modules that they are not made for
+        if "No modules were targeted" in str(error):
+            raise UserError(
+                "peft.target_modules: no module gets an adapter; the head and peft.modules_to_save train whole, and "
+                "peft.exclude_modules and peft.layers_to_transform leave others out"
+            ) from None
         raise UserError(f"peft: {one_line(error)}") from None
 
 

@@ -25,7 +25,7 @@ from transformers import (
 from tests.conftest import TOPICS
 from tests.families import tiny
 from trainer.adapter import save_tokenizer
-from trainer.backbone import OFFSET_POSITIONS, Backbone, find_backbone, load_weights
+from trainer.backbone import OFFSET_POSITIONS, Backbone, _set_dropout, find_backbone, load_weights
 from trainer.config import ModelConfig, PeftConfig, UserError
 from trainer.export import _unshare, _unwrap_head
 from trainer.model import build_model, check_fit
@@ -158,6 +158,22 @@ def test_positions_that_start_behind_the_padding_id(family):
     model(input_ids=torch.full((1, longest), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, longest + 1), 5))
+
+
+@pytest.mark.parametrize("family", ["bert", "bart", "gpt2", "t5gemma", "xlnet"])
+def test_the_dropout_that_is_asked_for_is_everywhere(family):
+    config = tiny(family).get_base_model().config
+    _set_dropout(config, 0.37)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.37}
+
+
+def test_dropout_that_a_backbone_does_not_take_is_refused():
+    config = tiny("mpt").get_base_model().config
+    _set_dropout(config, 0.0)
+    with pytest.raises(UserError, match=r"model\.dropout: mpt does not take 0\.37: .*attn_pdrop"):
+        _set_dropout(config, 0.37)
 
 
 # --- padding ---

@@ -451,6 +451,7 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
         ("LORA", {"exclude_modules": ["quarry"]}, r"peft\.exclude_modules: this backbone has no module 'quarry'"),
         ("LORA", {"exclude_modules": ".*nothing"}, r"peft\.exclude_modules: this backbone has no module"),
         ("LORA", {"target_parameters": ["x.y"]}, r"peft\.target_parameters: this backbone has no parameter 'x\.y'"),
+        ("LORA", {"target_modules": ["out_proj"]}, r"peft\.target_modules: no module gets an adapter; the head and"),
         ("LORA", {"layers_to_transform": [0, 9]}, r"peft\.layers_to_transform: layer 9 has no module"),
         ("LORA", {"target_modules": "("}, "no regular expression"),
         ("LORA", {"r": 0, "target_modules": ATTENTION}, "peft: "),
