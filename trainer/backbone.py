@@ -408,4 +408,4 @@ def _set_dropout(config: BackboneConfig, p: float) -> None:
             try:
                 setattr(config, name, value if value == p else p)
             except StrictDataclassError as error:  # MPT takes whole numbers
-                raise UserError(f"model.dropout: {config.model_type} does not take {p}: {one_line(error)}") from None
+                raise UserError(f"model.dropout: this backbone does not take {p}: {one_line(error)}") from None

@@ -172,7 +172,7 @@ def test_the_dropout_that_is_asked_for_is_everywhere(family):
 def test_dropout_that_a_backbone_does_not_take_is_refused():
     config = tiny("mpt").get_base_model().config
     _set_dropout(config, 0.0)
-    with pytest.raises(UserError, match=r"model\.dropout: mpt does not take 0\.37: .*attn_pdrop"):
+    with pytest.raises(UserError, match=r"model\.dropout: this backbone does not take 0\.37: .*attn_pdrop"):
         _set_dropout(config, 0.37)
 
 
