@@ -85,6 +85,8 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
             problems.append(f"peft.{name}: {value} must be at least 0 and below 1")
     if settings.peft_type in ("LOHA", "LOKR") and options.get("module_dropout"):
         problems.append("peft.module_dropout: it leaves out whole adapters, which then get no gradient; only 0 trains")
+    if options.get("alora_invocation_tokens"):
+        problems.append("peft.alora_invocation_tokens: such an adapter acts only behind these tokens; nothing trains")
     if problems:
         raise UserError("\n".join(problems))
     if settings.peft_type == "IA3" and options.get("target_modules"):

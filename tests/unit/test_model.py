@@ -448,6 +448,11 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
         ("LORA", {"task_type": "SEQ_CLS"}, "unknown option"),
         ("LORA", {"target_modules": ["query", "quarry"]}, "'quarry' matches nothing; this backbone has .*query"),
         ("LORA", {"target_modules": ".*nothing"}, "matches nothing"),
+        (
+            "LORA",
+            {"alora_invocation_tokens": [5]},
+            r"peft\.alora_invocation_tokens: such an adapter acts only behind these",
+        ),
         ("LORA", {"exclude_modules": ["quarry"]}, r"peft\.exclude_modules: this backbone has no module 'quarry'"),
         ("LORA", {"exclude_modules": ".*nothing"}, r"peft\.exclude_modules: this backbone has no module"),
         ("LORA", {"target_parameters": ["x.y"]}, r"peft\.target_parameters: this backbone has no parameter 'x\.y'"),
