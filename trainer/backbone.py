@@ -274,7 +274,7 @@ def _why_not_found(config: ModelConfig, error: Exception, commit: str | None) ->
         return f"model.name: {name} cannot be read: {reason}"
     at = f" at commit {commit}" if commit else f" at revision {config.revision!r}" if config.revision else ""
     return (
-        f"model.name: {name!r} is no local folder, and as a hub model{at} neither cached nor reachable ({reason})\n"
+        f"model.name: {name!r} was not found as a local folder, in the cache, or on the hub{at} ({reason})\n"
         "Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR, or run with a hub"
     )
 

@@ -111,7 +111,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     """Everything a run trains with, on its device.
 
     Raises:
-        UserError: weights that cannot be read, or what the configuration asks for is not to be had.
+        UserError: weights that cannot be read, or what the configuration asks for is not supported here.
     """
     config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
     model, keys, sharded, padding = _model_on_device(inputs, accelerator)
@@ -154,12 +154,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         pad_token_id=inputs.backbone.tokenizer.pad_token_id,
         total_steps=config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch,
         eval_max_tokens=config.batch.eval_max_tokens or default_tokens,
-        fingerprints={
-            "way of drawing batches and masks": DRAWN,
-            "backbone": inputs.backbone.fingerprint,
-            **{f"{name} split": split.fingerprint() for name, split in examples.items()},
-            **({"adapter to start from": inputs.start.fingerprint()} if inputs.start is not None else {}),
-        },
+        fingerprints=_fingerprints(inputs),
         backbone=inputs.backbone.identity,
         log=RunLog(inputs.folder, accelerator.is_main_process, config.run.quiet),
         stop=stop,
@@ -170,6 +165,16 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         graphs=graphs,
         notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
     )
+
+
+def _fingerprints(inputs: Inputs) -> dict[str, str]:
+    """What a run must find again to be continued, by name."""
+    return {
+        "way of drawing batches and masks": DRAWN,
+        "backbone": inputs.backbone.fingerprint,
+        **{f"{name} split": split.fingerprint() for name, split in inputs.examples.items()},
+        **({"adapter to start from": inputs.start.fingerprint()} if inputs.start is not None else {}),
+    }
 
 
 def _model_on_device(inputs: Inputs, accelerator: Accelerator) -> tuple[PeftModel, dropout.DropoutKeys, bool, Padding]:
@@ -227,7 +232,7 @@ def _why_padded(config: Config, model: PeftModel, sharded: bool, packs: bool = T
     because = "the frozen weights are sharded" if sharded else why_not_packed(model)
     because = because or (None if packs else "packed examples give other logits")
     if because and config.model.packed is True:
-        raise UserError(f"model.packed: true is not to be had: {because}; auto pads where it must")
+        raise UserError(f"model.packed: true is not supported here: {because}. Use auto to fall back to padding")
     return because
 
 
@@ -296,7 +301,7 @@ def _check_names(config: Config, corpus: Corpus) -> None:
         unknown = sorted(set(weights) - set(matched))
         if unknown:
             hint = describe_look_alikes(unknown[0], names)
-            raise UserError(f"optim.class_weights: {unknown[0]!r} is no class; classes: {names}{hint}")
+            raise UserError(f"optim.class_weights: {unknown[0]!r} is not a class; classes: {names}{hint}")
         if len(set(matched.values())) < len(matched):
             raise UserError(f"optim.class_weights: {list(weights)} name a class twice; classes: {names}")
         if any(not 0 <= weight < float("inf") for weight in weights.values()):

@@ -411,7 +411,7 @@ def _impossible_layout(key: str, layout: DataConfig | Source) -> Iterator[str]:
     first: dict[str | None, int] = {}  # 1 and 1.0 are one label
     twice = [name for i, name in enumerate(names or ()) if first.setdefault(label_text(name), i) != i]
     if twice:
-        yield f"{key}.label_names: {twice[0]!r} stands twice"
+        yield f"{key}.label_names: {twice[0]!r} is given twice"
 
 
 def impossible_format(prefix: str, delimiter: str | None, encoding: str | None) -> Iterator[str]:

@@ -312,7 +312,7 @@ def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str,
         strangers = sorted(set(own.values()) - set(classes))
         if strangers:
             has = "label_names maps to" if table.origin.layout.label_names else "its stored class names have"
-            told = f"{has} {strangers[0]!r}, which is no class of train: {_few(names)} (see label_names)"
+            told = f"{has} {strangers[0]!r}, which is not a class of train: {_few(names)} (see label_names)"
             raise UserError(f"{table.origin.where}: {told}")
         return {value: names[classes[name]] for value, name in own.items()}
     if all(map(is_number, found)) and not any(map(is_number, names)):

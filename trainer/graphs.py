@@ -26,7 +26,7 @@ from trainer.packed import PackedForward
 
 MOST = 64  # shapes that are held at a time
 TOLERANCE = 1e-2  # of the norm of a parameter's gradient; the operations are the same ones, so a mistake is far larger
-NOT_COMPILED = "model.compile: true is not to be had"
+NOT_COMPILED = "model.compile: true is not supported here"
 Work = Callable[[Batch, Layout | None], torch.Tensor]
 
 

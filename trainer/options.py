@@ -331,7 +331,7 @@ class _Loader(yaml.SafeLoader):
         keys = [str(key.value) for key, _ in node.value]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"{twice!r} stands twice in line {node.start_mark.line + 1} and below")
+            raise ValueError(f"{twice!r} is given twice in line {node.start_mark.line + 1} and below")
         self.flatten_mapping(node)
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):

@@ -166,12 +166,10 @@ def predict(options: Options) -> int:
     assert len(ids) == len(split) == len(logits), "a row was lost"
     if accelerator.is_main_process:
         write_atomic(output, _rendered(options, ids, logits, label_names, labels))
+        id_field, label_field = HEADERS[options.layout]
+        told = [f"{len(ids)} predictions: {output}", f"{id_field} {what_ids}; {label_field} {what_labels}"]
         if not options.quiet:
-            for line in [*warnings, *unverified]:
-                print(f"warning: {line}", file=sys.stderr)
-            print(f"{len(ids)} predictions: {output}", file=sys.stderr)
-            id_field, label_field = HEADERS[options.layout]
-            print(f"{id_field} {what_ids}; {label_field} {what_labels}", file=sys.stderr)
+            print(*(f"warning: {line}" for line in [*warnings, *unverified]), *told, sep="\n", file=sys.stderr)
         if split.labels is not None:
             scores = classification_metrics(logits, split.labels, label_names)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
@@ -224,7 +222,7 @@ def _refuse_other_classes(source: Source, label_names: list[str]) -> None:
     for name in names:
         if not match_labels([name], label_names):
             hint = describe_look_alikes(name, label_names)
-            raise UserError(f"--label_names: {name!r} is no class of the run; classes: {quoted(label_names)}{hint}")
+            raise UserError(f"--label_names: {name!r} is not a class of the run; classes: {quoted(label_names)}{hint}")
 
 
 def _id_column(options: Options, found: list[str]) -> tuple[str | None, str]:

@@ -159,7 +159,7 @@ def find_files(name: str, path: str) -> list[str]:
         if kind not in FILE_TYPES:
             raise UserError(f"{where}: {file} is of no known type ({', '.join((*FILE_TYPES, *PACKED))})")
         if not Path(file).is_file():
-            raise UserError(f"{where}: {file} is no file")
+            raise UserError(f"{where}: {file} is not a file")
         with open(file, "rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(f"{where}: {file} is a Git LFS pointer, not the data; fetch it with git lfs pull")

@@ -113,7 +113,7 @@ def test_unknown_metric_and_class(attempt):
         "evaluation.metric: 'accurracy' is unknown; known: accuracy, "
     )
     assert attempt("--optim.class_weights", "{Wurld: 2}").startswith(
-        "optim.class_weights: 'Wurld' is no class; classes: "
+        "optim.class_weights: 'Wurld' is not a class; classes: "
     )
 
 
@@ -209,7 +209,7 @@ def test_no_hub_for_data(attempt):
 def test_no_hub_for_model(attempt):
     said = attempt("--model.name", "no-owner/no-such-model").splitlines()
     assert said[0].startswith(
-        "model.name: 'no-owner/no-such-model' is no local folder, and as a hub model neither cached nor reachable ("
+        "model.name: 'no-owner/no-such-model' was not found as a local folder, in the cache, or on the hub ("
     )
     assert len(said) == 2
     assert said[1].startswith("Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR")
@@ -267,7 +267,9 @@ def test_packing_that_cannot_be(attempt, backbone):
     assert said == "model.packed: 'maybe' does not fit; wanted 'auto' or true or false (on the command line)"
     edit_json(backbone / "config.json", is_decoder=True)
     said = attempt("--model.name", backbone, "--model.packed", "true")
-    assert said == "model.packed: true is not to be had: this backbone is a decoder; auto pads where it must"
+    assert (
+        said == "model.packed: true is not supported here: this backbone is a decoder. Use auto to fall back to padding"
+    )
 
 
 def test_compiling_without_a_compiler(attempt, monkeypatch):
@@ -276,7 +278,7 @@ def test_compiling_without_a_compiler(attempt, monkeypatch):
 
     monkeypatch.setattr(kernels, "load_kernels", refuses)
     assert attempt("--model.compile", "true") == (
-        "model.compile: true is not to be had: there is no C compiler 'cc'; auto goes without where it must"
+        "model.compile: true is not supported here: there is no C compiler 'cc'; auto goes without where it must"
     )
 
 

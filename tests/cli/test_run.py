@@ -246,7 +246,7 @@ def test_class_weights(options, tmp_path):
     assert losses["sports"] != losses["none"]
     ended = command("run", changed(options, run__output_dir=tmp_path, optim__class_weights="{Sport: 2}"))
     assert ended.code == 2
-    assert "'Sport' is no class" in ended.stderr
+    assert "'Sport' is not a class" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 

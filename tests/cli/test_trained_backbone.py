@@ -224,7 +224,7 @@ def test_a_copy_elsewhere_is_accepted(place, hub, predicted, tmp_path):
     copy = shutil.copytree(hub / "snapshots" / OLD, tmp_path / "copy")
     shutil.rmtree(hub)
     first, second = refused(lambda: predicted("hub"))
-    assert f"'acme/tiny' is no local folder, and as a hub model at commit {OLD} neither cached nor" in first
+    assert f"'acme/tiny' was not found as a local folder, in the cache, or on the hub at commit {OLD}" in first
     assert second == "Name an unchanged copy of the run's backbone: --model.name FOLDER"
     assert predicted("hub", Copy(name=str(copy))) == before
     assert export(place / "runs" / "hub", tmp_path / "merged", str(copy), None) == 0

@@ -271,7 +271,7 @@ def assert_same(folder, reference):
     assert len({json.dumps(step) for step in steps}) == len(steps), "a step's numbers stand twice"
     for tag, values in tensorboard(folder).items():
         assert len({step for step, _ in values}) == len(values) or tag.startswith("final/"), (
-            f"{tag}: a step stands twice"
+            f"{tag}: a step is given twice"
         )
     left = [path for path in folder.rglob("*") if "unfinished" in path.name or "pending" in path.name]
     assert not left, "leftovers of a killed writer"

@@ -34,7 +34,7 @@ def test_false_compiles_nothing():
 
 def test_true_compiles_or_refuses():
     assert _compiled(asking(True), lambda: "kernels").kernels == "kernels"
-    refusal = r"model\.compile: true is not to be had: Failed to find C compiler; auto goes without"
+    refusal = r"model\.compile: true is not supported here: Failed to find C compiler; auto goes without"
     with pytest.raises(UserError, match=refusal):
         _compiled(asking(True), fails)
 
@@ -60,7 +60,7 @@ def test_nothing_to_compile_is_said_before_anything_is_read(tmp_path, monkeypatc
         raise NotCompiled("there is no C compiler 'cc'")
 
     monkeypatch.setattr(kernels, "load_kernels", refuses)
-    with pytest.raises(UserError, match=r"model\.compile: true is not to be had: there is no C compiler 'cc'"):
+    with pytest.raises(UserError, match=r"model\.compile: true is not supported here: there is no C compiler 'cc'"):
         prepare(asking(True), tmp_path / "run", "no", CPU)
     assert not list(tmp_path.iterdir())
 

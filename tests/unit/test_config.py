@@ -245,7 +245,7 @@ def test_paths_are_never_read_as_yaml(name):
 
 def test_repeated_field_of_yaml_is_refused(recipe):
     for text in ("data: {train: x}\ndata: {test: y}", "data:\n  train: x\n  train: y", "peft: {p: {a: 1, a: 2}}"):
-        assert "stands twice" in problems("--recipe", str(recipe(text)))
+        assert "is given twice" in problems("--recipe", str(recipe(text)))
     assert "data.label_names: " in problems("--data.label_names", "{1: a, 1: b}")
 
 
@@ -370,9 +370,9 @@ def test_wrong_type_says_what_is_wanted(key, value, wanted):
         (["--data.test.label_column", "x"], "data.test has a layout and no path: --data.test FILE"),
         (["--data.label_names", "[]"], "data.label_names: [] has no name, or an empty one"),
         (["--data.label_names", "[a, ' ']"], "data.label_names: ['a', ' '] has no name, or an empty one"),
-        (["--data.label_names", "[a, a]"], "data.label_names: 'a' stands twice"),
-        (["--data.label_names", "[1, 2, 1.0]"], "data.label_names: '1.0' stands twice"),
-        (["--data.test", "{path: x, label_names: {1: a, 1.0: b}}"], "data.test.label_names: '1.0' stands twice"),
+        (["--data.label_names", "[a, a]"], "data.label_names: 'a' is given twice"),
+        (["--data.label_names", "[1, 2, 1.0]"], "data.label_names: '1.0' is given twice"),
+        (["--data.test", "{path: x, label_names: {1: a, 1.0: b}}"], "data.test.label_names: '1.0' is given twice"),
         (["--data.validation_fraction", "0", "--evaluation.patience", "1"], "evaluation.patience needs a validation "
          "split; data.validation_fraction is 0"),
     ],

@@ -352,7 +352,7 @@ def test_mapping_of_one_split(tmp_path):
     own = Source(str(test), label_names={"2": "pos", "1": "neg"})
     assert load(train, test=own).splits["test"].labels.tolist() == [0, 1, 1]
     own = dataclasses.replace(own, label_names={"1": "neg", "2": "good"})
-    assert "label_names maps to 'good', which is no class of train: 'neg', 'pos'" in refused(train, test=own)
+    assert "label_names maps to 'good', which is not a class of train: 'neg', 'pos'" in refused(train, test=own)
 
 
 def test_list_of_names_of_one_split_is_its_own_numbering(tmp_path):

@@ -354,7 +354,7 @@ def test_stored_class_names_are_used(name):
     assert rows(f"z{name}") == [("a", "1"), ("b", "0")]
     assert refused(f"*{name}") == f"z{name}: the stored class names of 'label' are not those of {name}"
     write("other.csv", "text,label\na,n\nb,y\n")
-    with pytest.raises(UserError, match=r"^data.test: its stored class names have 'no', which is no class"):
+    with pytest.raises(UserError, match=r"^data.test: its stored class names have 'no', which is not a class"):
         load_corpus(DataConfig(train="other.csv", test=name, validation_fraction=0.0), 1)
     mapped = Source(name, label_names={"0": "n", "1": "y"})
     assert load_corpus(DataConfig(train="other.csv", test=mapped, validation_fraction=0.0), 1).label_names == ["n", "y"]

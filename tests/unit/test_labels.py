@@ -209,7 +209,9 @@ def test_a_submission_holds_the_labels_of_the_inputs_own_mapping(tmp_path):
 
 @pytest.mark.parametrize("names", [{"1": "sports"}, ["World", "sports"], {"1": "World", "2": "sports"}])
 def test_a_mapping_to_no_class_of_the_run_is_refused(names):
-    told = "--label_names: 'sports' is no class of the run; classes: 'World', 'Sports', 'Business', 'Tech'; 'sports', "
+    told = (
+        "--label_names: 'sports' is not a class of the run; classes: 'World', 'Sports', 'Business', 'Tech'; 'sports', "
+    )
     with pytest.raises(UserError, match=re.escape(f"{told}'Sports' differ only in case")):
         _refuse_other_classes(Source("x.csv", label_names=names), FOUR)
     _refuse_other_classes(Source("x.csv", label_names=FOUR[:2]), FOUR)
