@@ -19,10 +19,13 @@ WORDS = (
 TOPICS = {"World": WORDS[31:41], "Sports": WORDS[10:21], "Business": WORDS[21:31], "Sci/Tech": WORDS[41:]}
 
 
+# before any import of the hub's libraries, which read this once
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
+
+
 def pytest_configure(config):
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
     torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
 
 
