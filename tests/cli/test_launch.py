@@ -36,12 +36,13 @@ def clone(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(clone: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts launch.sh from another folder, as a shell starts the foreground job: a group of its own, SIGINT heeded."""
+    """Starts launch.sh from another folder, as a shell starts the foreground job: in its own group, heeding signals."""
     outer = {name: value for name, value in os.environ.items() if not re.match(OUTSIDE, name)}
 
     def foreground() -> None:
         os.setpgrp()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a shell's & ignores both
 
     def start(*arguments: str, path: Path = clone / "launch.sh", **environment: str) -> subprocess.Popen[str]:
         defaults = {"ISOTRAIN_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
