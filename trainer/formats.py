@@ -39,7 +39,10 @@ HEAD = 2**16  # bytes that tell an encoding
 MOST_UNPACKED, MOST_GROWTH = 2**28, 100  # bytes, and how many times the archive's size
 DELIMITERS = {",": ",", ";": ";", "|": "|", "\t": "\\t"}  # and how they are typed
 
-# What the first bytes say of a file that is no text.
+SPILLED = "text behind the last named column"  # beside the columns of a chunk: whether each row has it
+_UNNAMED = re.compile(r"\s*|Unnamed: \d+")  # the second is how pandas names a column without a name
+
+# Files that are not text, by their first bytes.
 _SIGNS = {
     b"\x1f\x8b": "is packed by gzip; add .gz to its name",
     b"PK\x03\x04": "is a zip archive or a spreadsheet; name it .zip or .xlsx",
@@ -356,8 +359,13 @@ def _table(records: Iterable[list[Any]], place: Callable[[], str], request: Requ
     if repeated:
         raise ValueError(f"two columns have the same name {repeated[0]!r}")
     yield 0, {name: [] for name in names if name.strip() or name in used}
+    named = [i for i, name in enumerate(names, start=1) if name in used or not _UNNAMED.fullmatch(name)]
+    end = max(named, default=0)
     for chunk in in_chunks(_whole_rows(rows, names, place, request)):
-        yield len(chunk), {name: [row[i] for row in chunk] for name, i in used.items()}
+        columns = {name: [row[i] for row in chunk] for name, i in used.items()}
+        if end < len(names):
+            columns[SPILLED] = [any(c is not None and str(c).strip() for c in row[end:]) for row in chunk]
+        yield len(chunk), columns
 
 
 def _whole_rows(

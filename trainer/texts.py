@@ -1,7 +1,7 @@
 """The rows of a source -> checked texts, labels and digests, in Arrow.
 
-Always holds: a table without a problem has no missing label, nothing that is no text, and no empty text unless
-`data.empty_text` keeps them; an example knows its row in the source. The rows of a large source are cached in the
+Always holds: in a table without a problem every label is present, every text is a string, and no text is empty unless
+`data.empty_text` keeps it. An example knows its row in the source. The rows of a large source are cached in the
 folder of `datasets` as an Arrow file under a hash of the source's content and the layout, so a changed source can never
 meet old rows. A second file holds the hash of the first. Cached rows are mapped into memory, not loaded.
 """
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from trainer.config import NO_COLUMN, Source, UserError, speaks_for_its_machine
 from trainer.console import bar_settings
-from trainer.formats import Chunk, kind_of
+from trainer.formats import SPILLED, Chunk, kind_of
 from trainer.labels import describe_look_alikes, label_text
 from trainer.locks import say_once, share, taking_turns
 from trainer.reading import Origin, find_origin, prefix
@@ -37,7 +37,7 @@ from trainer.reading import Origin, find_origin, prefix
 SHOWN = 5  # how many rows an error names
 LARGE = 2**26  # bytes of a source from which on its rows are kept in the cache
 BLOCK = 2**26  # bytes that are hashed at a time
-LAYOUT = 5  # of the kept rows; another number makes them anew
+LAYOUT = 6  # version of the cached rows; a new number makes every start read them again
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ class _Seen:
     no_text: dict[str, tuple[int, str]] = field(default_factory=dict)
     """column -> its first row that holds no text, and what it holds"""
     missing: dict[str, list[int]] = field(default_factory=dict)
-    """what is missing -> in how many rows, and the first of them"""
+    """what is missing or ignored -> in how many rows, and the first of them"""
 
 
 def read_table(
@@ -315,6 +315,7 @@ def _batches(origin: Origin, extra: str | None, seen: _Seen, quiet: bool) -> Ite
     wanted += [extra] if extra is not None else []
     with progress(f"reading {origin.name}", "rows", None, quiet) as bar:
         for file, (count, chunk) in origin.chunks(wanted):
+            _note_missing(seen, SPILLED, chunk.pop(SPILLED, []))
             seen.columns.update(dict.fromkeys(chunk))
             if count:
                 yield _batch((count, chunk), layout, extra, seen)
@@ -423,13 +424,12 @@ def _problem(origin: Origin, extra: str | None, seen: _Seen) -> str | None:
 
 
 def _notes(origin: Origin, missing: dict[str, list[int]], file_rows: list[int]) -> list[str]:
-    """What is said of empty texts that are not refused."""
-    done = {"skip": "they are skipped", "keep": "they are kept"}[origin.layout.empty_text or ""] if missing else ""
-    return [
-        f"{_told_missing(origin, missing, file_rows, what)}; {done}"
-        for what in _text_groups(origin.layout)
-        if what in missing
-    ]
+    """Warns of empty texts that are not refused, and of texts that spill into columns without a name."""
+    done = {"skip": "they are skipped", "keep": "they are kept"}.get(origin.layout.empty_text or "", "")
+    told = dict.fromkeys(_text_groups(origin.layout), done)
+    columns = f"{prefix(origin.name)}text_columns"
+    told[SPILLED] = f"it is ignored; quote such texts, or name the columns in the header and list them in {columns}"
+    return [f"{_told_missing(origin, missing, file_rows, what)}; {told[what]}" for what in told if what in missing]
 
 
 def _text_groups(layout: Source) -> dict[str, list[str]]:
@@ -441,7 +441,8 @@ def _told_missing(origin: Origin, missing: dict[str, list[int]], file_rows: list
     count, *first = missing[what]
     places = _places(origin, file_rows, first) + (", ..." if count > SHOWN else "")
     has = "row has" if count == 1 else "rows have"
-    return f"{origin.where}: {origin.layout.path}: {count} {has} an empty or missing {what}: {places}"
+    told = what if what == SPILLED else f"an empty or missing {what}"
+    return f"{origin.where}: {origin.layout.path}: {count} {has} {told}: {places}"
 
 
 def _places(origin: Origin, file_rows: list[int], rows: list[int]) -> str:

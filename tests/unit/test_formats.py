@@ -184,6 +184,57 @@ def test_an_input_keeps_rows_without_text_and_says_so():
     assert warnings == ["--input: x.csv: 1 row has an empty or missing text (text): row 2; they are kept"]
 
 
+# --- columns without a name -------------------------------------------------------------------------------------------
+
+
+def spilled(path, **settings):
+    """The warnings about text that no column with a name holds."""
+    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), 1, quiet=True)
+    return [line for line in corpus.warnings if "behind the last named column" in line]
+
+
+@pytest.mark.parametrize("header", ["v1,v2,,,", "v1,v2, ,,", "v1,v2,Unnamed: 2,Unnamed: 3,Unnamed: 4"])
+def test_text_that_spills_behind_the_named_columns_is_told(monkeypatch, header):
+    monkeypatch.setattr("trainer.formats.CHUNK", 3)
+    layout = {"text_columns": ["v2"], "label_column": "v1"}
+    lines = [header, "a,one,,,", "b,two, three,,", "", "a,four,,, ", 'b,"five, six",,,', "a,seven,,, eight", "b,0,,9,"]
+    path = write("x.csv", "\n".join(lines) + "\n")
+    (told,) = spilled(path, **layout)
+    assert told.startswith(f"data.train: {path}: 3 rows have text ") and "row 2, 5, 6; " in told
+    assert "quote" in told and told.endswith(" --data.text_columns")
+    (told,) = predicted(path, **layout)[1]
+    assert f"--input: {path}: 3 rows have " in told and "row 2, 5, 6; " in told and told.endswith(" --text_columns")
+    tabs = write("x.tsv", "\n".join(lines).replace(",", "\t") + "\n")
+    assert len(spilled(tabs, **layout)) == 1
+    one, two = write("1.csv", f"{header}\na,x,,,\n"), write("2.csv", f"{header}\nb,x,y,,\n")
+    (told,) = spilled("[12].csv", **layout)
+    assert f"1 row has text behind the last named column: row 1 of {two}; " in told and one not in told
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ",text,label\n0,a,x\n1,b,y\n",
+        "Unnamed: 0,text,label\n0,a,x\n1,b,y\n",
+        "text,label,,\na,x,,\nb,y, ,\n",
+        "text,,label\na,c,x\nb,,y\n",
+        "text,label,note\na,x,more\nb,y,\n",
+    ],
+)
+def test_columns_that_hold_no_rest_of_a_text_are_not_told(content):
+    path = write("x.csv", content)
+    assert rows(path) == ROWS and spilled(path) == []
+
+
+def test_a_last_column_without_a_name_may_be_asked_for():
+    path = write("x.csv", "text,label,\na,x,1\nb,y,2\n")
+    assert len(spilled(path)) == 1 and spilled(path, text_columns=["text", ""]) == []
+    names = ["text", "label", ""]
+    path = write("y.csv", "a,x,1\nb,y,\n")
+    assert "expected 2" in refused(path, column_names=names[:2])
+    assert "1 row has" in spilled(path, column_names=names)[0]
+
+
 # --- headers, delimiters, encodings -----------------------------------------------------------------------------------
 
 
@@ -397,6 +448,8 @@ def test_spreadsheets(monkeypatch):
     cells = [["n", "text", "label", None, None], [1, "a", 1.0], [None] * 3, [2, 5, "y", None], [None] * 5]
     assert rows(book(cells, [])) == [("a", "1"), ("5", "y")]
     assert "has 2 sheets with cells ('S0', 'S1')" in refused(book(cells, [[0]]))
+    (told,) = spilled(book([["text", "label", " "], ["a", "x", None], ["b", "y", 5]]))
+    assert "x.xlsx: 1 row has text " in told and ": row 2; " in told
     assert "line 2 of the sheet has 3 fields, expected 2 (text, label)" in refused(
         book([["text", "label"], ["a", "x", 1]])
     )

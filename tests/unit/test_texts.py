@@ -114,6 +114,14 @@ def test_pairs_some_of_them_awkward(tmp_path):
     assert content(load(path, **layout)) == content(load(path, **layout)) == content(in_memory(path, **layout))
 
 
+def test_text_that_spills_behind_the_named_columns_is_told_again(tmp_path, cache):
+    path = tmp_path / "x.csv"
+    path.write_text("label,text,\n" + "a,x,\nb,y,z\n" * 10)
+    first, second = load(path), load(path)
+    assert len(kept_rows(cache)) == 1 and content(first) == content(second) == content(in_memory(path))
+    assert any("10 rows have text" in line and "row 2, 4, 6, 8, 10, ...; " in line for line in second.warnings)
+
+
 def test_rows_are_read_once(tmp_path, cache, monkeypatch):
     path = write_csv(tmp_path / "x.csv", ROWS)
     first = content(load(path))
