@@ -154,7 +154,7 @@ ensure_environment() (
         base=$(find_python)
         echo "launch.sh: installing requirements.txt into $venv (the first time takes some minutes)" >&2
         lock "$base"
-        # The mark outlives a Ctrl-C or a power cut: what it marks is made anew.
+        # The mark outlives a Ctrl-C or a power cut. A marked environment is made again.
         if [[ -e $venv.unfinished || -n $(missing_pin "$python") ]]; then
             touch "$venv.unfinished"
             "$base" -m venv --clear "$venv"

@@ -191,7 +191,7 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # a head of another number of classes is drawn anew
+            ignore_mismatched_sizes=True,  # a head with another number of classes is drawn again
             output_loading_info=True,
         )
     except Exception as error:  # whatever the files hold: safetensors, huggingface_hub and torch raise many kinds

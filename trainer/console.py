@@ -70,7 +70,7 @@ class _Lines(io.TextIOBase):
     """stderr for a progress bar where it is no terminal: each state of the bar is a line of its own."""
 
     def write(self, text: str) -> int:
-        """Writes what is not blank."""
+        """Writes a line unless it is blank."""
         if text.strip():
             sys.stderr.write(f"{text.strip()}\n")
         return len(text)

@@ -157,7 +157,7 @@ def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, An
 
 
 def _absolute(path: str) -> str:
-    """A local folder's absolute path; what is no local folder stays as it is."""
+    """Makes the path of a local folder absolute; any other name stays as it is."""
     return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 

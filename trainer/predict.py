@@ -19,7 +19,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jsonargparse
 from jsonargparse.typing import PositiveInt
@@ -37,6 +37,13 @@ from trainer.config import (
 from trainer.environment import read_environment
 from trainer.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
 from trainer.options import load_finished_run, parse_label_names
+
+if TYPE_CHECKING:  # importing them takes seconds, and --help needs none of them
+    import numpy as np
+
+    from trainer.backbone import Backbone
+    from trainer.packed import Padding
+    from trainer.tokenising import Examples
 
 OUTPUT_TYPES = (".csv", ".jsonl")
 HEADERS = {"full": ("id", "prediction"), "contest": ("ID", "Label")}
@@ -127,15 +134,12 @@ def predict(options: Options) -> int:
     output = _output(options, config)
     set_environment()
 
-    from trainer.adapter import find_trained_backbone, load_plain
+    from trainer.adapter import find_trained_backbone
     from trainer.backbone import silence_libraries
     from trainer.checkpoint import write_atomic
     from trainer.data import id_columns, load_for_prediction
-    from trainer.evaluation import score_split
     from trainer.metrics import classification_metrics
-    from trainer.model import COMPUTE_TYPES
-    from trainer.packed import PackedForward, PaddedForward, Padding, why_not_packed
-    from trainer.processes import choose_precision, together
+    from trainer.packed import Padding
     from trainer.tokenising import tokenise
 
     silence_libraries()
@@ -148,23 +152,10 @@ def predict(options: Options) -> int:
     backbone, unverified = find_trained_backbone(Path(options.run), config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
     padding = Padding(**summary.get("padding", {}))
-    precision = choose_precision(options.precision)
-    same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
-    with together(precision, same) as (accelerator, _):
-        model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
-        model.to(accelerator.device)
-        packed = config.model.packed is not False and padding.packs and why_not_packed(model) is None
-        logits = score_split(
-            PackedForward(model, None) if packed else PaddedForward(model, padding),
-            examples,
-            accelerator,
-            max_tokens=options.max_tokens,
-            pad_token_id=backbone.tokenizer.pad_token_id,
-            num_labels=len(label_names),
-            progress=None if options.quiet or not accelerator.is_main_process else "predicting",
-        )
+    may_pack = config.model.packed is not False and padding.packs
+    logits, is_main_process = _score(options, backbone, examples, padding, may_pack, len(label_names))
     assert len(ids) == len(split) == len(logits), "a row was lost"
-    if accelerator.is_main_process:
+    if is_main_process:
         write_atomic(output, _rendered(options, ids, logits, label_names, labels))
         id_field, label_field = HEADERS[options.layout]
         told = [f"{len(ids)} predictions: {output}", f"{id_field} {what_ids}; {label_field} {what_labels}"]
@@ -174,6 +165,33 @@ def predict(options: Options) -> int:
             scores = classification_metrics(logits, split.labels, label_names)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
     return 0
+
+
+def _score(
+    options: Options, backbone: Backbone, examples: Examples, padding: Padding, may_pack: bool, num_labels: int
+) -> tuple[np.ndarray, bool]:
+    """Scores the examples on all processes; returns the logits [N, C], and whether this is the main process."""
+    from trainer.adapter import load_plain
+    from trainer.evaluation import score_split
+    from trainer.model import COMPUTE_TYPES
+    from trainer.packed import PackedForward, PaddedForward, why_not_packed
+    from trainer.processes import choose_precision, together
+
+    precision = choose_precision(options.precision)
+    same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
+    with together(precision, same) as (accelerator, _):
+        model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
+        model.to(accelerator.device)
+        logits = score_split(
+            PackedForward(model, None) if may_pack and why_not_packed(model) is None else PaddedForward(model, padding),
+            examples,
+            accelerator,
+            max_tokens=options.max_tokens,
+            pad_token_id=backbone.tokenizer.pad_token_id,
+            num_labels=num_labels,
+            progress=None if options.quiet or not accelerator.is_main_process else "predicting",
+        )
+        return logits, accelerator.is_main_process
 
 
 def _output(options: Options, config: Config) -> Path:
@@ -245,7 +263,7 @@ def _summary(run: Path) -> dict[str, Any]:
 def labels_to_write(
     options: Options, config: Config, summary: dict[str, Any], label_names: list[str]
 ) -> tuple[list[str], str]:
-    """What stands for each class in the output [C], and what that is in words.
+    """The label that the output holds for each class [C], and a sentence that says which labels these are.
 
     A submission holds the labels of the data. It holds the names of the classes where several labels mean one class,
     and where the names are numbers and the labels are not.

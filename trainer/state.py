@@ -173,7 +173,7 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     restored = _state_from_json(state["train"])
-    if state["budgets"] != [run.plan.max_tokens, run.eval_max_tokens]:  # asked for anew: tried anew
+    if state["budgets"] != [run.plan.max_tokens, run.eval_max_tokens]:  # the user has changed them
         restored = dataclasses.replace(restored, max_tokens=None)
     return dataclasses.replace(restored, resumed_from=(*restored.resumed_from, restored.step))
 

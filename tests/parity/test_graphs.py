@@ -110,7 +110,7 @@ def test_where_there_are_too_many_all_are_forgotten(plain, monkeypatch):
     assert sum(model.recordings.values()) == 4
 
 
-def test_what_is_forgotten_is_recorded_anew(plain):
+def test_what_is_forgotten_is_recorded_again(plain):
     model = Model()
     for _ in range(2):
         assert_same(model, plain, (SMALL, True), (SMALL, True))

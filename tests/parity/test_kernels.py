@@ -228,7 +228,7 @@ def test_they_are_compiled_once(source, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", ["empty", "a byte less", "its first pages", "one byte another"])
-def test_a_damaged_library_is_made_anew(source, harm):
+def test_a_damaged_library_is_made_again(source, harm):
     """One of which pages are missing would end the process when it is called."""
     load_kernels()
     (kept,) = (source.parent / "__pycache__").iterdir()

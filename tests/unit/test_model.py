@@ -217,7 +217,7 @@ def method(request, backbone, batch, tmp_path_factory):
 
 def test_a_saved_adapter_gives_the_same_logits(method, backbone, batch):
     _, model, folder, _ = method
-    torch.manual_seed(999)  # nothing of it may be drawn anew
+    torch.manual_seed(999)  # no part of it may be drawn again
     fresh = load_plain(backbone, folder)
     assert (logits(fresh, batch) - logits(model, batch)).abs().max() <= 1e-6
     plain = AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=len(NAMES)).eval()
@@ -351,7 +351,7 @@ def test_adapters_that_give_fp32_train_in_bf16(kind, tmp_path, tiny_tokenizer, b
     assert all(parameter.grad is not None for parameter in trained(model).values())
 
 
-def test_a_head_of_another_number_of_classes_is_drawn_anew(backbone, tmp_path, tiny_tokenizer):
+def test_a_head_of_another_number_of_classes_is_drawn_again(backbone, tmp_path, tiny_tokenizer):
     torch.manual_seed(0)
     config = RobertaConfig(**{**SHAPE, "vocab_size": len(tiny_tokenizer), "num_labels": 7})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "backbone")

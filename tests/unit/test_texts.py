@@ -186,7 +186,7 @@ def test_files_in_another_order_are_another_source(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "absent", "other words", "no hash"])
-def test_damaged_rows_are_made_anew(tmp_path, cache, damage):
+def test_damaged_rows_are_made_again(tmp_path, cache, damage):
     path = write_csv(tmp_path / "x.csv", ROWS)
     before = content(load(path))
     (file,) = kept_rows(cache)

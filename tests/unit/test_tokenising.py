@@ -142,7 +142,7 @@ def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, c
 
 @pytest.mark.parametrize("name", ["tokens", "lengths", "token_types", "sha256"])
 @pytest.mark.parametrize("damage", ["one bit", "cut", "cut late", "empty", "foreign", "longer", "absent"])
-def test_damaged_array_is_made_anew(bert_tokenizer, cache, name, damage):
+def test_damaged_array_is_made_again(bert_tokenizer, cache, name, damage):
     split = split_of(words(2500), words(2500, seed=1))
     before = tokenise(split, bert_tokenizer, 16, quiet=True).fingerprint()
     (folder,) = kept_arrays(cache)
@@ -165,7 +165,7 @@ def test_damaged_array_is_made_anew(bert_tokenizer, cache, name, damage):
     assert kept_arrays(cache) == [folder]
 
 
-def test_arrays_of_other_texts_are_made_anew(tiny_tokenizer, cache):
+def test_arrays_of_other_texts_are_made_again(tiny_tokenizer, cache):
     split = split_of(words(2500))
     before = tokenise(split, tiny_tokenizer, 16, quiet=True).fingerprint()
     (folder,) = kept_arrays(cache)
