@@ -38,9 +38,9 @@ from transformers import AutoConfig
 from benchmarks import workload
 from benchmarks.dropout_cost import cpu_name
 from benchmarks.peers import PEERS
-from trainer.backbone import silence_libraries
-from trainer.config import main_guard
-from trainer.processes import choose_precision
+from trainer.config.schema import main_guard
+from trainer.distributed.session import choose_precision
+from trainer.model.backbone import silence_libraries
 
 ROOT = workload.ROOT
 RESULTS = ROOT / "benchmarks" / "results"

@@ -29,13 +29,13 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
 
-from trainer import dropout
-from trainer.backbone import silence_libraries
-from trainer.batching import Plan, collate
-from trainer.building import CPU_TOKENS
-from trainer.kernels import NotCompiled, load_kernels
-from trainer.model import COMPUTE_TYPES, set_precision
-from trainer.processes import choose_precision
+from trainer.batching.plan import Plan, collate
+from trainer.distributed.session import choose_precision
+from trainer.dropout import sites as dropout
+from trainer.dropout.kernels import NotCompiled, load_kernels
+from trainer.model.backbone import silence_libraries
+from trainer.model.build import COMPUTE_TYPES, set_precision
+from trainer.training.setup import CPU_TOKENS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "dropout_cost.json"

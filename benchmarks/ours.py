@@ -3,7 +3,7 @@
 import sys
 
 if __name__ == "__main__":
-    from trainer.config import set_environment
+    from trainer.config.schema import set_environment
 
     set_environment()  # as trainer/run.py does, before torch is loaded
 
@@ -28,13 +28,14 @@ from benchmarks.workload import (
     clock,
     serve,
 )
-from trainer import building, loop
-from trainer.backbone import silence_libraries
-from trainer.batching import collate, num_positions, split_by_tokens
-from trainer.options import parse_config
-from trainer.processes import StopRequest, Watch, start_accelerator
-from trainer.state import TrainState
-from trainer.step import example_losses
+from trainer.batching.plan import collate, num_positions, split_by_tokens
+from trainer.config.loading import parse_config
+from trainer.distributed.session import StopRequest, Watch, start_accelerator
+from trainer.model.backbone import silence_libraries
+from trainer.training import loop
+from trainer.training import setup as building
+from trainer.training.state import TrainState
+from trainer.training.step import example_losses
 
 WIDER = 24  # positions by which the second rounding's examples are padded beyond the longest
 

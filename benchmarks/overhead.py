@@ -14,7 +14,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from trainer.config import set_environment
+    from trainer.config.schema import set_environment
 
     set_environment()  # as trainer/run.py does
 
@@ -31,11 +31,12 @@ from statistics import median
 import torch
 
 from benchmarks.dropout_cost import cpu_name
-from trainer import building, loop
-from trainer.backbone import silence_libraries
-from trainer.options import parse_config
-from trainer.processes import StopRequest, Watch, choose_precision, start_accelerator
-from trainer.state import TrainState
+from trainer.config.loading import parse_config
+from trainer.distributed.session import StopRequest, Watch, choose_precision, start_accelerator
+from trainer.model.backbone import silence_libraries
+from trainer.training import loop
+from trainer.training import setup as building
+from trainer.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "overhead.json"

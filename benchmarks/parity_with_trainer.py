@@ -38,8 +38,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from trainer.backbone import silence_libraries
-from trainer.batching import Plan
+from trainer.batching.plan import Plan
+from trainer.model.backbone import silence_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 NEWS = ROOT / "trainer" / "recipes" / "quickstart" / "train.csv"

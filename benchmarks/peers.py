@@ -43,14 +43,14 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def silence():
-    """As `trainer.backbone.silence_libraries`, whose module no peer's process loads."""
+    """As `trainer.model.backbone.silence_libraries`, whose module no peer's process loads."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"transformers\.")
 
 
 def build_model(folder):
-    """The classifier with its adapter: the same tensors as `trainer.model.build_model` draws."""
+    """The classifier with its adapter: the same tensors as `trainer.model.build.build_model` draws."""
     torch.manual_seed(SEED)
     model = AutoModelForSequenceClassification.from_pretrained(folder / "backbone")
     torch.manual_seed(SEED)

@@ -39,7 +39,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    from trainer.config import set_environment
+    from trainer.config.schema import set_environment
 
     set_environment()  # as trainer/run.py does
 
@@ -82,8 +82,8 @@ def write_rows(path, count, seed=0):
 
 
 def load(chosen):
-    from trainer.config import DataConfig
-    from trainer.data import load_corpus
+    from trainer.config.schema import DataConfig
+    from trainer.data.corpus import load_corpus
 
     return load_corpus(
         DataConfig(train=chosen["file"], validation_fraction=chosen.get("fraction", FRACTION)), SEED, quiet=True
@@ -91,15 +91,15 @@ def load(chosen):
 
 
 def tokenizer_of(chosen):
-    from trainer.backbone import find_backbone, silence_libraries
-    from trainer.config import ModelConfig
+    from trainer.config.schema import ModelConfig
+    from trainer.model.backbone import find_backbone, silence_libraries
 
     silence_libraries()
     return find_backbone(ModelConfig(name=chosen["model"]), LABELS).tokenizer
 
 
 def measure_read(chosen):
-    import trainer.data  # noqa: F401  its imports are not measured
+    import trainer.data.corpus  # noqa: F401  its imports are not measured
 
     with timed() as seconds:
         load(chosen)
@@ -107,7 +107,7 @@ def measure_read(chosen):
 
 
 def measure_tokenise(chosen):
-    from trainer.tokenising import tokenise
+    from trainer.data.tokens import tokenise
 
     tokenizer, corpus = tokenizer_of(chosen), load(chosen)
     with timed() as seconds:
@@ -119,7 +119,7 @@ def measure_repeat(chosen):
     """Fills the cache with the tokens of the first examples, over and over."""
     import numpy as np
 
-    from trainer import tokenising
+    from trainer.data import tokens as tokenising
 
     tokenizer, corpus = tokenizer_of(chosen), load(chosen)
     with timed() as seconds:
@@ -144,7 +144,7 @@ def repeated(examples, count):
 def plan_of(lengths):
     import numpy as np
 
-    from trainer.batching import Plan
+    from trainer.batching.plan import Plan
 
     return Plan(lengths, np.ones(len(lengths)), BATCH_SIZE, SEED, MAX_TOKENS)
 
@@ -161,7 +161,7 @@ def measure_plan(chosen):
 def measure_resume(chosen):
     import numpy as np
 
-    from trainer.batching import shuffled
+    from trainer.batching.plan import shuffled
 
     plan = plan_of(np.random.default_rng(SEED).integers(20, 90, chosen["num_examples"]))
     last = plan.steps_per_epoch - 1
@@ -182,9 +182,9 @@ def measure_start(chosen):
     import numpy as np
     import torch
 
-    from trainer import pipeline  # noqa: F401  all that a run imports
-    from trainer.batching import collate
-    from trainer.tokenising import tokenise
+    from trainer.batching.plan import collate
+    from trainer.data.tokens import tokenise
+    from trainer.training import pipeline  # noqa: F401  all that a run imports
 
     stages = {"imports": time.perf_counter() - begun}
 

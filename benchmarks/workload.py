@@ -25,7 +25,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from trainer.batching import Plan
+from trainer.batching.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED, LABELS, MAX_LENGTH = 0, 4, 512

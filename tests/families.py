@@ -21,12 +21,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.config import UserError
-from trainer.evaluation import score_split
-from trainer.model import _wrap
-from trainer.packed import PaddedForward, why_not_packed
-from trainer.start_check import check_start
-from trainer.tokenising import Examples
+from trainer.config.schema import UserError
+from trainer.data.tokens import Examples
+from trainer.model.build import _wrap
+from trainer.packed.forward import PaddedForward, why_not_packed
+from trainer.training.scoring import score_split
+from trainer.training.start_check import check_start
 
 LIST = Path(__file__).with_suffix(".tsv")
 FAMILIES = list(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)

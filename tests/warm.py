@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
 
-import trainer.pipeline  # noqa: F401
-from trainer.model import adapter_config
-from trainer.options import parse_config
+import trainer.training.pipeline  # noqa: F401
+from trainer.config.loading import parse_config
+from trainer.model.build import adapter_config
 
 torch.set_num_threads(1)
 config = parse_config(["--data.train", "none.csv", "--peft.r", "4", "--peft.target_modules", "[query,value]"])

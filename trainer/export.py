@@ -19,8 +19,8 @@ from typing import Any
 
 import jsonargparse
 
-from trainer.config import UserError, main_guard, set_environment
-from trainer.options import load_finished_run
+from trainer.config.loading import load_finished_run
+from trainer.config.schema import UserError, main_guard, set_environment
 
 PROBES = (
     "The committee met on Tuesday and postponed its decision.",
@@ -63,9 +63,9 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
 
     from transformers import AutoModelForSequenceClassification
 
-    from trainer.adapter import find_trained_backbone, load_plain, save_tokenizer
-    from trainer.backbone import silence_libraries
     from trainer.console import writing
+    from trainer.model.adapter import find_trained_backbone, load_plain, save_tokenizer
+    from trainer.model.backbone import silence_libraries
 
     silence_libraries()
     backbone, unverified = find_trained_backbone(run, config.model, label_names)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from trainer.config import UserError, speaks_for_its_machine
+from trainer.config.schema import UserError, speaks_for_its_machine
 from trainer.console import quoted
 
 RUN_LOCKS = (".lock", ".lock-file")

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import jsonargparse
 from jsonargparse.typing import PositiveInt
 
-from trainer.config import (
+from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
+from trainer.config.loading import load_finished_run, parse_label_names
+from trainer.config.schema import (
     NO_COLUMN,
     Config,
     Source,
@@ -34,16 +36,14 @@ from trainer.config import (
     main_guard,
     set_environment,
 )
-from trainer.environment import read_environment
-from trainer.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
-from trainer.options import load_finished_run, parse_label_names
+from trainer.distributed.environment import read_environment
 
 if TYPE_CHECKING:  # importing them takes seconds, and --help needs none of them
     import numpy as np
 
-    from trainer.backbone import Backbone
-    from trainer.packed import Padding
-    from trainer.tokenising import Examples
+    from trainer.data.tokens import Examples
+    from trainer.model.backbone import Backbone
+    from trainer.packed.forward import Padding
 
 OUTPUT_TYPES = (".csv", ".jsonl")
 HEADERS = {"full": ("id", "prediction"), "contest": ("ID", "Label")}
@@ -128,19 +128,19 @@ def predict(options: Options) -> int:
     config, label_names = load_finished_run(Path(options.run), options.model.name, options.model.revision)
     if problems := list(impossible_format("--", options.delimiter, options.encoding)):
         raise UserError("\n".join(problems))
-    from trainer.reading import check_places
+    from trainer.data.sources import check_places
 
     check_places({"input": options.input})
     output = _output(options, config)
     set_environment()
 
-    from trainer.adapter import find_trained_backbone
-    from trainer.backbone import silence_libraries
-    from trainer.checkpoint import write_atomic
-    from trainer.data import id_columns, load_for_prediction
-    from trainer.metrics import classification_metrics
-    from trainer.packed import Padding
-    from trainer.tokenising import tokenise
+    from trainer.data.corpus import id_columns, load_for_prediction
+    from trainer.data.tokens import tokenise
+    from trainer.model.adapter import find_trained_backbone
+    from trainer.model.backbone import silence_libraries
+    from trainer.packed.forward import Padding
+    from trainer.tasks.single_label import classification_metrics
+    from trainer.training.checkpoint import write_atomic
 
     silence_libraries()
     source = _source(options)
@@ -171,11 +171,11 @@ def _score(
     options: Options, backbone: Backbone, examples: Examples, padding: Padding, may_pack: bool, num_labels: int
 ) -> tuple[np.ndarray, bool]:
     """Scores the examples on all processes; returns the logits [N, C], and whether this is the main process."""
-    from trainer.adapter import load_plain
-    from trainer.evaluation import score_split
-    from trainer.model import COMPUTE_TYPES
-    from trainer.packed import PackedForward, PaddedForward, why_not_packed
-    from trainer.processes import choose_precision, together
+    from trainer.distributed.session import choose_precision, together
+    from trainer.model.adapter import load_plain
+    from trainer.model.build import COMPUTE_TYPES
+    from trainer.packed.forward import PackedForward, PaddedForward, why_not_packed
+    from trainer.training.scoring import score_split
 
     precision = choose_precision(options.precision)
     same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
@@ -206,7 +206,7 @@ def _output(options: Options, config: Config) -> Path:
     if Path(options.run).resolve() in output.resolve().parents:
         raise UserError(f"--output: {output} lies in the run's folder; give another file")
     splits = (config.data.train, config.data.validation, config.data.test)
-    from trainer.reading import files_of
+    from trainer.data.sources import files_of
 
     used = [completed(split, config.data).path for split in splits if split]
     for what, patterns in (("the input", [options.input]), ("data of the run", used)):
@@ -310,7 +310,7 @@ def _label_values(
 
 def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[str], labels: list[str]) -> str:
     """The output file's text; `labels` stand for the classes."""
-    from trainer.evaluation import csv_text, predictions
+    from trainer.training.scoring import csv_text, predictions
 
     in_json = options.output.lower().endswith(".jsonl")
     written: dict[str, Any] = dict(zip(label_names, labels, strict=True))

@@ -13,10 +13,10 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 
 import os
 
-from trainer.config import Config, UserError, as_dict, identity, main_guard, run_name, set_environment
+from trainer.config.loading import load_config, parse_config
+from trainer.config.schema import Config, UserError, as_dict, identity, main_guard, run_name, set_environment
 from trainer.console import quoted
-from trainer.environment import read_environment
-from trainer.options import load_config, parse_config
+from trainer.distributed.environment import read_environment
 
 
 def main() -> int:
@@ -38,12 +38,12 @@ def execute(config: Config) -> int:
     if one_host and _is_finished(folder, config):
         return 0
     # torch and the hub's libraries take seconds to load: --help and most mistakes are answered before
-    from trainer.reading import check_places
+    from trainer.data.sources import check_places
 
     if one_host:
         check_places({name: getattr(config.data, name) for name in ("train", "validation", "test")})
     set_environment()
-    from trainer.pipeline import train_and_report
+    from trainer.training.pipeline import train_and_report
 
     return train_and_report(config, folder, None if one_host else lambda: _is_finished(folder, config))
 

@@ -9,10 +9,10 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import run_script, topic_rows, write_csv
-from trainer import kernels
-from trainer.config import main_guard
-from trainer.kernels import NotCompiled
-from trainer.options import parse_config
+from trainer.config.loading import parse_config
+from trainer.config.schema import main_guard
+from trainer.dropout import kernels
+from trainer.dropout.kernels import NotCompiled
 from trainer.run import execute
 
 

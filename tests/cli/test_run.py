@@ -12,9 +12,9 @@ import yaml
 
 from tests.conftest import ROOT, topic_rows, write_csv
 from tests.faults.harness import changed, checkpoints, command, read_csv, records, tensorboard, tensors
-from trainer.metrics import METRICS
-from trainer.optim import learning_rate
-from trainer.options import parse_config
+from trainer.config.loading import parse_config
+from trainer.tasks.single_label import METRICS
+from trainer.training.optim import learning_rate
 
 pytest_plugins = ["tests.faults.fixtures"]
 LESS = ("no_figures",)

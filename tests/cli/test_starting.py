@@ -174,7 +174,7 @@ def test_options_of_torchrun_from_the_environment_do_not_reach_it(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="the death of a parent is told by Linux alone")
 def test_a_rank_ends_with_its_launcher():
     rank = (
-        "from trainer.environment import read_environment\nimport time\nread_environment()\n"
+        "from trainer.distributed.environment import read_environment\nimport time\nread_environment()\n"
         "print('here', flush=True)\ntime.sleep(60)"
     )
     parent = (

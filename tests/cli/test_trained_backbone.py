@@ -16,22 +16,22 @@ from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from tests.conftest import ROOT, WORDS, topic_rows, write_csv
-from trainer.config import UserError
+from trainer.config.loading import parse_config
+from trainer.config.schema import UserError
 from trainer.export import export
-from trainer.options import parse_config
-from trainer.pipeline import train_and_report
 from trainer.predict import Copy, Options, predict
+from trainer.training.pipeline import train_and_report
 
 OLD, NEW = 40 * "a", 40 * "b"
 NAMES = {"World": "W\"o`r'ld\n## <b>", "Sports": "Spörts", "Business": "```", "Sci/Tech": "{0}\\"}
 TEXTS = ["match goal team", "shares profit bank market", "an unknown word"]
 TRAIN = """
 import json, sys
-import trainer.report
-from trainer.config import main_guard
-from trainer.options import parse_config
+import trainer.reporting.page
+from trainer.config.schema import main_guard
+from trainer.config.loading import parse_config
 from trainer.run import execute
-trainer.report.build_report = lambda *_: "none"
+trainer.reporting.page.build_report = lambda *_: "none"
 sys.exit(max(main_guard(lambda: execute(parse_config(words))) for words in json.load(sys.stdin)))
 """
 CARDS = """
@@ -282,8 +282,8 @@ def unfinished(place, hub, tmp_path, monkeypatch):
     (run / "summary.json").unlink()
     for name in ("adapter", "checkpoints/step-00000004"):
         shutil.rmtree(run / name)
-    monkeypatch.setattr("trainer.report.build_report", lambda *_: "none")
-    monkeypatch.setattr("trainer.pipeline.StopRequest.listen", lambda _: None)
+    monkeypatch.setattr("trainer.reporting.page.build_report", lambda *_: "none")
+    monkeypatch.setattr("trainer.training.pipeline.StopRequest.listen", lambda _: None)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
 
     def resume(**settings):

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, topic_rows, write_csv
-from trainer.checkpoint import load_newest
+from trainer.training.checkpoint import load_newest
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 PORT = "29500"
@@ -221,8 +221,8 @@ def parted(cut, hosts):
         pytest.skip(f"no routes by port here: {error.stderr.strip()}")
     script = pair.folder / "meet.py"
     script.write_text(
-        "from trainer.config import main_guard\n"
-        "from trainer.processes import together\n"
+        "from trainer.config.schema import main_guard\n"
+        "from trainer.distributed.session import together\n"
         "raise SystemExit(main_guard(lambda: together('no', {}).__enter__()))\n"
     )
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "host-a", "MASTER_PORT": PORT, "PYTHONPATH": str(ROOT)}

@@ -33,7 +33,7 @@ def test_results_are_those_of_the_pinned_versions():
 
 
 def test_the_reference_is_what_isotrain_computes(inputs):
-    from trainer.step import result_of, train_step
+    from trainer.training.step import result_of, train_step
 
     folder, rows = inputs
     run = ranks.build(parity.isotrain_arguments(folder, "small", max_tokens=parity.SMALL))

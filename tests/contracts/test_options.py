@@ -4,9 +4,10 @@ import dataclasses
 
 from jsonargparse import set_parsing_settings
 
-from trainer import config, options
-from trainer.config import GROUPS
-from trainer.options import option_names
+from trainer.config import loading as options
+from trainer.config import schema as config
+from trainer.config.loading import option_names
+from trainer.config.schema import GROUPS
 
 OPTIONS = """
 run.name run.output_dir run.seed run.resume run.precision run.quiet

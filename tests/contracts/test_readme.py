@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from trainer.options import RECIPES, parse_config
+from trainer.config.loading import RECIPES, parse_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -47,10 +47,10 @@ def test_options_of_the_other_commands_exist(script):
     assert all(re.search(rf"{option}\b", helped) for option in used)
 
 
-def test_map_names_every_module():
+def test_map_names_every_folder():
     block = next(block for block in BLOCKS if block.startswith("launch.sh"))
-    named = re.findall(r"\b(\w+\.py)\b", block)
-    assert sorted(named) == sorted(path.name for path in (ROOT / "trainer").glob("[a-z]*.py"))
+    packages = sorted(path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py"))
+    assert sorted(re.findall(r"^  (\w+)/", block, re.MULTILINE)) == sorted([*packages, "recipes"])
     folders = re.findall(r"^(\w+)/", block, re.MULTILINE)
     assert all((ROOT / folder).is_dir() for folder in folders)
 

@@ -27,10 +27,10 @@ def at_call(place, count=1, number=signal.SIGKILL, after=False):
 
 
 def error_at_call(place, error, message, count=1):
-    """Raises an error of trainer/config.py or of Python, by its name, at the `count`-th call of `place`."""
+    """Raises an error of trainer/config/schema.py or of Python, by its name, at the `count`-th call of `place`."""
     import builtins
 
-    from trainer import config
+    from trainer.config import schema as config
 
     def fail():
         print(f"fault at {time.monotonic()}", flush=True)
@@ -80,7 +80,7 @@ def replace(place, around):
 
 def in_write(count, number=signal.SIGKILL):
     """Kills in the middle of the `count`-th file that checkpoint.py writes: half of it is on the disk."""
-    from trainer import checkpoint
+    from trainer.training import checkpoint
 
     original = checkpoint._write_synced
     calls = 0
@@ -117,7 +117,7 @@ def full_disk(first):
     """From the `first`-th file on, checkpoint.py meets a full disk."""
     import errno
 
-    from trainer import checkpoint
+    from trainer.training import checkpoint
 
     original = checkpoint._write_synced
     calls = 0
@@ -180,7 +180,7 @@ def clock_jump(seconds, days):
 
 def no_figures():
     """Leaves TensorBoard's figures out, to save time."""
-    from trainer.tracking import RunLog
+    from trainer.reporting.tracking import RunLog
 
     RunLog.confusion_matrix = lambda *arguments: None
 
@@ -189,7 +189,7 @@ def torn_file(name, number=signal.SIGKILL):
     """Kills in the middle of writing a file of this name: half of it is on the disk."""
     from pathlib import Path
 
-    from trainer import checkpoint
+    from trainer.training import checkpoint
 
     write_text, write_synced = Path.write_text, checkpoint._write_synced
 
@@ -233,7 +233,7 @@ def log_ids(folder):
         return noted
 
     replace("train_step", stepping)
-    replace("trainer.step:collate", noting)
+    replace("trainer.training.step:collate", noting)
 
 
 def out_of_memory(above, where="forward"):
@@ -264,16 +264,16 @@ def out_of_memory(above, where="forward"):
 
         return ended
 
-    for module in ("evaluation", "pipeline") if where == "scoring" else ("step",):
-        replace(f"trainer.{module}:collate", measuring)
-    forwards = ["trainer.packed:PackedForward.__call__", "peft:PeftModelForSequenceClassification.forward"]
+    for module in ("scoring", "pipeline") if where == "scoring" else ("step",):
+        replace(f"trainer.training.{module}:collate", measuring)
+    forwards = ["trainer.packed.forward:PackedForward.__call__", "peft:PeftModelForSequenceClassification.forward"]
     for work in ["accelerate:Accelerator.backward"] if where == "backward" else forwards:
         replace(work, ending)
 
 
 def in_flight(number):
     """As many steps are asked for before the first is known, as on a GPU."""
-    from trainer import loop
+    from trainer.training import loop
 
     loop.IN_FLIGHT = number
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests.faults.harness import assert_each_once, changed, checkpoints, command, distance, on_ranks, trained_ids
-from trainer.checkpoint import load_checkpoint
+from trainer.training.checkpoint import load_checkpoint
 
 pytest_plugins = ["tests.faults.fixtures"]
 LESS, AHEAD = ("no_figures",), ("in_flight", 2)

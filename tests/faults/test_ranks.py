@@ -23,7 +23,7 @@ CHAIN = [
     (1, ("error_at_call", "_update", "ValueError", "a surprise"), [1, 1], "rank 1 on HOST: ValueError: a surprise"),
     (0, ("error_at_call", "_update", "ValueError", "a surprise"), [1, 1], "ValueError: a surprise"),
     (0, ("in_save", 1, 3), [-9, LOST], "rank 0 on HOST was lost in the save of step 6"),
-    (1, ("at_call", "trainer.evaluation:collate", 3), [LOST, -9], "rank 1 on HOST was lost in the scoring of val"),
+    (1, ("at_call", "trainer.training.scoring:collate", 3), [LOST, -9], "rank 1 on HOST was lost in the scoring of"),
     (1, ("at_call", "_finish"), [LOST, -9], "rank 1 on HOST was lost in the (scoring of test after step 12|end)"),
     (0, ("at_call", "save_adapter"), [-9, LOST], "rank 0 on HOST was lost in the end"),
 ]  # fmt: skip

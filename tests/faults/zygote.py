@@ -22,15 +22,15 @@ import torch.utils.tensorboard  # noqa: F401
 from peft import AutoPeftModelForSequenceClassification  # noqa: F401
 
 import tests.warm  # noqa: F401
-import trainer.evaluation
 import trainer.export
-import trainer.loop
-import trainer.pipeline
 import trainer.predict
-import trainer.report
+import trainer.reporting.page
 import trainer.run
+import trainer.training.loop
+import trainer.training.pipeline
+import trainer.training.scoring
 from tests.faults import points
-from trainer.config import main_guard
+from trainer.config.schema import main_guard
 
 ENTRIES = {name: getattr(trainer, name).main for name in ("run", "predict", "export", "report")}
 
@@ -63,7 +63,7 @@ def fork(request):
             os.dup2(descriptor, number)
         socket.gethostname = lambda: request["host"]
         if not request["report"]:
-            trainer.report.build_report = lambda folder, summary: folder / "report.html"
+            trainer.reporting.page.build_report = lambda folder, summary: folder / "report.html"
         for name, *arguments in request["points"]:
             getattr(points, name)(*arguments)
         code = call(request["entry"], request["arguments"])

@@ -33,16 +33,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
-from trainer import attention, dropout, masks
-from trainer.batching import Plan
-from trainer.config import Config, UserError
-from trainer.graphs import Graphs
-from trainer.model import set_precision
-from trainer.optim import build_optimizer
-from trainer.packed import PackedForward
-from trainer.processes import StopRequest
-from trainer.step import train_step
-from trainer.tokenising import Examples
+from trainer.batching.plan import Plan
+from trainer.config.schema import Config, UserError
+from trainer.data.tokens import Examples
+from trainer.distributed.session import StopRequest
+from trainer.dropout import masks
+from trainer.dropout import sites as dropout
+from trainer.model.build import set_precision
+from trainer.packed import attention
+from trainer.packed.forward import PackedForward
+from trainer.packed.graphs import Graphs
+from trainer.training.optim import build_optimizer
+from trainer.training.step import train_step
 
 NO_KERNEL = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",

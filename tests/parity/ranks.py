@@ -1,7 +1,7 @@
 """Functions run on several gloo ranks of this machine, each rank a process of its own.
 
 The processes come from a fork server in which all that is slow once is done, so a rank starts in half a second.
-What a rank runs is the trainer itself, built by `trainer/pipeline.py` from a command line.
+What a rank runs is the trainer itself, built by `trainer/training/pipeline.py` from a command line.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ def _rank(end, rank, world_size, port, function, arguments):
         )  # fmt: skip
     import torch
 
-    from trainer import attention
+    from trainer.packed import attention
 
     torch.set_num_threads(1)
     attention.GROUP_COST = 500  # else all of these short examples would attend together
@@ -89,9 +89,10 @@ def _rank(end, rank, world_size, port, function, arguments):
 
 def build(arguments, double=False, precision="no"):
     """What `run.py` with these arguments would train with; in fp64 with `double`."""
-    from trainer import backbone, building
-    from trainer.options import parse_config
-    from trainer.processes import StopRequest, Watch, start_accelerator
+    from trainer.config.loading import parse_config
+    from trainer.distributed.session import StopRequest, Watch, start_accelerator
+    from trainer.model import backbone
+    from trainer.training import setup as building
 
     backbone.silence_libraries()
     config = parse_config(list(map(str, arguments)))
@@ -176,8 +177,8 @@ def gradients(arguments, cases, wrong=None, recorded=False, precision=None):
     """
     import torch
 
-    from trainer import graphs
-    from trainer.step import result_of, train_step
+    from trainer.packed import graphs
+    from trainer.training.step import result_of, train_step
 
     run = build(arguments, double=precision is None, precision=precision or "no")
     before = [parameter.detach().clone() for parameter in run.trained.values()]
@@ -250,9 +251,9 @@ def fitted(arguments, short_ranks, above):
     """
     import torch
 
-    from trainer import loop, step
-    from trainer.config import UserError
-    from trainer.state import TrainState
+    from trainer.config.schema import UserError
+    from trainer.training import loop, step
+    from trainer.training.state import TrainState
 
     run = build(arguments)
     steps, right = [], loop.train_step
@@ -307,9 +308,9 @@ def flights(arguments, fault=None, hit=0, told=True, scaled=False):
     """
     import torch
 
-    from trainer.config import UserError
-    from trainer.optim import set_learning_rate
-    from trainer.step import result_of, train_step
+    from trainer.config.schema import UserError
+    from trainer.training.optim import set_learning_rate
+    from trainer.training.step import result_of, train_step
 
     run = build(arguments)
     if scaled:
@@ -381,8 +382,9 @@ def looped(arguments, hit=None, in_flight=1, recorded=False):
     """
     import torch
 
-    from trainer import graphs, loop
-    from trainer.state import TrainState
+    from trainer.packed import graphs
+    from trainer.training import loop
+    from trainer.training.state import TrainState
 
     run = build(arguments)
     loop.IN_FLIGHT, right, backward = in_flight, loop.train_step, run.accelerator.backward
@@ -412,8 +414,8 @@ def looped(arguments, hit=None, in_flight=1, recorded=False):
 
 def stopped(arguments, in_flight):
     """A signal in step 1, and behind it a step whose loss is not finite: the steps that are saved, and how it ends."""
-    from trainer import loop
-    from trainer.state import TrainState
+    from trainer.training import loop
+    from trainer.training.state import TrainState
 
     run, saved, right = build(arguments), [], loop.train_step
 
@@ -448,8 +450,8 @@ def whole_run(arguments, wrong=None, in_flight=None):
     """
     import json
 
-    from trainer import loop, state
-    from trainer.adapter import adapter_tensors
+    from trainer.model.adapter import adapter_tensors
+    from trainer.training import loop, state
 
     run = build(arguments)
     loop.IN_FLIGHT = in_flight or loop.IN_FLIGHT
@@ -503,7 +505,7 @@ def raw_run(arguments):
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
-    from trainer.adapter import adapter_tensors
+    from trainer.model.adapter import adapter_tensors
 
     run = build(arguments)
     optim, rank, world_size = run.config.optim, run.accelerator.process_index, run.accelerator.num_processes
@@ -536,7 +538,7 @@ def scores(arguments, sizes):
     """Logits of the first n examples of train, for each n of `sizes`."""
     from types import SimpleNamespace
 
-    from trainer.evaluation import score_split
+    from trainer.training.scoring import score_split
 
     run = build(arguments)
     found = {}
@@ -568,8 +570,8 @@ def scaled_steps(arguments, scale):
     """
     import torch
 
-    from trainer.optim import set_learning_rate
-    from trainer.step import result_of, train_step
+    from trainer.training.optim import set_learning_rate
+    from trainer.training.step import result_of, train_step
 
     def step(run):
         before = torch.cat([parameter.detach().flatten() for parameter in run.trained.values()])
@@ -603,7 +605,7 @@ def traffic(arguments):
     """Sizes of the collectives in each step, and outside of steps; sizes of what trains and of the scores."""
     import torch
 
-    from trainer import loop, state
+    from trainer.training import loop, state
 
     run = build(arguments)
     assert type(run.model).__name__ == "PeftModelForSequenceClassification", "a wrapper might send what nobody counts"

@@ -9,12 +9,12 @@ import torch
 from ranks import CpuRecorder
 
 from tests.parity.test_packed import build
-from trainer import graphs
-from trainer.batching import collate, shape_of
-from trainer.config import UserError
-from trainer.graphs import Graphs
-from trainer.packed import PackedForward
-from trainer.tokenising import Examples
+from trainer.batching.plan import collate, shape_of
+from trainer.config.schema import UserError
+from trainer.data.tokens import Examples
+from trainer.packed import graphs
+from trainer.packed.forward import PackedForward
+from trainer.packed.graphs import Graphs
 
 LENGTHS = np.array([13, 11, 9, 4, 4, 1, 12, 12, 7, 5, 3])
 SMALL, OTHER, MIDDLE, LARGE = [0, 1, 2], [3, 4, 5, 6], [0, 2, 4, 6, 8, 10], [2, 3, 4, 5, 6, 7, 8, 9, 10]

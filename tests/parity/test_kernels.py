@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import kernels
-from trainer.attention import CompiledAttention
-from trainer.kernels import NotCompiled, Spans, Units, load_kernels
-from trainer.masks import Draw, HostMasks, Mask, Site
-from trainer.packed import _CompiledNorm
+from trainer.dropout import kernels
+from trainer.dropout.kernels import NotCompiled, Spans, Units, load_kernels
+from trainer.dropout.masks import Draw, HostMasks, Mask, Site
+from trainer.packed.attention import CompiledAttention
+from trainer.packed.forward import _CompiledNorm
 
 pytestmark = [
     pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="a CPU without bf16 instructions"),

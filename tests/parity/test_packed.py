@@ -12,11 +12,15 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig, XLMRobertaConfig
 
 from tests.unit.test_model import METHODS
-from trainer import attention, dropout, masks, packed, products
-from trainer.attention import group_sizes, lay_out
-from trainer.kernels import Kernels, NotCompiled, load_kernels
-from trainer.model import set_precision
-from trainer.packed import PackedForward, PaddedForward, why_not_packed
+from trainer.dropout import masks
+from trainer.dropout import sites as dropout
+from trainer.dropout.kernels import Kernels, NotCompiled, load_kernels
+from trainer.model.build import set_precision
+from trainer.packed import attention
+from trainer.packed import forward as packed
+from trainer.packed import projections as products
+from trainer.packed.attention import group_sizes, lay_out
+from trainer.packed.forward import PackedForward, PaddedForward, why_not_packed
 
 PAD = 1
 FAMILIES = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}

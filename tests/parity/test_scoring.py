@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import on_ranks, scores
 
-from trainer.metrics import classification_metrics, confusion
+from trainer.tasks.single_label import classification_metrics, confusion
 
 SIZES = (1, 2, 3, 4, 13)  # with 2 and 3 ranks: one example, W - 1, W, W + 1 and a prime
 NAMES = ["World", "Sports", "Business", "Sci/Tech"]

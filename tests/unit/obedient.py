@@ -91,8 +91,9 @@ def _live(end, errors, host, environment, constants, function):
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(environment)
     socket.gethostname = lambda: host
-    from trainer import meeting, processes
-    from trainer.config import main_guard
+    from trainer.config.schema import main_guard
+    from trainer.distributed import rendezvous as meeting
+    from trainer.distributed import session as processes
 
     for name, value in constants.items():
         (module,) = (module for module in (meeting, processes) if hasattr(module, name))
@@ -102,8 +103,8 @@ def _live(end, errors, host, environment, constants, function):
 
 def obey(end):
     """Meets the others, then does what it is told, in step 7."""
-    from trainer.config import UserError
-    from trainer.processes import together
+    from trainer.config.schema import UserError
+    from trainer.distributed.session import together
 
     with together("no", {"the seed": os.environ.get("SEED", "1")}) as (_, watch):
         watch.position = "step 7"
@@ -136,7 +137,7 @@ def obey(end):
 
 
 def heed_signals(end):
-    from trainer.processes import StopRequest
+    from trainer.distributed.session import StopRequest
 
     StopRequest().listen()
     obey(end)
@@ -144,7 +145,7 @@ def heed_signals(end):
 
 def meet_among_strangers(end):
     """As `obey`; before rank 1 connects to rank 0, three others do: one is silent, one talks, one hangs up."""
-    from trainer import meeting
+    from trainer.distributed import rendezvous as meeting
 
     check_routes = meeting._check_routes
 
@@ -164,7 +165,7 @@ def meet_among_strangers(end):
 
 def announce_a_closed_port(end):
     """As `obey`; on host b the others cannot reach what it says its address is."""
-    from trainer import meeting
+    from trainer.distributed import rendezvous as meeting
 
     exchange = meeting._exchange
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -181,7 +182,7 @@ def announce_a_closed_port(end):
 
 def die_before_the_line(end):
     """As `obey`; rank 2 dies when all others are about to connect to rank 0."""
-    from trainer import meeting
+    from trainer.distributed import rendezvous as meeting
 
     check_routes = meeting._check_routes
 

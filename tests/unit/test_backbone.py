@@ -24,11 +24,11 @@ from transformers import (
 
 from tests.conftest import TOPICS
 from tests.families import tiny
-from trainer.adapter import save_tokenizer
-from trainer.backbone import OFFSET_POSITIONS, Backbone, _set_dropout, find_backbone, load_weights
-from trainer.config import ModelConfig, PeftConfig, UserError
+from trainer.config.schema import ModelConfig, PeftConfig, UserError
 from trainer.export import _unshare, _unwrap_head
-from trainer.model import build_model, check_fit
+from trainer.model.adapter import save_tokenizer
+from trainer.model.backbone import OFFSET_POSITIONS, Backbone, _set_dropout, find_backbone, load_weights
+from trainer.model.build import build_model, check_fit
 
 NAMES = list(TOPICS)
 BERT = {

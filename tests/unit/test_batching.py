@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.batching import PAIRS, MicroBatch, Plan, Shape, collate, shape_of, share_out, shuffled, split_by_tokens
+from trainer.batching.plan import (
+    PAIRS,
+    MicroBatch,
+    Plan,
+    Shape,
+    collate,
+    shape_of,
+    share_out,
+    shuffled,
+    split_by_tokens,
+)
 
 CPU = torch.device("cpu")
 SIZES = [(300, 2), (1, 1), (1, 8), (7, 3), (8, 8), (9, 8), (17, 5), (64, 16), (101, 32), (5, 100)]

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer import kernels
-from trainer.building import Compiled, _compiled, _for_cpu, _recorded, prepare
-from trainer.config import Config, ModelConfig, UserError
-from trainer.kernels import NotCompiled
+from trainer.config.schema import Config, ModelConfig, UserError
+from trainer.dropout import kernels
+from trainer.dropout.kernels import NotCompiled
+from trainer.training.setup import Compiled, _compiled, _for_cpu, _recorded, prepare
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import checkpoint
-from trainer.checkpoint import (
+from trainer.training import checkpoint
+from trainer.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
     load_checkpoint,

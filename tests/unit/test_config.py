@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import (
+from trainer.config.loading import (
+    config_text,
+    load_config,
+    load_finished_run,
+    option_names,
+    parse_config,
+    parse_label_names,
+)
+from trainer.config.schema import (
     Config,
     DataConfig,
     Source,
@@ -19,7 +27,6 @@ from trainer.config import (
     run_name,
     set_environment,
 )
-from trainer.options import config_text, load_config, load_finished_run, option_names, parse_config, parse_label_names
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--data.train", "train.csv"]

@@ -19,7 +19,7 @@ from trainer.console import bar_settings, quoted, writing
 COMMAND = """
 import logging, os, sys, threading, time, warnings
 sys.path.insert(0, sys.argv[1])
-from trainer.config import UserError, main_guard
+from trainer.config.schema import UserError, main_guard
 
 def main():
     from tqdm import tqdm
@@ -96,7 +96,7 @@ def test_a_closed_stream_does_not_become_a_file(tmp_path):
 
 
 def test_a_pipe_that_breaks_elsewhere_is_no_success(capsys):
-    from trainer.config import main_guard
+    from trainer.config.schema import main_guard
 
     def main():
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

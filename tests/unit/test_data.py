@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import write_csv
-from trainer.config import DataConfig, Source, UserError
-from trainer.data import load_corpus, load_for_prediction
-from trainer.options import parse_label_names
+from trainer.config.loading import parse_label_names
+from trainer.config.schema import DataConfig, Source, UserError
+from trainer.data.corpus import load_corpus, load_for_prediction
 
 OPEN_QUOTE = (
     "a quote opens here and does not close in this line; if texts may span lines: --data.quoting multi_line; if quotes "
@@ -27,8 +27,8 @@ ROWS = [("goal one", "b"), ("goal two", "a"), ("win", "b"), ("bank", "a")]
 def large(request, cache, monkeypatch):
     """Each test with its own cache, and twice: its files are small, and as if they were large, in small chunks."""
     if request.param == "kept":
-        monkeypatch.setattr("trainer.texts.LARGE", 0)
-        monkeypatch.setattr("trainer.formats.CHUNK", 3)
+        monkeypatch.setattr("trainer.data.texts.LARGE", 0)
+        monkeypatch.setattr("trainer.data.formats.CHUNK", 3)
 
 
 def load(train, seed=1, **settings):

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
-from trainer.config import set_environment
+from trainer.config.schema import set_environment
 from trainer.devices import on_host
 
 SCRIPT = """
 import resource
 import torch
-from trainer.processes import start_accelerator
+from trainer.distributed.session import start_accelerator
 
 
 def work():
@@ -47,7 +47,7 @@ def test_freed_memory_is_not_asked_for_again():
 
 PRODUCTS = """
 import ctypes, sys
-from trainer.config import set_environment
+from trainer.config.schema import set_environment
 from trainer.devices import on_host
 
 if sys.argv[1] == "set":

@@ -22,9 +22,10 @@ from transformers import (
     SqueezeBertConfig,
 )
 
-from trainer import dropout, masks
-from trainer.dropout import DropoutKeys, KeyedDropout, install
-from trainer.masks import DeviceMasks, Draw, Site, stream_of
+from trainer.dropout import masks
+from trainer.dropout import sites as dropout
+from trainer.dropout.masks import DeviceMasks, Draw, Site, stream_of
+from trainer.dropout.sites import DropoutKeys, KeyedDropout, install
 
 PAD, END, SEED = 1, 2, 7
 SIZE = {"vocab_size": 60, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": END, "num_labels": 3}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import evaluation
-from trainer.config import UserError
-from trainer.evaluation import csv_text, predictions, score_split, write_evaluation
-from trainer.packed import PaddedForward
-from trainer.processes import start_accelerator
+from trainer.config.schema import UserError
+from trainer.distributed.session import start_accelerator
+from trainer.packed.forward import PaddedForward
+from trainer.training import scoring as evaluation
+from trainer.training.scoring import csv_text, predictions, score_split, write_evaluation
 
 PAD = 0
 

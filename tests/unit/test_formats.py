@@ -12,9 +12,9 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from trainer.config import DataConfig, Source, UserError
-from trainer.data import load_corpus, load_for_prediction
-from trainer.reading import check_places, is_hub_id
+from trainer.config.schema import DataConfig, Source, UserError
+from trainer.data.corpus import load_corpus, load_for_prediction
+from trainer.data.sources import check_places, is_hub_id
 
 CSV = "text,label\na,x\nb,y\n"
 TSV = CSV.replace(",", "\t")
@@ -149,7 +149,7 @@ def test_rows_without_text_are_refused_skipped_or_kept(monkeypatch):
     said = "x.csv: 2 rows have an empty or missing text (text): row 2, 4"
     assert refused(path) == f"{said}; --data.empty_text skip leaves them out"
     for large in (2**26, 0, 0):  # read, then cached, then from the cache
-        monkeypatch.setattr("trainer.texts.LARGE", large)
+        monkeypatch.setattr("trainer.data.texts.LARGE", large)
         corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), 1, quiet=True)
         split = corpus.splits["train"]
         assert (list(split.texts), split.labels.tolist(), split.rows.tolist()) == (["a", "b"], [0, 1], [0, 2])
@@ -387,7 +387,7 @@ def test_archives_that_are_damaged_or_grow_too_much(monkeypatch):
     assert "ended before the end-of-stream" in refused(write("x.csv.gz", packed(CSV.encode() * 99)[:-12]))
     assert refused(write("y.csv.gz", CSV)) == "y.csv.gz: Not a gzipped file (b'te')"
     assert "packed files are read where they hold" in refused(write("x.parquet.gz", packed(b"x")))
-    monkeypatch.setattr("trainer.formats.MOST_UNPACKED", 2**20)
+    monkeypatch.setattr("trainer.data.formats.MOST_UNPACKED", 2**20)
     for path in (write("z.csv.gz", packed(b"a" * 2**24)), zipped("z.zip", a__csv=b"\n" * 2**24)):
         assert "unpacks to more than 100 times its size" in refused(path)
 
@@ -589,12 +589,12 @@ def test_an_optional_key_may_be_missing_from_a_whole_shard():
 
 
 def test_messages_name_the_shard_and_its_row(monkeypatch):
-    monkeypatch.setattr("trainer.formats.CHUNK", 3)
+    monkeypatch.setattr("trainer.data.formats.CHUNK", 3)
     write("a.csv", "text,label\n" + "a,x\n" * 8)
     write("b.csv", "text,label\n" + "b,y\n" * 4 + ",y\n" * 2)
     write("c.csv", "text,label\n,y\n")
     for large in (2**26, 0):
-        monkeypatch.setattr("trainer.texts.LARGE", large)
+        monkeypatch.setattr("trainer.data.texts.LARGE", large)
         assert "(text): row 5, 6 of b.csv; row 1 of c.csv; --data" in refused("[abc].csv")
     write("b.jsonl", '{"text": "b", "label": "y"}\n{"text": ["b"], "label": "y"}\n')
     assert refused("[ab].*").endswith("row 2 of b.jsonl: column 'text' holds a list, no text")

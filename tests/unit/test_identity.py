@@ -11,9 +11,9 @@ import safetensors.torch
 from huggingface_hub import constants
 from transformers import AutoModelForMaskedLM
 
-from trainer.adapter import IDENTITY, loading_lines, read_start
-from trainer.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
-from trainer.config import ModelConfig, UserError
+from trainer.config.schema import ModelConfig, UserError
+from trainer.model.adapter import IDENTITY, loading_lines, read_start
+from trainer.model.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
 
 LABELS = ["a", "b"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

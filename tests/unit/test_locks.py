@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import ROOT
 from trainer import locks
-from trainer.config import UserError
+from trainer.config.loading import parse_config
+from trainer.config.schema import UserError
 from trainer.locks import held, share, taking_turns
-from trainer.options import parse_config
 from trainer.run import execute
 
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, matthews_corrcoef, precision_score, recall_score
 
-from trainer.metrics import (
+from trainer.tasks.single_label import (
     METRICS,
     classification_metrics,
     confusion,

@@ -21,10 +21,10 @@ from transformers import (
     RobertaConfig,
 )
 
-from trainer.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors, load_plain
-from trainer.backbone import Backbone, find_backbone
-from trainer.config import ModelConfig, PeftConfig, UserError
-from trainer.model import (
+from trainer.config.schema import ModelConfig, PeftConfig, UserError
+from trainer.model.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors, load_plain
+from trainer.model.backbone import Backbone, find_backbone
+from trainer.model.build import (
     PEFT_TYPES,
     _wrap,
     adapter_config,

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from trainer.checkpoint import DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors
-from trainer.config import OptimConfig
-from trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from trainer.config.schema import OptimConfig
+from trainer.training.checkpoint import DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors
+from trainer.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 def rates(total_steps, **settings):

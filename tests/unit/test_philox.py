@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.philox import compiled_rounds, random_blocks, rounds
+from trainer.dropout.generator import compiled_rounds, random_blocks, rounds
 
 KEYS = [(0, 0), (7, 123), (2**63 - 1, 2**40), (2**64 - 1, 1)]
 

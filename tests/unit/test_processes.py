@@ -15,10 +15,10 @@ import torch
 from obedient import announce_a_closed_port, die_before_the_line, heed_signals, meet_among_strangers, ranks_in
 from torch.distributed import HashStore
 
-from trainer import meeting
-from trainer.config import UserError
-from trainer.processes import STOPS, StopRequest, check_device, choose_precision, start_accelerator
-from trainer.step import signal_of
+from trainer.config.schema import UserError
+from trainer.distributed import rendezvous as meeting
+from trainer.distributed.session import STOPS, StopRequest, check_device, choose_precision, start_accelerator
+from trainer.training.step import signal_of
 
 LOST = os.EX_TEMPFAIL
 

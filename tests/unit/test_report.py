@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import yaml
 
-from trainer.config import UserError
-from trainer.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, series, smooth
-from trainer.report import build_report, confident_errors, read_records
+from trainer.config.schema import UserError
+from trainer.reporting.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, series, smooth
+from trainer.reporting.page import build_report, confident_errors, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 NEWS = ["World", "Sports", "Business", "Sci/Tech"]
@@ -361,6 +361,6 @@ def test_a_bad_folder_is_one_line_and_exit_code_2(tmp_path: Path, kind: str) -> 
 
 
 def test_neither_torch_nor_pyplot_is_imported() -> None:
-    code = "import sys, trainer.report; print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
+    code = "import sys, trainer.reporting.page; print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"

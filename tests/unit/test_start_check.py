@@ -9,14 +9,14 @@ from torch import nn
 
 from tests import families
 from tests.families import FAMILIES, NOT_TINY, TEXTS, difference_between_batches, listed, tiny, tokenizer, verdict_of
-from trainer import dropout
-from trainer.backbone import FP32_ONLY
-from trainer.config import UserError
-from trainer.dropout import install
-from trainer.model import set_precision
-from trainer.packed import Padding
-from trainer.start_check import check_start
-from trainer.step import _sum_gradients
+from trainer.config.schema import UserError
+from trainer.dropout import sites as dropout
+from trainer.dropout.sites import install
+from trainer.model.backbone import FP32_ONLY
+from trainer.model.build import set_precision
+from trainer.packed.forward import Padding
+from trainer.training.start_check import check_start
+from trainer.training.step import _sum_gradients
 
 LISTED = listed()
 

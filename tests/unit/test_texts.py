@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT, write_csv
-from trainer.config import DataConfig, Source, UserError
-from trainer.data import _equal_texts, load_corpus, load_for_prediction
-from trainer.reading import Origin
-from trainer.texts import Texts, digests
+from trainer.config.schema import DataConfig, Source, UserError
+from trainer.data.corpus import _equal_texts, load_corpus, load_for_prediction
+from trainer.data.sources import Origin
+from trainer.data.texts import Texts, digests
 
 ROWS = [(f"text {i} é" + " goal" * (i % 7), "abc"[i % 3]) for i in range(100)]
 AWKWARD = [
@@ -39,8 +39,8 @@ AWKWARD = [
 @pytest.fixture(autouse=True)
 def keep_all(cache, monkeypatch):
     """Keeps the rows of small sources too, and reads them in chunks that divide by nothing."""
-    monkeypatch.setattr("trainer.texts.LARGE", 0)
-    monkeypatch.setattr("trainer.formats.CHUNK", 7)
+    monkeypatch.setattr("trainer.data.texts.LARGE", 0)
+    monkeypatch.setattr("trainer.data.formats.CHUNK", 7)
 
 
 def load(train, seed=1, **settings):
@@ -49,7 +49,7 @@ def load(train, seed=1, **settings):
 
 def in_memory(*arguments, **settings):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.texts.LARGE", 2**40)
+        patch.setattr("trainer.data.texts.LARGE", 2**40)
         return load(*arguments, **settings)
 
 
@@ -216,7 +216,7 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
         (tmp_path / "file").touch()
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     elif what == "full disk":
-        monkeypatch.setattr("trainer.texts.sync", fails)
+        monkeypatch.setattr("trainer.data.texts.sync", fails)
     else:
         monkeypatch.setattr(fcntl, "flock", fails)
     corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), 1, quiet=False)
@@ -421,7 +421,7 @@ def test_half_a_digest_is_no_duplicate(tmp_path):
 
 
 def test_reading_is_quick(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.formats.CHUNK", 10_000)
+    monkeypatch.setattr("trainer.data.formats.CHUNK", 10_000)
     path = write_csv(tmp_path / "x.csv", [(f"some text of row {i}", i % 4) for i in range(50_000)])
     started = time.process_time()
     load(path)
@@ -431,9 +431,9 @@ def test_reading_is_quick(tmp_path, monkeypatch):
 PEAK = """
 import sys, threading, datasets
 from pathlib import Path
-from trainer import texts
-from trainer.config import DataConfig
-from trainer.data import load_corpus
+from trainer.data import texts
+from trainer.config.schema import DataConfig
+from trainer.data.corpus import load_corpus
 
 def held():  # without mapped files: how much of those is resident is the kernel's choice
     return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024

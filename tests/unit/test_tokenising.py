@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import WORDS
-from trainer.data import TextSplit
-from trainer.texts import digests
-from trainer.tokenising import Examples, tokenise
+from trainer.data.corpus import TextSplit
+from trainer.data.texts import digests
+from trainer.data.tokens import Examples, tokenise
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
     split = split_of(words(50))
     first = tokenise(split, tiny_tokenizer, 16, quiet=True)
     (folder,) = kept_arrays(cache)
-    monkeypatch.setattr("trainer.tokenising._encoded", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("trainer.data.tokens._encoded", lambda *_: pytest.fail("tokenised again"))
     # truncation and padding of earlier calls are no part of the tokenizer
     tiny_tokenizer(["goal"], truncation=True, max_length=3, padding="max_length")
     second = tokenise(split, tiny_tokenizer, 16, quiet=True)
@@ -189,7 +189,7 @@ def test_what_a_killed_process_left_is_removed(tiny_tokenizer, cache):
 def test_a_full_disk_leaves_nothing_in_the_cache_and_stops_nothing(tiny_tokenizer, cache, monkeypatch, capsys):
     expected = tokenise(split_of(words(50)), tiny_tokenizer, 16, quiet=True).fingerprint()
     shutil.rmtree(cache)
-    monkeypatch.setattr("trainer.tokenising.sync", lambda path: (_ for _ in ()).throw(OSError(28, "disk full")))
+    monkeypatch.setattr("trainer.data.tokens.sync", lambda path: (_ for _ in ()).throw(OSError(28, "disk full")))
     assert tokenise(split_of(words(50)), tiny_tokenizer, 16).fingerprint() == expected
     assert kept_arrays(cache) == []
     assert f"note: going on without the cache {cache} (HF_DATASETS_CACHE): disk full\n" in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_any_number_of_workers_gives_the_same_in_the_same_order(tiny_tokenizer, 
 
 def test_kept_arrays_are_mapped_and_equal_those_in_memory(bert_tokenizer, cache, monkeypatch):
     split = split_of(words(1203, seed=1), words(1203, seed=2))
-    monkeypatch.setattr("trainer.tokenising.cache_folder", lambda quiet: None)
+    monkeypatch.setattr("trainer.data.tokens.cache_folder", lambda quiet: None)
     loaded = tokenise(split, bert_tokenizer, 20, quiet=True)
     monkeypatch.undo()
     mapped = tokenise(split, bert_tokenizer, 20, quiet=True)
@@ -237,7 +237,7 @@ def test_awkward_texts_equal_the_tokenizers_own_call(bert_tokenizer, tiny_tokeni
 
 
 def test_fingerprint_is_that_of_the_whole_arrays(tiny_tokenizer, cache, monkeypatch):
-    monkeypatch.setattr("trainer.tokenising.BLOCK", 7)
+    monkeypatch.setattr("trainer.data.tokens.BLOCK", 7)
     examples = tokenise(split_of(words(100)), tiny_tokenizer, 16, quiet=True)
     arrays = (examples.tokens, examples.offsets, examples.labels)
     assert examples.fingerprint() == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

@@ -13,7 +13,7 @@ from accelerate.tracking import TensorBoardTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from trainer.tracking import RunLog, keep_steps
+from trainer.reporting.tracking import RunLog, keep_steps
 
 CONFIG = {"run": {"seed": 1, "name": None}, "optim": {"betas": [0.9, 0.999], "class_weights": {"a <b>": 2.0}}}
 

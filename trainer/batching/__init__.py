@@ -1,0 +1,1 @@
+"""How a step's global batch is ordered, shared out and cut into micro-batches."""

@@ -1,0 +1,1 @@
+"""Options, their ranges, recipes and the command line. Imports no torch."""

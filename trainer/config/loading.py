@@ -1,0 +1,409 @@
+"""Recipes and the command line -> `Config`, and back to a file.
+
+Always holds: a `Config` that left `parse_config` has only known keys, right types and possible combinations; whatever
+is wrong with it is reported at once, every problem on a line of its own. jsonargparse checks the types; recipes are
+YAML 1.2, where `1e-4` is a number and `no` a word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import glob
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from trainer.config.schema import GROUPS, SPLITS, Config, Source, UserError, as_dict, impossible
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+# The type of each option, as written above; a split may have fields of its own (`data.test.label_names`).
+_TYPES: dict[str, str] = {
+    f"{prefix}.{item.name}": str(item.type)
+    for prefix, kind in (*GROUPS.items(), *((split, Source) for split in SPLITS))
+    for item in dataclasses.fields(kind)
+    if item.name != "options"
+}
+
+
+def option_names() -> list[str]:
+    """All accepted options but PEFT's own, as `group.field`, in the order of the groups."""
+    return [key for key in _TYPES if key.count(".") == 1]
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """Reads `--recipe NAME-or-PATH` and `--group.field value` overrides.
+
+    Order: defaults < recipe < command line.
+
+    Example: ["--recipe", "quickstart", "--optim.learning_rate", "1e-4"]
+
+    Raises:
+        UserError: every problem found, one line each.
+        SystemExit: after `--help`.
+    """
+    parser = _parser()
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    problems: list[str] = []
+    given = _command_line(argv, problems)
+    recipe = given.pop("recipe", None)
+    settings = [
+        *((key, value, f"in {recipe}") for key, value in _recipe_settings(recipe, problems).items()),
+        *((key, value, "on the command line") for key, value in _flat(given).items()),
+    ]
+    pairs = [(key, value) for key, value, _ in settings]
+    if not _fit(parser, pairs):  # one by one is slow, and needed only to say what is wrong
+        found = ((_problem_of(parser, key, value), origin) for key, value, origin in settings)
+        problems += [f"{problem} ({origin})" for problem, origin in found if problem]
+    _refuse(problems)
+    config = _built(parser, pairs, Path(recipe).stem if recipe else None)
+    _refuse(list(impossible(config)))
+    return config
+
+
+def config_text(config: Config) -> str:
+    """A recipe that gives this very configuration again: what config.yaml holds."""
+    return str(yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def load_config(path: Path) -> Config:
+    """The configuration in a file that holds a `config_text`.
+
+    Raises:
+        UserError: the file is missing or not a configuration.
+    """
+    return parse_config(["--recipe", str(path)])
+
+
+def load_finished_run(folder: Path, name: str | None = None, revision: str | None = None) -> tuple[Config, list[str]]:
+    """Configuration and class names of a run with a saved adapter.
+
+    Args:
+        folder: of the run.
+        name: another place of its backbone; None = that of the training.
+        revision: another revision of its backbone; None = that of the training.
+
+    Raises:
+        UserError: the folder is no run, or the run is not finished.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--run: {folder} is not a run folder (no config.yaml)")
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"--run: {folder} is not finished; type its training command again to finish it")
+    try:
+        labels = json.loads((folder / "adapter" / "labels.json").read_text(encoding="utf-8"))
+        label_names = [str(label) for label in labels]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--run: {folder}: adapter/labels.json cannot be read: {error}") from None
+    config = load_config(folder / "config.yaml")
+    model = config.model if name is None else dataclasses.replace(config.model, name=name, revision=None)
+    model = model if revision is None else dataclasses.replace(model, revision=revision)
+    return dataclasses.replace(config, model=model), label_names
+
+
+@functools.cache
+def _parser() -> jsonargparse.ArgumentParser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="run.py",
+        exit_on_error=False,
+        description="Fine-tunes a text classifier. Order: defaults < recipe < command line.",
+        epilog=f"Recipes: {', '.join(_recipe_names())}. PEFT's own options are written --peft.NAME, as --peft.r 16.",
+    )
+    parser.add_argument("--recipe", type=str | None, help="name of a shipped recipe, or path of a yaml file")
+    for group, kind in GROUPS.items():
+        if group == "peft":  # its options are written as peft.NAME, and are PEFT's
+            parser.add_class_arguments(kind, group, skip={"options"})
+        else:
+            parser.add_argument(f"--{group}", type=kind)
+    return parser
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]], recipe: str | None) -> Config:
+    """The configuration from settings that are right one by one; a later one stands over an earlier one.
+
+    Raises:
+        UserError: a split's layout without a path.
+    """
+    nested = _nested([(key, value) for key, value in settings if not _is_peft_option(key)])
+    for split in SPLITS:
+        layout = nested.get("data", {}).get(split.partition(".")[2])
+        if isinstance(layout, dict) and not layout.get("path"):
+            raise UserError(f"{split} has a layout and no path: --{split} FILE")
+    namespace = parser.instantiate(parser.parse_object(nested))
+    config = Config(**{group: namespace[group] for group in GROUPS}, recipe=recipe)
+    given = {key.removeprefix("peft."): value for key, value in settings if _is_peft_option(key)}
+    options = {name: value for name, value in given.items() if value is not None}
+    peft = dataclasses.replace(config.peft, options=options, peft_type=config.peft.peft_type.upper())
+    # a run is used later from other folders
+    model = dataclasses.replace(config.model, name=_absolute(config.model.name))
+    if model.adapter is not None:
+        model = dataclasses.replace(model, adapter=_absolute(model.adapter))
+    return dataclasses.replace(config, peft=peft, model=model)
+
+
+def _absolute(path: str) -> str:
+    """Makes the path of a local folder absolute; any other name stays as it is."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
+
+
+def _command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """Values of `--key value` and `--key=value`, the last of each; what is neither is added to `problems`."""
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        key, equals, value = words.pop(0).partition("=")
+        if not key.startswith("--"):
+            problems.append(f"unexpected argument {key!r}: options are written --group.field value")
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                problems.append(f"{key} needs a value")
+                continue
+            value = words.pop(0)
+        key = key.removeprefix("--")
+        if key == "recipe" and "recipe" in given:
+            problems.append("--recipe is given twice")
+        try:
+            value.encode()
+            given[key] = _value(key, value)
+        except UnicodeEncodeError:
+            problems.append(f"{key}: {value!r} is not UTF-8")
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+    # a split's path first: `--data.test.label_column y --data.test x.csv` belongs together in either order
+    return dict(sorted(given.items(), key=lambda item: item[0].count(".") > 1))
+
+
+def _value(key: str, text: str) -> Any:
+    """A value of the command line. PEFT's options, lists and mappings are YAML; the rest is read by its type."""
+    kind = _TYPES.get(key, "")
+    opening = ("{",) if "Source" in kind else ("{", "[") if "[" in kind else ()
+    is_yaml = _is_peft_option(key) or (opening and text.startswith(opening))
+    return _yaml(text, words=key.endswith(".label_names")) if is_yaml else text
+
+
+def _is_peft_option(key: str) -> bool:
+    return key.startswith("peft.") and key not in _TYPES and key not in {"peft.", "peft.options"}
+
+
+def _fit(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]]) -> bool:
+    """Whether settings have known names and right types. PEFT's are checked against its own class in model.py."""
+    ours = [(key, value) for key, value in settings if not _is_peft_option(key)]
+    if not all(key in _TYPES for key, _ in ours):
+        return False
+    try:
+        parser.parse_object(_nested(ours))
+    except (jsonargparse.ArgumentError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _problem_of(parser: jsonargparse.ArgumentParser, key: str, value: Any) -> str | None:
+    """What is wrong with one setting, or None."""
+    # one field of a split's own layout is no Source by itself: the path that completes it stands elsewhere
+    context = [(key.rpartition(".")[0] + ".path", "file")] if key.count(".") == 2 else []
+    if _fit(parser, [*context, (key, value)]):
+        return None
+    if key not in _TYPES:
+        return f"unknown option {key!r}; {_nearest(key)}"
+    hint = f"; write [{value}]" if _TYPES[key].startswith("list") and isinstance(value, str) else ""
+    return f"{key}: {value!r} does not fit; wanted {_in_words(_TYPES[key])}{hint}"
+
+
+def _nearest(key: str) -> str:
+    """The option most like an unknown one, by its whole name, else by its last part."""
+    options = list(_TYPES) if key.count(".") > 1 else option_names()
+    last_parts = {option.rpartition(".")[2]: option for option in reversed(options)}
+    near = difflib.get_close_matches(key, options, n=1, cutoff=0.8)
+    near = near or difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
+    if near:
+        return f"nearest: {last_parts.get(near[0], near[0])}"
+    group = key.partition(".")[0]
+    fields = [option.partition(".")[2] for option in option_names() if option.startswith(f"{group}.")]
+    return f"{group} has {', '.join(fields)}" if fields else f"groups: {', '.join(GROUPS)}"
+
+
+def _in_words(kind: str) -> str:
+    """Literal['a', 'b'] | bool | None -> 'a' or 'b' or true or false or null"""
+    choices = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace(", ", " | "), kind)
+    words = {" | Source": "", "bool": "true | false", "None": "null", " | ": " or "}
+    return functools.reduce(lambda text, word: text.replace(word, words[word]), words, choices)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"data.test": {"path": "x.csv"}} -> {"data.test.path": "x.csv"}; other settings stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in SPLITS and isinstance(value, dict):
+            flat |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _nested(flat: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """[("a.b", 1)] -> {"a": {"b": 1}}"""
+    nested: dict[str, Any] = {}
+    for key, value in flat:
+        *parents, last = key.split(".")
+        level = nested
+        for parent in parents:
+            inner = level.get(parent, {})
+            # `data.test: x.csv` in a recipe, then `--data.test.label_column y`: the recipe's path stays
+            level[parent] = inner if isinstance(inner, dict) else {"path": inner}
+            level = level[parent]
+        level[last] = value
+    return nested
+
+
+def _recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _recipe_path(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if not path.is_file():
+            raise UserError("no such file")
+        return path.resolve()
+    if recipe not in _recipe_names():
+        near = difflib.get_close_matches(recipe, _recipe_names(), n=1, cutoff=0.4)
+        hint = f"nearest: {near[0]}" if near else f"shipped: {', '.join(_recipe_names())}"
+        raise UserError(f"no such recipe; {hint} (or give the path of a .yaml file)")
+    return RECIPES / f"{recipe}.yaml"
+
+
+def _recipe_settings(recipe: str | None, problems: list[str]) -> dict[str, Any]:
+    """A recipe's settings as {"group.field": value}; its relative paths that exist beside it are made absolute."""
+    if recipe is None:
+        return {}
+    try:
+        path = _recipe_path(recipe)
+        groups = _yaml(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(groups, dict) or not all(isinstance(values, dict | None) for values in groups.values()):
+            raise UserError(f"it must hold groups of settings ({', '.join(GROUPS)})")
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        problems.append(f"--recipe {recipe}: {error}")
+        return {}
+    flat = _flat(
+        {f"{group}.{name}": value for group, values in groups.items() for name, value in (values or {}).items()}
+    )
+    for key in ("model.name", "model.adapter", *SPLITS, *(f"{split}.path" for split in SPLITS)):
+        if isinstance(flat.get(key), str):
+            flat[key] = _beside(path, flat[key])
+    return flat
+
+
+def _beside(recipe: Path, value: str) -> str:
+    here = recipe.parent / value
+    if value and not Path(value).is_absolute() and (here.exists() or glob.glob(str(here), recursive=True)):
+        return str(here)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `no` is a word and `1e-4` a number. A key twice in one mapping is an error.
+
+    Keys and class names are words as they are written: `1.0`, `true` and `null` too.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in pairs if tag.endswith((":null", ":merge"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{twice!r} is given twice in line {node.start_mark.line + 1} and below")
+        self.flatten_mapping(node)
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {key.start_mark.line + 1} has a list or a mapping as a key")
+            if key.value == "label_names":
+                _keep_words(value)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever some YAML reader could take for a number or a truth value: "1e-4", "no"."""
+
+
+_FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|nan)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|false|False)$"), list("tTfF"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _keep_words(node: yaml.Node) -> None:
+    """Makes text of the scalars in a list or a mapping."""
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        children = [value for _, value in node.value]
+    for child in children:
+        if isinstance(child, yaml.ScalarNode):
+            child.tag = "tag:yaml.org,2002:str"
+        else:
+            _keep_words(child)
+
+
+def _yaml(text: str, words: bool = False) -> Any:
+    """YAML text -> plain values; with `words`, the scalars in a list or a mapping stay text.
+
+    Raises:
+        UserError: not YAML, or nothing a setting could hold.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if words:
+            _keep_words(node)
+        value = loader.construct_document(node)
+        json.dumps(value, default=str)  # refuses an alias that leads back to itself
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"not readable as YAML: {' '.join(str(error).split())[:200]}") from None
+    return value
+
+
+def _typed(text: str) -> Any:
+    """A value typed for an option. YAML takes '#1', '~' and '&x' for nothing; only null is that."""
+    value = _yaml(text)
+    return text if value is None and text.strip().lower() != "null" else value
+
+
+jsonargparse.set_loader("yaml", _typed, exceptions=(UserError,))  # of predict.py's options too
+
+
+def parse_label_names(text: str) -> list[str] | dict[str, str]:
+    """The value of an option `label_names` of a command that has no recipe.
+
+    Raises:
+        UserError: it is no list of names and no mapping to names.
+    """
+    try:
+        names = _yaml(text, words=True)
+    except UserError as error:
+        raise UserError(f"--label_names: {error}") from None
+    listed = list(names.values()) if isinstance(names, dict) else names
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name.strip() for name in listed):
+        raise UserError(f"--label_names: {text!r} must be [name, ...] or {{label in the input: name, ...}}")
+    return names

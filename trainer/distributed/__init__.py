@@ -1,0 +1,1 @@
+"""How processes find one another, watch one another and stop together."""

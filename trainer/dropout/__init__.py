@@ -1,0 +1,1 @@
+"""Dropout whose masks depend on (seed, step, example, site) only."""

@@ -1,0 +1,396 @@
+"""Dropout whose masks are a pure function of (seed, step, example id, site).
+
+Always holds: one process or eight, resumed or not, padded or packed, drop the same units of an example. A *site* is one
+dropout call of the forward, counted in the order of execution; `install` finds them by one forward over two dummy
+examples and puts our dropout in the place of the model's own. What a site drops is drawn in masks.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from trainer.dropout import generator as philox
+from trainer.dropout.kernels import Kernels, Units
+from trainer.dropout.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
+
+ATTENTION = "isotrain"
+# Keywords that change what SDPA attention computes and that `keyed_attention` passes through without keying dropout.
+UNKEYED = {*inspect.signature(sdpa_attention_forward).parameters, "softcap"} - {
+    "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "position_bias", "kwargs",
+}  # fmt: skip
+PROBE_BATCH, PROBE_LENGTH = 2, 11  # the length is the least
+Wanted = tuple[int, tuple[int, ...], int]  # a mask: its site's number, its shape, the number of its first example
+# What a site drops, by which of the axes behind the example's are as long as the example.
+KINDS = {(False,): "pooled", (True, False): "tokens", (False, True, True): "attention"}
+
+
+class DropoutKeys:
+    """The masks of the micro-batch at hand. One for a model; the only mutable state of this module."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.sites: dict[tuple[Hashable, int], Site | None] = {}
+        """by who calls and the number of its call, in order of execution; None: its shape shows no example or token"""
+        self.unreached: list[str] = []
+        """random operations of the forward that are not ours"""
+        self.skips_layers = False
+        """whether a step may leave a layer without gradient"""
+        self._probe_length: int | None = None  # while sites are recorded
+        self._drops_nothing = False
+        self._calls: Counter[Hashable] = Counter()
+        self._numbers: dict[tuple[Hashable, int], int] = {}
+        self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+        self._masks: HostMasks | DeviceMasks | None = None
+        self._held: dict[Wanted, torch.Tensor] | None = None
+        self._rounds: philox.Rounds = philox.rounds
+        self._kernels: Kernels | None = None
+        # of the host's units, kept: fresh memory costs as much as drawing
+        self._memory = torch.zeros(0, dtype=torch.bool)
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
+
+    def compile(self, device: torch.device) -> None:
+        """From now on draws masks on the device by compiled code. The bits are the same.
+
+        Raises:
+            Exception: of many kinds, where that cannot be.
+        """
+        self._rounds = philox.compiled_rounds(device)
+
+    def use(self, kernels: Kernels) -> None:
+        """From now on masks of a host are drawn by these. The bits are the same."""
+        self._kernels = kernels
+
+    @contextlib.contextmanager
+    def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
+        """Inside, the model's forward over these examples [B] drops their units."""
+        global _current
+        self._micro_batch = (step, ids, lengths)
+        self._calls.clear()
+        _current = self
+        try:
+            yield
+        finally:
+            _current = None
+            self._masks = None
+
+    def drop(self, x: torch.Tensor, p: float, caller: Hashable) -> torch.Tensor:
+        """Drops units of `x` with probability p and scales the others by 1 / (1 - p); `x` and `caller` as in `mask`."""
+        return dropped(x, self.mask(x, p, caller))
+
+    def mask(self, x: torch.Tensor, p: float, caller: Hashable, first: int = 0) -> Mask | None:
+        """Which units of `x` to drop; None while sites are recorded.
+
+        Args:
+            x: a unit of the site, for examples on the first axis; or for tokens end to end, [T, width]. Of an example
+                it may have more than its units (padding) or only the first ones along each axis.
+                Only its shape and device matter.
+            p: probability.
+            caller: whose call this is: the module.
+            first: number of the first example of `x` in the micro-batch; after 0, calls go on with the same site.
+        """
+        if self._drops_nothing:
+            return None
+        key = self._call_of(caller, first)
+        if self._probe_length is not None:
+            self.sites[key] = _site_of(x.shape, p, self._probe_length)
+            return None if self.sites[key] is not None else unkeyed_mask(x, p)
+        site = self.sites[key]
+        if site is None:
+            return unkeyed_mask(x, p)
+        assert p == site.p, "dropout has changed since the sites were recorded"
+        masks = self._masks_on(x.device)
+        wanted = (self._numbers[key], tuple(x.shape), first)
+        if self._held is None:
+            return Mask(masks.keep(*wanted), 1 / (1 - p))
+        if wanted not in self._held:
+            self._held[wanted] = masks.keep(*wanted).clone()
+        return Mask(self._held[wanted], 1 / (1 - p))
+
+    def units(self, p: float, caller: Hashable) -> Units:
+        """`mask`, on the host and by example, for one of the model's sites."""
+        key = self._call_of(caller, first=0)
+        site, masks = self.sites[key], self._masks_on(torch.device("cpu"))
+        assert isinstance(masks, HostMasks) and site is not None and site.p == p
+        return Units(masks.memory, masks.places(self._numbers[key]), 1 / (1 - p))
+
+    @contextlib.contextmanager
+    def holding(self, held: dict[Wanted, torch.Tensor]) -> Iterator[None]:
+        """Inside, the forward over the micro-batch at hand takes these masks; one that is wanting is drawn and added.
+
+        So the masks of each micro-batch can lie in the same place; see `draw_into`.
+        """
+        self._calls.clear()
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def draw_into(self, held: dict[Wanted, torch.Tensor]) -> None:
+        """Draws the masks of the micro-batch at hand, to where those of one of the same shape were held."""
+        for wanted, keep in held.items():
+            keep.copy_(self._masks_on(keep.device).keep(*wanted))
+
+    def _call_of(self, caller: Hashable, first: int) -> tuple[Hashable, int]:
+        self._calls[caller] += first == 0
+        return caller, self._calls[caller]
+
+    def _masks_on(self, device: torch.device) -> HostMasks | DeviceMasks:
+        """The masks of the micro-batch, where they are wanted."""
+        if self._masks is None:
+            self._masks = self._drawn_on(device)
+        return self._masks
+
+    def _drawn_on(self, device: torch.device) -> HostMasks | DeviceMasks:
+        step, ids, lengths = self._micro_batch
+        found = {key: site for key, site in self.sites.items() if site is not None}
+        self._numbers = {key: number for number, key in enumerate(found)}
+        draw = Draw(list(found.values()), (self.seed, step), ids, lengths)
+        if device.type != "cpu":
+            return DeviceMasks(draw, device, self._rounds)
+        masks = HostMasks(draw, self._memory, self._pool, self._kernels)
+        self._memory = masks.memory
+        return masks
+
+    @contextlib.contextmanager
+    def dropping_nothing(self) -> Iterator[None]:
+        """Inside, a forward in training mode computes as with dropout, but drops no unit: neither ours nor torch's."""
+        global _current
+        self._drops_nothing, _current = True, self
+        try:
+            with _NoDropout():
+                yield
+        finally:
+            self._drops_nothing, _current = False, None
+
+    @contextlib.contextmanager
+    def recording(self, length: int) -> Iterator[None]:
+        """Inside, the model's forward over examples of this length tells its sites and drops nothing."""
+        global _current
+        self.sites, self.unreached = {}, []
+        self._calls.clear()
+        self._probe_length, _current = length, self
+        try:
+            with _RandomOperations(self.unreached):
+                yield
+        finally:
+            self._probe_length, _current = None, None
+
+
+_current: DropoutKeys | None = None
+
+
+class _DropAdd(torch.autograd.Function):
+    """`residual`, to which `x` with units dropped and the others scaled is added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, mask: Mask) -> torch.Tensor:
+        ctx.mask, ctx.dtype = mask, x.dtype
+        return torch.add(residual, mask.apply(x), alpha=mask.scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return ctx.mask.apply(gradient.to(ctx.dtype)).mul_(ctx.mask.scale), gradient, None
+
+
+class KeyedDropout(nn.Module):
+    """Stands where an `nn.Dropout` stood. Outside of a keyed micro-batch its units are torch's choice."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape and type as `x`."""
+        return dropped(x, self.mask(x))
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """self(x) + residual, in fewer passes."""
+        mask = self.mask(x)
+        return x + residual if mask is None else _DropAdd.apply(x, residual, mask)
+
+    def mask(self, x: torch.Tensor) -> Mask | None:
+        """Which units of `x` to drop; None where none is."""
+        if not self.training or self.p == 0:
+            return None
+        return _current.mask(x, self.p, self) if _current is not None else unkeyed_mask(x, self.p)
+
+    def extra_repr(self) -> str:
+        """Shown in `print(model)`."""
+        return f"p={self.p}"
+
+
+def install(model: nn.Module, seed: int) -> DropoutKeys:
+    """Puts keyed dropout in place of the model's own: modules, PEFT's, and inside attention.
+
+    Args:
+        model: transformers model for sequence classification, perhaps PEFT-wrapped; changed in place.
+        seed: of the run.
+
+    Returns:
+        the keys; `unreached` names the random operations that stay the model's own.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                module.register_module(name, KeyedDropout(child.p).train(child.training))
+    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    _use_keyed_attention(backbone)
+    keys = DropoutKeys(seed)
+    keys.skips_layers = any("layerdrop" in name and value for name, value in backbone.config.to_dict().items())
+    twin = twin_of(model)
+    origin = dict(zip(twin.modules(), model.modules(), strict=True))
+    _probe(twin, keys, backbone.config)
+    keys.sites = {(origin[caller], call): site for (caller, call), site in keys.sites.items()}
+    return keys
+
+
+def twin_of(model: nn.Module) -> Any:
+    """The same model with modules of its own around the same parameters: a trial forward may change its modules."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, shared | {id(buffer): buffer.clone() for buffer in model.buffers()})
+
+
+def _use_keyed_attention(model: PreTrainedModel) -> None:
+    AttentionInterface.register(ATTENTION, keyed_attention)
+    AttentionMaskInterface.register(ATTENTION, _whole_mask)
+    # A family without transformers' attention interface keeps its own attention, whose dropout is a module; the probe
+    # tells whether that was reached. One that chose another attention than SDPA has features that SDPA lacks.
+    if model._can_set_attn_implementation() and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
+        for module in model.modules():  # the layers that PEFT's layer_replication adds have configurations of their own
+            config = getattr(module, "config", None)
+            if isinstance(config, PretrainedConfig) and config._attn_implementation == "sdpa":
+                config._attn_implementation = ATTENTION
+
+
+def _whole_mask(**facts: Any) -> Any:
+    """transformers' mask, also where it masks nothing: it would be read to see that, and a GPU waited for."""
+    return sdpa_mask(**{**facts, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+def keyed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention with keyed dropout on its probabilities, as transformers' attention interface wants it.
+
+    Without dropout, for causal models, and with keywords of SDPA attention that it does not know, it is transformers'
+    own SDPA attention.
+
+    Args:
+        module: the attention layer that calls.
+        query: [B, heads, L, head size]; key and value likewise.
+        key: see query.
+        value: see query.
+        attention_mask: bool [B, 1, L, L], True where attended; or numbers to add to the scores; or None.
+        dropout: probability, 0 in evaluation.
+        scaling: factor on the scores; None = 1 / sqrt(head size).
+        position_bias: added to the scores (T5), [1 or B, heads, L, L].
+        kwargs: what SDPA attention takes besides.
+
+    Returns:
+        [B, L, heads, head size], and None for the probabilities.
+    """
+    unkeyed = any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNKEYED)
+    causal = getattr(module, "is_causal", False)
+    if _current is None or dropout == 0 or causal or unkeyed or query.shape[1] != key.shape[1]:
+        if position_bias is not None:
+            kwargs["position_bias"] = position_bias
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        scores = scores + attention_mask
+    elif attention_mask is not None:  # added, for filling in every head costs more; the exponential is 0 as well
+        unattended = torch.zeros_like(attention_mask, dtype=scores.dtype)
+        scores += unattended.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    attended = _current.drop(shares.to(value.dtype), dropout, module)
+    return torch.matmul(attended, value).transpose(1, 2).contiguous(), None
+
+
+def _site_of(shape: torch.Size, p: float, length: int) -> Site | None:
+    along = tuple(size == length for size in shape[1:])
+    if shape[0] != PROBE_BATCH or along not in KINDS:
+        return None
+    return Site(KINDS[along], next(size for size in shape[1:] if size != length), p)
+
+
+def _probe(model: nn.Module, keys: DropoutKeys, config: PretrainedConfig) -> None:
+    """Fills `keys.sites` by one forward of a twin in training mode over dummy examples; no random state changes."""
+    device = next(model.parameters()).device
+    length = _probe_length(model, config)
+    ids = torch.ones(PROBE_BATCH, length, dtype=torch.long, device=device)
+    if getattr(config, "is_encoder_decoder", False):  # these classify by the last end token
+        ids[:, -1] = config.eos_token_id
+    mask = torch.ones_like(ids)
+    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with random_state, torch.no_grad(), keys.recording(length):
+        model.train()
+        model(input_ids=ids, attention_mask=mask)
+
+
+def _probe_length(model: nn.Module, config: PretrainedConfig) -> int:
+    """A length that nothing else of the model has, so that an axis as long as the example is known for one."""
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    sizes.update(value for value in config.to_dict().values() if isinstance(value, int))
+    return next(length for length in itertools.count(PROBE_LENGTH) if length not in sizes)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Turns off torch's own dropout, as modules, functions and in SDPA, the choice of layers to skip, and noise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.functional.dropout, torch.dropout):
+            return args[0] if args else kwargs["input"]
+        if func is torch.rand:  # layerdrop skips a layer where this is below its probability
+            return torch.ones_like(func(*args, **kwargs))
+        if func is torch.Tensor.uniform_ and len(args) == 3:  # a router of experts multiplies by noise around 1
+            return args[0].fill_((args[1] + args[2]) / 2)
+        if func is nn.functional.scaled_dot_product_attention:  # its fifth argument
+            args, kwargs = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, {**kwargs}
+            kwargs.update({"dropout_p": 0.0} if len(args) < 5 else {})
+        return func(*args, **kwargs)
+
+
+class _RandomOperations(TorchDispatchMode):
+    """Notes each random operation that runs inside."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if any(word in name for word in ("dropout", "bernoulli", "rand", "uniform")) and name not in self.found:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,1 @@
+"""The backbone, its head and the adapter."""

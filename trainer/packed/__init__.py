@@ -1,0 +1,1 @@
+"""The forward pass that computes nothing for padding."""

@@ -1,0 +1,340 @@
+"""Attention among the tokens of each example, where the examples of a micro-batch lie end to end on one token axis.
+
+Examples of like length attend together, as a *group*, padded for that to the longest of them and for nothing else.
+Products, dropout and the way there and back are one function, whose gradient is written out: torch's own attention for
+packed examples (varlen_attn, flex_attention) has no dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.devices import on_device
+from trainer.dropout.kernels import Kernels, Spans, Units
+from trainer.dropout.masks import Mask, dropped, masked
+
+# What one more group costs beside its scores, in scores: some twenty operations more are started in each layer. A GPU
+# computes far more scores in the time that this takes. The CPU's is the fastest of some in steps of roberta-base.
+GROUP_COST, GROUP_COST_ON_GPU = 2**18, 2**24
+
+
+@dataclass(frozen=True)
+class Group:
+    """G examples of a micro-batch that attend together, padded to the longest of them."""
+
+    first: int
+    """number of its first example in the micro-batch"""
+    size: int
+    """G"""
+    longest: int
+    """tokens, N"""
+    bias: torch.Tensor
+    """added to the scores: 0, or minus infinity where a key is padding; [G * heads, 1, N]"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The way from rows of the tokens, in whatever parts, to the places of the groups one after another, and back."""
+
+    take: torch.Tensor
+    """row at each place, int64; at a place of padding the row behind the last, or any"""
+    back: torch.Tensor
+    """place of each row, int64"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the T tokens of B examples lie."""
+
+    lengths: np.ndarray
+    """tokens of each example, int64 [B]"""
+    groups: tuple[Group, ...]
+    starts: torch.Tensor
+    """first token of each example, int64 [B]"""
+    positions: torch.Tensor
+    """place of each token within its example, int64 [T]"""
+    num_heads: int
+    homes: torch.Tensor
+    """of each token, the places before its group, G, N, the number of its example in the group, and its position in
+    the example; int64 [T, 5]"""
+    tokens: torch.Tensor
+    """the token at each place, T where it is padding; int64 [places]"""
+
+    @cached_property
+    def projected(self) -> Rows:
+        """[T, 3, heads, D], of queries, keys and values, to [3, G, heads, N, D] of each group; padding takes any."""
+        return _rows(self, 3, self.num_heads)
+
+    @cached_property
+    def attended(self) -> Rows:
+        """[T, heads, D] to [G, heads, N, D]; padding takes the row behind the last, to be 0."""
+        return _rows(self, 1, self.num_heads, any_for_padding=False)
+
+    @cached_property
+    def whole(self) -> Rows:
+        """[T, W] to [G, N, W]; padding takes any."""
+        return _rows(self, 1, 1)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """For kernels, on the host."""
+        lengths, squares = torch.from_numpy(self.lengths), self.lengths**2
+        before = torch.from_numpy(squares.cumsum() - squares)
+        return Spans(self.starts, lengths, before, int(squares.sum()), int(self.lengths.max()))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is on the device."""
+        rows = [tensor for each in (self.projected, self.attended, self.whole) for tensor in (each.take, each.back)]
+        return [self.starts, self.positions, *rows, *(group.bias for group in self.groups)]
+
+
+def lay_out(
+    lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype, longest: int | None = None
+) -> Layout:
+    """The layout of examples of these lengths [B], on the device.
+
+    Args:
+        lengths: tokens of each example.
+        num_heads: of attention.
+        device: where the tokens are.
+        dtype: that of the scores.
+        longest: makes all examples one group, padded to so many tokens.
+    """
+    starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
+    positions = np.arange(num_tokens) - np.repeat(starts, lengths)
+    groups, tokens, homes = [], [], []
+    first, num_places = 0, 0
+    cost = GROUP_COST if device.type == "cpu" else GROUP_COST_ON_GPU
+    for size in [len(lengths)] if longest is not None else group_sizes(lengths, cost / num_heads):
+        own = lengths[first : first + size]
+        width = longest or int(own.max())
+        real = np.arange(width) < own[:, None]
+        tokens.append(np.where(real, starts[first : first + size, None] + np.arange(width), num_tokens))
+        homes.append(np.stack(np.broadcast_arrays(num_places, size, width, np.arange(size)), axis=-1))
+        bias = on_device(np.where(real, np.float32(0), np.float32(-np.inf)), device).to(dtype)
+        groups.append(Group(first, size, width, bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
+        first, num_places = first + size, num_places + size * width
+    of_tokens = np.column_stack([np.repeat(np.concatenate(homes), lengths, axis=0), positions])
+    return Layout(
+        lengths=np.ascontiguousarray(lengths),
+        groups=tuple(groups),
+        starts=on_device(starts, device),
+        positions=on_device(positions, device),
+        num_heads=num_heads,
+        homes=on_device(of_tokens, device),
+        tokens=on_device(np.concatenate([each.ravel() for each in tokens]), device),
+    )
+
+
+def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
+    """How many examples attend together, group by group, so that padding and groups cost the least in all.
+
+    Example: lengths [9, 8, 3, 3] -> [2, 2] for cost 40, [4] for cost 200   (162 + 18 + 2 * 40, or 324 + 200 for one)
+
+    Args:
+        lengths: tokens of each example, [B]; best in descending order.
+        cost: of a group, in scores of one head.
+    """
+    if len(lengths) * int(lengths.max()) ** 2 <= cost:  # a second group would not pay, whatever it saved
+        return [len(lengths)]
+    ends = np.append(np.flatnonzero(np.diff(lengths)) + 1, len(lengths))  # examples of one length stay together
+    starts, runs = np.append(0, ends[:-1]), lengths[ends - 1]
+    least, before = np.zeros(len(ends) + 1), []
+    for i, end in enumerate(ends.tolist(), 1):
+        widest = np.maximum.accumulate(runs[:i][::-1])[::-1]
+        costs = least[:i] + cost + (end - starts[:i]) * widest**2
+        before.append(int(costs.argmin()))
+        least[i] = costs[before[-1]]
+    sizes, i = [], len(ends)
+    while i > 0:
+        sizes.append(int(ends[i - 1] - starts[before[i - 1]]))
+        i = before[i - 1]
+    return sizes[::-1]
+
+
+def _rows(layout: Layout, components: int, num_heads: int, any_for_padding: bool = True) -> Rows:
+    """From [T, C, heads] to [C, G, heads, N] of each group; made on the device, for they are more than tokens.
+
+    Args:
+        layout: of the tokens.
+        components: C.
+        num_heads: of attention.
+        any_for_padding: where padding is, take some row; else that behind the last.
+    """
+    groups, device = layout.groups, layout.tokens.device
+    component = torch.arange(components, device=device)[:, None]
+    head = torch.arange(num_heads, device=device)
+    before, size, longest, example, position = layout.homes[:, :, None, None].unbind(1)
+    block = (before * components + component * size * longest) * num_heads
+    back = block + (example * num_heads + head) * longest + position
+    num_rows = back.numel()
+    take = [
+        (part.view(group.size, 1, group.longest) * components + component[..., None, None]) * num_heads + head[:, None]
+        for group, part in zip(groups, layout.tokens.split([g.size * g.longest for g in groups]), strict=True)
+    ]
+    joined = torch.cat([part.flatten() for part in take])
+    return Rows(joined.where(joined < num_rows, 0) if any_for_padding else joined, back.flatten())
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How the tokens of a layout attend to one another."""
+
+    layout: Layout
+    num_heads: int
+    """H = heads D"""
+    scaling: float
+    """factor on the scores"""
+    draw: Callable[[torch.Tensor, int], Mask | None]
+    """gives dropout's mask, if any, of shares [G, heads, queries, N] and the number of their first example"""
+
+    def of_all(self, projected: torch.Tensor) -> torch.Tensor:
+        """What each token attends to, [T, H].
+
+        Args:
+            projected: query, key and value of every token, [T, 3 H].
+        """
+        attended: torch.Tensor = _Attention.apply(projected, self)
+        return attended
+
+    def of_first(self, query: torch.Tensor, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What the first token of each example attends to, [B, 1, H], without any token's key or value.
+
+        A score is query . (key x) = (query key) . x, and a sum of shares times (value x) is value times that of shares
+        times x: so the two weights are read once for each example in place of each token.
+
+        Args:
+            query: of the first tokens, [B, 1, H].
+            x: [T, W].
+            key: weight that makes a key of x, [H, W].
+            value: weight that makes a value of x, [H, W].
+        """
+        per_head = (self.num_heads, -1, x.shape[-1])
+        asked = query.view(len(query), self.num_heads, -1).transpose(0, 1).bmm(key.view(per_head)).transpose(0, 1)
+        sums, begin = [], 0
+        gathered = _Gather.apply(x, self.layout.whole)
+        for group in self.layout.groups:
+            own = gathered[begin : begin + group.size * group.longest].view(group.size, group.longest, -1)
+            asking = asked[group.first : group.first + group.size]
+            unread = group.bias.view(group.size, self.num_heads, -1)
+            shares = _softmax(torch.baddbmm(unread, asking, own.transpose(1, 2), alpha=self.scaling)).unsqueeze(2)
+            sums.append(dropped(shares, self.draw(shares, group.first)).squeeze(2).bmm(own))
+            begin += group.size * group.longest
+        attended = torch.cat(sums).transpose(0, 1).bmm(value.view(per_head).transpose(1, 2))
+        return attended.transpose(0, 1).reshape(query.shape)
+
+
+class CompiledAttention(torch.autograd.Function):
+    """`Attention.of_all` by kernels: [T, 3 H] -> [T, H], bf16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: torch.Tensor,
+        spans: Spans,
+        num_heads: int,
+        scaling: float,
+        units: Units | None,
+        kernels: Kernels,
+    ) -> torch.Tensor:
+        """`units`: what dropout drops of the softmax."""
+        trains = ctx.needs_input_grad[0]
+        attended, shares = kernels.attention(projected, spans, num_heads, scaling, units, trains)
+        ctx.save_for_backward(projected, shares)
+        ctx.how, ctx.kernels = (spans, num_heads, scaling, units), kernels
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of what was projected."""
+        projected, shares = ctx.saved_tensors
+        found = ctx.kernels.attention_backward(projected, gradient.contiguous(), shares, *ctx.how)
+        return found, *[None] * 5
+
+
+class _Attention(torch.autograd.Function):
+    """See `Attention.of_all`."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: torch.Tensor, how: Attention) -> torch.Tensor:
+        layout, num_heads = how.layout, how.num_heads
+        gathered = projected.reshape(-1, projected.shape[-1] // 3 // num_heads).index_select(0, layout.projected.take)
+        outputs = torch.empty_like(gathered[: len(gathered) // 3])
+        kept, masks = [], []
+        for group, q, k, v, output in _by_group(layout, num_heads, gathered, outputs):
+            shares = _softmax(torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=how.scaling))
+            mask = how.draw(shares.unflatten(0, (group.size, num_heads)), group.first)
+            if mask is not None:
+                mask = Mask(mask.keep.flatten(0, 1), mask.scale)
+            _product_into(output, masked(shares, mask), v, _scale(mask))
+            kept.append(shares)
+            masks.append(mask)
+        ctx.save_for_backward(gathered, *kept)
+        ctx.how, ctx.masks = how, masks
+        return outputs.index_select(0, layout.attended.back).view(len(projected), -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gathered, *kept = ctx.saved_tensors
+        layout, num_heads, size = ctx.how.layout, ctx.how.num_heads, gathered.shape[-1]
+        with_zeros = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # for queries of padding
+        of_outputs = with_zeros.view(-1, size).index_select(0, layout.attended.take)
+        of_gathered = torch.empty_like(gathered)
+        inputs = _by_group(layout, num_heads, gathered, of_outputs)
+        results = _by_group(layout, num_heads, of_gathered, of_outputs)
+        each = zip(inputs, results, kept, ctx.masks, strict=True)
+        for (_, q, k, v, of_output), (_, of_q, of_k, of_v, _), shares, mask in each:
+            _product_into(of_v, masked(shares, mask).transpose(1, 2), of_output, _scale(mask))
+            of_shares = torch.empty_like(shares)
+            _product_into(of_shares, of_output, v.transpose(1, 2), _scale(mask) * ctx.how.scaling)
+            of_scores = torch.ops.aten._softmax_backward_data(masked(of_shares, mask), shares, -1, shares.dtype)
+            _product_into(of_q, of_scores, k)
+            _product_into(of_k, of_scores.transpose(1, 2), q)
+        return of_gathered.index_select(0, layout.projected.back).view(len(gradient), -1), None
+
+
+def _by_group(
+    layout: Layout, num_heads: int, gathered: torch.Tensor, outputs: torch.Tensor
+) -> Iterator[tuple[Group, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each group with its part of the inputs and of the outputs: q, k, v and output, [G * heads, N, D] each."""
+    before = 0
+    for group in layout.groups:
+        span = slice(before, before + group.size * num_heads * group.longest)
+        q, k, v = gathered[3 * span.start : 3 * span.stop].view(3, group.size * num_heads, group.longest, -1).unbind()
+        yield group, q, k, v, outputs[span].view_as(q)
+        before = span.stop
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of x at the places of the groups. What reads those of padding gives them no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        ctx.rows = rows
+        return x.index_select(0, rows.take)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.index_select(0, ctx.rows.back), None
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last axis, in the type of the scores but computed in at least fp32."""
+    if scores.device.type != "cpu":  # this one does so by itself; a CPU's takes longer for it
+        shares: torch.Tensor = torch.ops.aten._softmax(scores, -1, False)
+        return shares
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+def _product_into(output: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> None:
+    output.baddbmm_(one, other, beta=0, alpha=scale)
+
+
+def _scale(mask: Mask | None) -> float:
+    return 1.0 if mask is None else mask.scale

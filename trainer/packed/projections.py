@@ -1,0 +1,208 @@
+"""Products with frozen weights, and LoRA beside them: all modules that read the same input in one product.
+
+Always holds: outputs and gradients are those of the modules one by one, up to rounding. The gradients are written out,
+so that a frozen weight can be kept as the processor wants it and no product is computed that nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+from trainer.dropout.masks import Mask, masked
+from trainer.dropout.sites import KeyedDropout
+
+LAID_OUT_FOR = 1024  # rows of a product; oneDNN's layout is the same for most numbers
+
+
+class FrozenWeight:
+    """A weight [O, H] and its bias [O] that never change.
+
+    On a CPU with bf16 instructions also as oneDNN lays a weight out for them, for each direction: else it would do so
+    in every product, which costs a tenth of its time. The price is the weight's memory once more for each.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, trains: bool) -> None:
+        """`trains`: whether `back` is called."""
+        self.weight, self.bias = weight, bias
+        self._forward = self._back = None
+        if _has_layout_of_its_own(weight):
+            self._forward = torch.ops.mkldnn._reorder_linear_weight(weight, LAID_OUT_FOR)
+            if trains:
+                self._back = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), LAID_OUT_FOR)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x weight^T + bias: [..., H] -> [..., O]."""
+        if self._forward is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return _laid_out_product(x, self._forward, self.bias)
+
+    def back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """gradient weight: [..., O] -> [..., H]."""
+        if self._back is None:
+            return gradient @ self.weight
+        return _laid_out_product(gradient, self._back, None)
+
+
+def _laid_out_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _has_layout_of_its_own(weight: torch.Tensor) -> bool:
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.cpu._is_avx512_bf16_supported()
+
+
+class Projection:
+    """Linear modules of one input in a single product: frozen ones, with plain LoRA or without; others one by one.
+
+    The frozen weights become parts of one tensor, [outputs of all, H], so that they take no more memory than before.
+    """
+
+    def __init__(self, *modules: Any, trains: bool) -> None:
+        self.modules = modules
+        self.joined = all(is_joinable(module) for module in modules)
+        if self.joined:
+            linears = [_base(module) for module in modules]
+            self.sizes = [linear.out_features for linear in linears]
+            weight = torch.cat([linear.weight.data for linear in linears])
+            bias = torch.cat([linear.bias.data for linear in linears])
+            for linear, own, its_bias in zip(linears, weight.split(self.sizes), bias.split(self.sizes), strict=True):
+                linear.weight.data, linear.bias.data = own, its_bias
+            self.frozen = FrozenWeight(weight, bias, trains)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of all modules side by side: [..., H] -> [..., outputs of all]."""
+        if not self.joined:
+            return torch.cat([module(x) for module in self.modules], dim=-1)
+        if torch.is_autocast_enabled(x.device.type):  # once, not for each product
+            x = x.to(self.frozen.weight.dtype)
+        parts, weights, end = [], [], 0
+        for module, size in zip(self.modules, self.sizes, strict=True):
+            end += size
+            if isinstance(module, LoraLinear):
+                adapter: Any = module
+                dropout = adapter.lora_dropout["default"]
+                mask = dropout.mask(x) if isinstance(dropout, KeyedDropout) else None
+                scale = adapter.scaling["default"] * (mask.scale if mask is not None else 1)
+                parts.append(_Part(slice(end - size, end), scale, mask))
+                weights += [adapter.lora_A["default"].weight, adapter.lora_B["default"].weight]
+        if not parts:
+            plain: torch.Tensor = _Product.apply(x, self.frozen)
+            return plain
+        product: torch.Tensor = _LoraProduct.apply(x, self.frozen, parts, *weights)
+        return product
+
+
+def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """x beside what the adapters' A make of it and ones; and for each module the weight with which that is its output.
+
+    So each module is one product, bias and adapter included.
+
+    Args:
+        x: [..., H].
+        modules: joinable ones.
+
+    Returns:
+        [..., W], W a multiple of 8; and [O, W] for each module, whose output is x weight^T.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(_base(modules[0]).weight.dtype)
+    lows: dict[Any, torch.Tensor] = {}
+    for module in modules:
+        if isinstance(module, LoraLinear):
+            adapter: Any = module
+            lows[module] = adapter.lora_A["default"](adapter.lora_dropout["default"](x))
+    num_ones = 8 - sum(low.shape[-1] for low in (x, *lows.values())) % 8  # other widths are slower on a GPU
+    weights = []
+    for module in modules:
+        weight, bias = _base(module).weight, _base(module).bias
+        parts = [weight]
+        for reader, low in lows.items():
+            if reader is module:
+                b = reader.lora_B["default"].weight * reader.scaling["default"]
+                parts.append(b.to(weight.dtype))
+            else:
+                parts.append(weight.new_zeros(len(weight), low.shape[-1]))
+        weights.append(torch.cat([*parts, bias.unsqueeze(1), weight.new_zeros(len(weight), num_ones - 1)], dim=1))
+    return torch.cat([x, *lows.values(), x.new_ones(*x.shape[:-1], num_ones)], dim=-1), weights
+
+
+def is_joinable(module: Any) -> bool:
+    """Whether a module is a frozen linear one, with plain LoRA or without."""
+    linear = _base(module)
+    if type(linear) is not nn.Linear or linear.bias is None or any(p.requires_grad for p in linear.parameters()):
+        return False
+    return module is linear or (
+        type(module) is LoraLinear
+        and module.active_adapters == ["default"]
+        and not (module.merged or module.disable_adapters or module.lora_variant or module.lora_bias["default"])
+    )
+
+
+def _base(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, LoraLinear) else module
+
+
+class _Product(torch.autograd.Function):
+    """x weight^T + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, frozen: FrozenWeight) -> torch.Tensor:
+        ctx.frozen = frozen
+        return frozen.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.frozen.back(gradient), None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The adapter of one module."""
+
+    outputs: slice
+    """its module's, among those of all"""
+    scale: float
+    mask: Mask | None
+    """what it drops of x"""
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x weight^T + bias; to the outputs of each part is added: x, its units dropped, times A^T B^T times the scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, frozen: FrozenWeight, parts: Sequence[_Part], *weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`weights`: A [R, H] and B [outputs of the part, R] of each part."""
+        output = frozen.product(x)
+        flat, cast, lows = output.flatten(0, -2), [weight.to(x.dtype) for weight in weights], []
+        for part, a, b in zip(parts, cast[::2], cast[1::2], strict=True):
+            low = masked(x, part.mask).flatten(0, -2) @ a.t()
+            flat[:, part.outputs].addmm_(low, b.t(), alpha=part.scale)
+            lows.append(low)
+        ctx.save_for_backward(x, *cast, *lows)
+        ctx.frozen, ctx.parts, ctx.dtypes = frozen, parts, [weight.dtype for weight in weights]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        cast, lows = saved[: 2 * len(ctx.parts)], saved[2 * len(ctx.parts) :]
+        of_x = ctx.frozen.back(gradient) if ctx.needs_input_grad[0] else None
+        of_weights = []
+        for part, a, b, low in zip(ctx.parts, cast[::2], cast[1::2], lows, strict=True):
+            own = gradient.flatten(0, -2)[:, part.outputs]
+            of_low = (own @ b).mul_(part.scale)
+            of_weights += [of_low.t() @ masked(x, part.mask).flatten(0, -2), (low.t() @ own).t().mul_(part.scale)]
+            if of_x is not None:
+                of_x += masked((of_low @ a).view_as(x), part.mask)
+        return of_x, None, None, *(of.to(dtype) for of, dtype in zip(of_weights, ctx.dtypes, strict=True))

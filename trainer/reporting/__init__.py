@@ -1,0 +1,1 @@
+"""What users look at: TensorBoard, metrics.jsonl, figures, the report page."""

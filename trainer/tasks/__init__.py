@@ -1,0 +1,1 @@
+"""What a label is: its encoding, loss, metrics and predictions."""

@@ -1,0 +1,311 @@
+"""From a configuration to what a run trains with: data, backbone, model, optimizer and plan.
+
+Always holds: whatever a user can get wrong is found before a weight is loaded; nothing is drawn but from the seed, so
+every process builds the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from trainer.batching.plan import Plan
+from trainer.config.labels import describe_look_alikes, match_labels
+from trainer.config.schema import Config, UserError
+from trainer.data.corpus import Corpus, load_corpus
+from trainer.data.tokens import Examples, tokenise
+from trainer.distributed.session import StopRequest, Watch
+from trainer.dropout import kernels
+from trainer.dropout import sites as dropout
+from trainer.dropout.kernels import Kernels
+from trainer.model.adapter import Start, read_start
+from trainer.model.backbone import FP32_ONLY, Backbone, Identity, find_backbone, refuse_another
+from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
+from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding, why_not_packed
+from trainer.packed.graphs import NOT_COMPILED, Graphs
+from trainer.reporting.tracking import RunLog
+from trainer.tasks.single_label import METRICS
+from trainer.training.optim import build_optimizer
+from trainer.training.start_check import check_start
+from trainer.training.state import Training
+
+# Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
+# GPU more than most hold: there it is tried what fits (see memory.py).
+CPU_TOKENS, GPU_TOKENS = 2048, 65536
+DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such a run is not to be continued
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling gave."""
+
+    kernels: Kernels | None = None
+    """of a CPU"""
+    seconds: float | None = None
+    """that it took; None where nothing is compiled"""
+    why_not: str | None = None
+    """where it was tried"""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from."""
+
+    config: Config
+    folder: Path
+    """of the run"""
+    corpus: Corpus
+    backbone: Backbone
+    examples: dict[str, Examples]
+    """the corpus, tokenised, by split"""
+    precision: str
+    """no, bf16 or fp16"""
+    compiled: Compiled
+    """for a CPU"""
+    start: Start | None = None
+    """the adapter it starts from; None = a new one"""
+
+
+def prepare(
+    config: Config, folder: Path, precision: str, device: torch.device, recorded: Identity | None = None
+) -> Inputs:
+    """Reads the data, finds the backbone, and checks that they fit together and the configuration; loads no weight.
+
+    `recorded` is the backbone of the run's checkpoints: this very one is used.
+
+    Raises:
+        UserError: they do not, or are not there.
+    """
+    compiled = _for_cpu(config) if device.type == "cpu" else Compiled()
+    start = read_start(Path(config.model.adapter)) if config.model.adapter is not None else None
+    corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
+    _check_names(config, corpus)
+    if start is not None and start.label_names != corpus.label_names:
+        classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
+        raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
+    backbone = find_backbone(config.model, corpus.label_names, recorded)
+    if precision != "no" and backbone.config.model_type in FP32_ONLY:
+        raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
+    pairs = corpus.splits["train"].text_pairs is not None
+    _why_padded(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
+    if recorded is not None:
+        refuse_another(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
+    if start is not None:
+        refuse_another(start.recorded, backbone.identity, start.folder)
+    examples = {
+        name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
+        for name, split in corpus.splits.items()
+    }
+    return Inputs(config, folder, corpus, backbone, examples, precision, compiled, start)
+
+
+def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch) -> Training:
+    """Everything a run trains with, on its device.
+
+    Raises:
+        UserError: weights that cannot be read, or what the configuration asks for is not supported here.
+    """
+    config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
+    model, keys, sharded, padding = _model_on_device(inputs, accelerator)
+    because = _why_padded(config, model, sharded, padding.packs)
+    compiled = inputs.compiled if device.type == "cpu" else _compiled(config, partial(keys.compile, device))
+    if compiled.kernels is not None:
+        keys.use(compiled.kernels)
+    recorded, why_not_recorded = _recorded(config, keys, because is None, device)
+    notes = {
+        "tensors of the weights file": "; ".join(inputs.backbone.notes),
+        "padded, in batches sorted by length": because,
+        "batches hold examples of one length": "this model's logits depend on padding" if padding.one_length else None,
+        "nothing is compiled": compiled.why_not,
+        "micro-batches are not recorded": why_not_recorded,
+        "exact up to dropout; out of reach this model draws": ", ".join(keys.unreached),
+    }
+    optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
+    default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    forward = PackedForward(prepared, keys, compiled.kernels) if because is None else PaddedForward(prepared, padding)
+    graphs = None
+    if recorded and isinstance(forward, PackedForward):
+        graphs = Graphs(forward, keys, trained.values(), accelerator.autocast)
+    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward, filled=recorded)
+    return Training(
+        config=config,
+        folder=inputs.folder,
+        accelerator=accelerator,
+        model=prepared,
+        forward=forward,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        trained=trained,
+        dropout=keys,
+        plan=plan,
+        train=examples["train"],
+        train_rows=corpus.splits["train"].rows,
+        validation=examples.get("validation"),
+        label_names=corpus.label_names,
+        pad_token_id=inputs.backbone.tokenizer.pad_token_id,
+        total_steps=config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch,
+        eval_max_tokens=config.batch.eval_max_tokens or default_tokens,
+        fingerprints=_fingerprints(inputs),
+        backbone=inputs.backbone.identity,
+        log=RunLog(inputs.folder, accelerator.is_main_process, config.run.quiet),
+        stop=stop,
+        watch=watch,
+        sharded=sharded,
+        compile_seconds=compiled.seconds,
+        tries_memory=config.batch.max_tokens is None and device.type != "cpu" and not sharded,
+        graphs=graphs,
+        notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
+    )
+
+
+def _fingerprints(inputs: Inputs) -> dict[str, str]:
+    """What a run must find again to be continued, by name."""
+    return {
+        "way of drawing batches and masks": DRAWN,
+        "backbone": inputs.backbone.fingerprint,
+        **{f"{name} split": split.fingerprint() for name, split in inputs.examples.items()},
+        **({"adapter to start from": inputs.start.fingerprint()} if inputs.start is not None else {}),
+    }
+
+
+def _model_on_device(inputs: Inputs, accelerator: Accelerator) -> tuple[PeftModel, dropout.DropoutKeys, bool, Padding]:
+    """The model in training mode, its dropout's keys, whether its frozen weights are sharded, and its padding.
+
+    Raises:
+        UserError: weights that cannot be read, or a model that `check_start` refuses.
+    """
+    config, device, backbone = inputs.config, accelerator.device, inputs.backbone
+    if device.type == "cuda":
+        _ask_for_equal_bits()
+    model = build_model(backbone, config.peft, config.run.seed)
+    keys, padding = check_start(
+        model, config.run.seed, inputs.corpus.splits["train"], backbone.tokenizer, config.data.max_length, backbone.path
+    )
+    backbone.tokenizer.padding_side = "left" if padding.left else "right"  # as it is saved with the adapter
+    set_precision(model, COMPUTE_TYPES[inputs.precision])
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
+    if sharded:
+        shard_frozen(model, device, accelerator.num_processes)
+    else:
+        model.to(device)
+    return model.train(), keys, sharded, padding
+
+
+def _ask_for_equal_bits() -> None:
+    """A rerun must give the same bits: a GPU has faster kernels that do not."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+
+
+def _plan(inputs: Inputs, max_tokens: int, forward: Forward, filled: bool) -> Plan:
+    config, train = inputs.config, inputs.examples["train"]
+    return Plan(
+        lengths=train.lengths,
+        weights=_example_weights(config, train.labels, inputs.corpus.label_names),
+        batch_size=config.batch.size,
+        seed=config.run.seed,
+        max_tokens=max_tokens,
+        packed=forward.packed,
+        filled=filled,
+        one_length=forward.padding.one_length,
+    )
+
+
+def _why_padded(config: Config, model: PeftModel, sharded: bool, packs: bool = True) -> str | None:
+    """Why examples are padded, in words; "" where that was asked for, None where they are packed.
+
+    Raises:
+        UserError: packing was asked for and cannot be.
+    """
+    if config.model.packed is False:
+        return ""
+    because = "the frozen weights are sharded" if sharded else why_not_packed(model)
+    because = because or (None if packs else "packed examples give other logits")
+    if because and config.model.packed is True:
+        raise UserError(f"model.packed: true is not supported here: {because}. Use auto to fall back to padding")
+    return because
+
+
+def _for_cpu(config: Config) -> Compiled:
+    """What compiling gives on a CPU. One that lacks the instructions is no news, unless they were asked for."""
+    asked = config.model.compile is True
+    return _compiled(config, kernels.load_kernels) if asked or kernels.are_supported() else Compiled()
+
+
+def _compiled(config: Config, work: Callable[[], Kernels | None]) -> Compiled:
+    """What compiling `work` gives.
+
+    Raises:
+        UserError: it was asked for and cannot be.
+    """
+    if config.model.compile is False:
+        return Compiled()
+    started = time.perf_counter()
+    try:
+        found = work()
+        return Compiled(found, time.perf_counter() - started)
+    except Exception as error:  # of many kinds: no compiler, no Triton, one that fails or errs
+        reason = " ".join(str(error).split())[:200]
+    if config.model.compile is True:
+        raise UserError(f"{NOT_COMPILED}: {reason}; auto goes without where it must")
+    return Compiled(why_not=reason)
+
+
+def _recorded(config: Config, keys: dropout.DropoutKeys, packed: bool, device: torch.device) -> tuple[bool, str | None]:
+    """Whether micro-batches are recorded as CUDA graphs; and why not, where that was asked for."""
+    if config.model.compile is not True or device.type == "cpu":
+        return False, None
+    if not packed:
+        return False, "they are padded"
+    if keys.unreached:
+        return False, "what the host draws would be the same in every replay"
+    return True, None
+
+
+def _example_weights(config: Config, labels: np.ndarray, label_names: list[str]) -> np.ndarray:
+    """Weight of each example in the loss, float64 [N]."""
+    weights = config.optim.class_weights
+    if weights is None:
+        return np.ones(len(labels))
+    if weights == "balanced":
+        counts = np.bincount(labels, minlength=len(label_names))
+        return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[labels]
+    named = {label: weights[word] for word, label in match_labels(weights, label_names).items()}
+    return np.array([float(named.get(name, 1.0)) for name in label_names])[labels]
+
+
+def _check_names(config: Config, corpus: Corpus) -> None:
+    """Classes and metrics named in the configuration must exist.
+
+    Raises:
+        UserError: a name that does not.
+    """
+    metric, weights = config.evaluation.metric, config.optim.class_weights
+    names = corpus.label_names
+    if metric not in METRICS and not (metric.startswith("f1/") and match_labels([metric[3:]], names)):
+        allowed = [*METRICS, *(f"f1/{name}" for name in names)]
+        hint = describe_look_alikes(metric, allowed)
+        raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}{hint}")
+    if isinstance(weights, dict):
+        matched = match_labels(weights, names)
+        unknown = sorted(set(weights) - set(matched))
+        if unknown:
+            hint = describe_look_alikes(unknown[0], names)
+            raise UserError(f"optim.class_weights: {unknown[0]!r} is not a class; classes: {names}{hint}")
+        if len(set(matched.values())) < len(matched):
+            raise UserError(f"optim.class_weights: {list(weights)} name a class twice; classes: {names}")
+        if any(not 0 <= weight < float("inf") for weight in weights.values()):
+            raise UserError("optim.class_weights: weights must be at least 0")
+        if sum(weight > 0 for weight in weights.values()) + len(names) - len(weights) < 2:
+            raise UserError("optim.class_weights: at least two classes need a weight above 0")
