@@ -24,6 +24,7 @@ from peft import AutoPeftModelForSequenceClassification  # noqa: F401
 import tests.warm  # noqa: F401
 import trainer.export
 import trainer.predict
+import trainer.report
 import trainer.reporting.page
 import trainer.run
 import trainer.training.loop

@@ -195,7 +195,7 @@ def spilled(path, **settings):
 
 @pytest.mark.parametrize("header", ["v1,v2,,,", "v1,v2, ,,", "v1,v2,Unnamed: 2,Unnamed: 3,Unnamed: 4"])
 def test_text_that_spills_behind_the_named_columns_is_told(monkeypatch, header):
-    monkeypatch.setattr("trainer.formats.CHUNK", 3)
+    monkeypatch.setattr("trainer.data.formats.CHUNK", 3)
     layout = {"text_columns": ["v2"], "label_column": "v1"}
     lines = [header, "a,one,,,", "b,two, three,,", "", "a,four,,, ", 'b,"five, six",,,', "a,seven,,, eight", "b,0,,9,"]
     path = write("x.csv", "\n".join(lines) + "\n")
