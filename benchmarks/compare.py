@@ -73,9 +73,9 @@ class Target:
 
 ANY = range(1, 2**31)
 TARGETS = [
-    Target(TRAINER, "cpu", range(32, 33), 2.5),
-    Target(GROUPED, "cpu", range(32, 33), 1.6),
-    Target("evaluation", "cpu", range(32, 33), 2.5),
+    Target(TRAINER, "cpu", range(32, 33), 2.3),
+    Target(GROUPED, "cpu", range(32, 33), 1.5),
+    Target("evaluation", "cpu", range(32, 33), 2.4),
     Target(TRAINER, "cuda", range(32, 128), 6.0),
     Target(TRAINER, "cuda", range(128, 2**31), 4.0),
     Target("memory", "cpu", ANY, 0.6, at_least=False),

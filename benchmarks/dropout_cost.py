@@ -32,7 +32,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Roberta
 from trainer.batching.plan import Plan, collate
 from trainer.distributed.session import choose_precision
 from trainer.dropout import sites as dropout
-from trainer.dropout.kernels import NotCompiled, load_kernels
 from trainer.model.backbone import silence_libraries
 from trainer.model.build import COMPUTE_TYPES, set_precision
 from trainer.training.setup import CPU_TOKENS
@@ -61,9 +60,6 @@ def build(name, precision, kind):
     set_precision(model, COMPUTE_TYPES[precision])
     with autocast(precision):
         keys = dropout.install(model, SEED) if kind == "keyed" else None
-    if keys is not None:
-        with contextlib.suppress(NotCompiled):
-            keys.use(load_kernels())
     return model, keys, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
 

@@ -11,8 +11,6 @@ import safetensors.numpy
 from tests.conftest import run_script, topic_rows, write_csv
 from trainer.config.loading import parse_config
 from trainer.config.schema import main_guard
-from trainer.dropout import kernels
-from trainer.dropout.kernels import NotCompiled
 from trainer.run import execute
 
 
@@ -269,16 +267,6 @@ def test_packing_that_cannot_be(attempt, backbone):
     said = attempt("--model.name", backbone, "--model.packed", "true")
     assert (
         said == "model.packed: true is not supported here: this backbone is a decoder. Use auto to fall back to padding"
-    )
-
-
-def test_compiling_without_a_compiler(attempt, monkeypatch):
-    def refuses():
-        raise NotCompiled("there is no C compiler 'cc'")
-
-    monkeypatch.setattr(kernels, "load_kernels", refuses)
-    assert attempt("--model.compile", "true") == (
-        "model.compile: true is not supported here: there is no C compiler 'cc'; auto goes without where it must"
     )
 
 

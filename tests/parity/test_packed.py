@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification, BertConfig, Roberta
 from tests.unit.test_model import METHODS
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
-from trainer.dropout.kernels import Kernels, NotCompiled, load_kernels
 from trainer.model.build import set_precision
 from trainer.packed import attention
 from trainer.packed import forward as packed
@@ -37,8 +36,7 @@ CUTS = {
     "in two": [[0, 2, 3], [1, 4, 5, 6, 7]],
     "one by one": [[i] for i in range(len(LENGTHS))],
 }
-TAKEN_BY_KERNELS = {"hidden_size": 64, "num_attention_heads": 2, "initializer_range": 0.1}
-KERNELS = {"draw_masks", "attention", "attention_backward", "add_norm", "add_norm_backward"}
+LARGER = {"hidden_size": 64, "num_attention_heads": 2, "initializer_range": 0.1}
 PLACES = [
     {"target_modules": "all-linear"},
     {"target_modules": ["key"]},
@@ -200,64 +198,40 @@ def test_in_fp32():
     assert difference(padded, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-5
 
 
-def kernels_or_skip():
-    try:
-        return load_kernels()
-    except NotCompiled as why:
-        pytest.skip(str(why))
-
-
-def calls_of(monkeypatch):
-    """The kernels that are called, each time."""
-    called, call = [], Kernels._call
-    monkeypatch.setattr(Kernels, "_call", lambda *given: called.append(given[1]) or call(*given))
-    return called
-
-
 IN_BF16 = {name: (name.split(" ")[0], options) for name, options in METHODS.items()} | {
     str(options): ("LORA", {**LORA, **options}) for options in PLACES
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", IN_BF16)
-def test_every_peft_method_in_bf16(name, compiled, monkeypatch):
+def test_every_peft_method_in_bf16(name):
     """Whatever trains gets its gradient, no further from that in fp32 than the padded forward's."""
-    kernels, called = kernels_or_skip() if compiled else None, calls_of(monkeypatch)
     method, options = IN_BF16[name]
-    model, keys = build(method=method, options=options, dtype=torch.float32, **TAKEN_BY_KERNELS)
+    model, keys = build(method=method, options=options, dtype=torch.float32, **LARGER)
     exact = results(PaddedForward(model), keys)
     set_precision(model, torch.bfloat16)
-    if kernels is not None:
-        keys.use(kernels)
     padded = relative(exact, results(PaddedForward(model), keys, compute_type=torch.bfloat16))
-    found = results(PackedForward(model, keys, kernels), keys, CUTS["in two"], compute_type=torch.bfloat16)
+    found = results(PackedForward(model, keys), keys, CUTS["in two"], compute_type=torch.bfloat16)
     assert all(found[1][name].abs().max() > 0 for name, gradient in exact[1].items() if gradient.abs().max() > 0)
     # of a single model; of several see below
     assert all(ours < 2.5 * theirs for ours, theirs in zip(relative(exact, found), padded, strict=True))
-    assert {"attention", "attention_backward"} <= set(called) or not compiled
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_rounding_in_bf16_is_no_more_than_that_of_the_padded_forward(compiled, monkeypatch):
+def test_rounding_in_bf16_is_no_more_than_that_of_the_padded_forward():
     """Of eight models, for that of a single one is now twice the other's and now half."""
-    apart, kernels = {PaddedForward: [], PackedForward: []}, kernels_or_skip() if compiled else None
-    called = calls_of(monkeypatch)
+    apart = {PaddedForward: [], PackedForward: []}
     for seed in range(8):
-        model, keys = build(dtype=torch.float32, **TAKEN_BY_KERNELS)
+        model, keys = build(dtype=torch.float32, **LARGER)
         torch.manual_seed(seed)
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
         exact = results(PaddedForward(model), keys)
         set_precision(model, torch.bfloat16)
-        if kernels is not None:
-            keys.use(kernels)
-        for forward, batches in ((PaddedForward(model), WHOLE), (PackedForward(model, keys, kernels), CUTS["in two"])):
+        for forward, batches in ((PaddedForward(model), WHOLE), (PackedForward(model, keys), CUTS["in two"])):
             apart[type(forward)].append(relative(exact, results(forward, keys, batches, compute_type=torch.bfloat16)))
     packed, padded = (np.mean(apart[kind], axis=0) for kind in (PackedForward, PaddedForward))
     assert (packed < 1.05 * padded).all()
     assert (padded > 0.01).all() and (padded < 0.1).all()
-    assert set(called) == (KERNELS if compiled else set())
 
 
 def relative(one, other):

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from trainer.config.schema import Config, ModelConfig, UserError
-from trainer.dropout import kernels
-from trainer.dropout.kernels import NotCompiled
-from trainer.training.setup import Compiled, _compiled, _for_cpu, _recorded, prepare
+from trainer.training.setup import Compiled, _compiled, _recorded
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -23,8 +21,8 @@ def fails():
 
 
 def test_auto_compiles_and_goes_without_where_that_fails():
-    found = _compiled(asking("auto"), lambda: "kernels")
-    assert (found.kernels, found.seconds >= 0, found.why_not) == ("kernels", True, None)
+    found = _compiled(asking("auto"), lambda: None)
+    assert (found.seconds >= 0, found.why_not) == (True, None)
     assert _compiled(asking("auto"), fails) == Compiled(why_not="Failed to find C compiler")
 
 
@@ -33,7 +31,7 @@ def test_false_compiles_nothing():
 
 
 def test_true_compiles_or_refuses():
-    assert _compiled(asking(True), lambda: "kernels").kernels == "kernels"
+    assert _compiled(asking(True), lambda: None).why_not is None
     refusal = r"model\.compile: true is not supported here: Failed to find C compiler; auto goes without"
     with pytest.raises(UserError, match=refusal):
         _compiled(asking(True), fails)
@@ -53,23 +51,3 @@ def test_true_compiles_or_refuses():
 def test_what_is_recorded(wanted, device, unreached, packed, recorded, why_not):
     keys = SimpleNamespace(unreached=unreached)
     assert _recorded(asking(wanted), keys, packed, device) == (recorded, why_not)
-
-
-def test_nothing_to_compile_is_said_before_anything_is_read(tmp_path, monkeypatch):
-    def refuses():
-        raise NotCompiled("there is no C compiler 'cc'")
-
-    monkeypatch.setattr(kernels, "load_kernels", refuses)
-    with pytest.raises(UserError, match=r"model\.compile: true is not supported here: there is no C compiler 'cc'"):
-        prepare(asking(True), tmp_path / "run", "no", CPU)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("supported", "notes"), [(True, "there is no C compiler 'cc'"), (False, None)])
-def test_a_processor_that_cannot_is_no_news(supported, notes, monkeypatch):
-    def refuses():
-        raise NotCompiled("there is no C compiler 'cc'")
-
-    monkeypatch.setattr(kernels, "load_kernels", refuses)
-    monkeypatch.setattr(kernels, "are_supported", lambda: supported)
-    assert _for_cpu(asking("auto")) == Compiled(why_not=notes)

@@ -24,7 +24,6 @@ import torch
 
 from trainer.devices import on_device
 from trainer.dropout.generator import Rounds, random_blocks, rounds
-from trainer.dropout.kernels import Kernels
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
 UNITS_AT_ONCE = 2**21  # on a host: in few calls, for its threads hold one another up between them
@@ -129,28 +128,19 @@ class Draw:
 
 
 class HostMasks:
-    """The masks of a micro-batch, all of which are drawn when this is made: by numpy, or by kernels."""
+    """The masks of a micro-batch, all of which are drawn by numpy when this is made."""
 
-    def __init__(
-        self, draw: Draw, memory: torch.Tensor, pool: ThreadPoolExecutor, kernels: Kernels | None = None
-    ) -> None:
+    def __init__(self, draw: Draw, memory: torch.Tensor, pool: ThreadPoolExecutor) -> None:
         """`memory`: bool, taken for the units if it is large enough; `pool`: the threads in which numpy draws them."""
         self._sites, self._lengths = draw.sites, draw.lengths
-        starts = draw.starts()
-        blocks = np.diff(starts, axis=0)
+        blocks = np.diff(draw.starts(), axis=0)
         room = CACHE_LINE * -(-BLOCK * blocks // CACHE_LINE)
         begins = (room.cumsum() - room.ravel()).reshape(room.shape)  # by site, so that one of tokens is ready for use
         self._spans = np.stack([begins, begins + BLOCK * blocks], axis=-1)
         num_units = int(self._spans.max(initial=0))
         self.memory = memory if len(memory) >= num_units else torch.empty(num_units, dtype=torch.bool)
         self._units = self.memory.numpy()
-        if kernels is None:
-            list(pool.map(self._draw, repeat(draw.key), draw.ids.tolist(), range(len(draw.ids))))
-        else:
-            rates = np.array([site.p for site in draw.sites])
-            arrays = begins, starts, rates, draw.ids.copy()  # of a batch they are read-only
-            places, firsts, drop, ids = map(torch.from_numpy, arrays)
-            kernels.draw_masks(self.memory, places, firsts, drop, ids, draw.key)
+        list(pool.map(self._draw, repeat(draw.key), draw.ids.tolist(), range(len(draw.ids))))
 
     def _draw(self, key: tuple[int, int], example: int, row: int) -> None:
         """Decides on all units of one example."""
@@ -180,10 +170,6 @@ class HostMasks:
             units = units[tuple(map(slice, region.shape))]
             region[tuple(map(slice, units.shape))] = units
         return torch.from_numpy(keep)
-
-    def places(self, number: int) -> torch.Tensor:
-        """First unit in `memory` of each example, of site `number`, int64 [B]."""
-        return torch.from_numpy(self._spans[number, :, 0].copy())
 
 
 def _units(stream: np.random.Philox, sizes: np.ndarray) -> Iterator[np.ndarray]:

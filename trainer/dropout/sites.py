@@ -26,7 +26,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trainer.dropout import generator as philox
-from trainer.dropout.kernels import Kernels, Units
 from trainer.dropout.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
@@ -59,7 +58,6 @@ class DropoutKeys:
         self._masks: HostMasks | DeviceMasks | None = None
         self._held: dict[Wanted, torch.Tensor] | None = None
         self._rounds: philox.Rounds = philox.rounds
-        self._kernels: Kernels | None = None
         # of the host's units, kept: fresh memory costs as much as drawing
         self._memory = torch.zeros(0, dtype=torch.bool)
         self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
@@ -71,10 +69,6 @@ class DropoutKeys:
             Exception: of many kinds, where that cannot be.
         """
         self._rounds = philox.compiled_rounds(device)
-
-    def use(self, kernels: Kernels) -> None:
-        """From now on masks of a host are drawn by these. The bits are the same."""
-        self._kernels = kernels
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
@@ -122,13 +116,6 @@ class DropoutKeys:
             self._held[wanted] = masks.keep(*wanted).clone()
         return Mask(self._held[wanted], 1 / (1 - p))
 
-    def units(self, p: float, caller: Hashable) -> Units:
-        """`mask`, on the host and by example, for one of the model's sites."""
-        key = self._call_of(caller, first=0)
-        site, masks = self.sites[key], self._masks_on(torch.device("cpu"))
-        assert isinstance(masks, HostMasks) and site is not None and site.p == p
-        return Units(masks.memory, masks.places(self._numbers[key]), 1 / (1 - p))
-
     @contextlib.contextmanager
     def holding(self, held: dict[Wanted, torch.Tensor]) -> Iterator[None]:
         """Inside, the forward over the micro-batch at hand takes these masks; one that is wanting is drawn and added.
@@ -164,7 +151,7 @@ class DropoutKeys:
         draw = Draw(list(found.values()), (self.seed, step), ids, lengths)
         if device.type != "cpu":
             return DeviceMasks(draw, device, self._rounds)
-        masks = HostMasks(draw, self._memory, self._pool, self._kernels)
+        masks = HostMasks(draw, self._memory, self._pool)
         self._memory = masks.memory
         return masks
 

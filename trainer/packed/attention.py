@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from trainer.devices import on_device
-from trainer.dropout.kernels import Kernels, Spans, Units
 from trainer.dropout.masks import Mask, dropped, masked
 
 # What one more group costs beside its scores, in scores: some twenty operations more are started in each layer. A GPU
@@ -80,13 +79,6 @@ class Layout:
     def whole(self) -> Rows:
         """[T, W] to [G, N, W]; padding takes any."""
         return _rows(self, 1, 1)
-
-    @cached_property
-    def spans(self) -> Spans:
-        """For kernels, on the host."""
-        lengths, squares = torch.from_numpy(self.lengths), self.lengths**2
-        before = torch.from_numpy(squares.cumsum() - squares)
-        return Spans(self.starts, lengths, before, int(squares.sum()), int(self.lengths.max()))
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is on the device."""
@@ -228,34 +220,6 @@ class Attention:
             begin += group.size * group.longest
         attended = torch.cat(sums).transpose(0, 1).bmm(value.view(per_head).transpose(1, 2))
         return attended.transpose(0, 1).reshape(query.shape)
-
-
-class CompiledAttention(torch.autograd.Function):
-    """`Attention.of_all` by kernels: [T, 3 H] -> [T, H], bf16."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        projected: torch.Tensor,
-        spans: Spans,
-        num_heads: int,
-        scaling: float,
-        units: Units | None,
-        kernels: Kernels,
-    ) -> torch.Tensor:
-        """`units`: what dropout drops of the softmax."""
-        trains = ctx.needs_input_grad[0]
-        attended, shares = kernels.attention(projected, spans, num_heads, scaling, units, trains)
-        ctx.save_for_backward(projected, shares)
-        ctx.how, ctx.kernels = (spans, num_heads, scaling, units), kernels
-        return attended
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradient of what was projected."""
-        projected, shares = ctx.saved_tensors
-        found = ctx.kernels.attention_backward(projected, gradient.contiguous(), shares, *ctx.how)
-        return found, *[None] * 5
 
 
 class _Attention(torch.autograd.Function):

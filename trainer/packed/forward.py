@@ -1,8 +1,8 @@
 """The forward of BERT and RoBERTa without padding: the examples of a micro-batch end to end on one token axis [T, H].
 
 Always holds: logits and gradients are those of the model's own forward over the padded examples, dropout included, up
-to rounding. The model's own modules compute, PEFT's wrappers among them, but for frozen products (products.py),
-attention (attention.py) and, on a CPU, what kernels.py has compiled. What nothing reads is left out: the last layer
+to rounding. The model's own modules compute, PEFT's wrappers among them, but for frozen products
+(projections.py) and attention (attention.py). What nothing reads is left out: the last layer
 queries, and feeds forward, for each example's first token alone, since the head reads no other; where it may, it makes
 no keys and values either.
 
@@ -18,14 +18,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
 from transformers import BertForSequenceClassification, RobertaForSequenceClassification
 from transformers import XLMRobertaForSequenceClassification as XLMRoberta
 
-from trainer.dropout.kernels import Kernels
 from trainer.dropout.masks import Mask
 from trainer.dropout.sites import DropoutKeys, KeyedDropout
-from trainer.packed.attention import Attention, CompiledAttention, Layout, lay_out
+from trainer.packed.attention import Attention, Layout, lay_out
 from trainer.packed.projections import Projection, is_joinable, widened
 
 ROBERTA = (RobertaForSequenceClassification, XLMRoberta)
@@ -90,11 +88,8 @@ class PackedForward:
 
     packed, padding = True, Padding()
 
-    def __init__(self, model: PeftModel, keys: DropoutKeys | None, kernels: Kernels | None = None) -> None:
-        """`keys`: what `dropout.install` gave for the model; None for a model that never trains.
-
-        `kernels` do what they can of work in bf16 on a CPU.
-        """
+    def __init__(self, model: PeftModel, keys: DropoutKeys | None) -> None:
+        """`keys`: what `dropout.install` gave for the model; None for a model that never trains."""
         self.model = model
         self._keys = keys
         classifier: Any = model.get_base_model()
@@ -103,7 +98,7 @@ class PackedForward:
         # positions of RoBERTa start behind the padding id
         self._first_position = classifier.config.pad_token_id + 1 if type(classifier) in ROBERTA else 0
         layers = self._encoder.encoder.layer
-        self._layers = [_Layer(layer, layer is layers[-1], keys, kernels) for layer in layers]
+        self._layers = [_Layer(layer, layer is layers[-1], keys) for layer in layers]
 
     def __call__(
         self, inputs: dict[str, torch.Tensor], lengths: np.ndarray, layout: Layout | None = None
@@ -116,14 +111,14 @@ class PackedForward:
             layout: what `lay_out` gives for them, if it is at hand.
         """
         layout = layout or self.lay_out(lengths, inputs["input_ids"].device)
-        x = _Hidden(self._embed(inputs, layout))
+        x = self._embed(inputs, layout)
         for layer in self._layers:
             x = layer(x, layout)
         head = self._classifier
         if type(head) in ROBERTA:
-            logits: torch.Tensor = head.classifier(x.wide)
+            logits: torch.Tensor = head.classifier(x)
         else:
-            logits = head.classifier(head.dropout(self._encoder.pooler(x.wide)))
+            logits = head.classifier(head.dropout(self._encoder.pooler(x)))
         return logits
 
     def lay_out(self, lengths: np.ndarray, device: torch.device, longest: int | None = None) -> Layout:
@@ -141,23 +136,10 @@ class PackedForward:
         return hidden
 
 
-@dataclass(frozen=True)
-class _Hidden:
-    """What goes from layer to layer, [T, H] or, of first tokens alone, [B, 1, H]."""
-
-    wide: torch.Tensor
-    """as LayerNorm gives it"""
-    narrow: torch.Tensor | None = None
-    """the same in the type of products, where that is at hand"""
-
-    def for_products(self) -> torch.Tensor:
-        return self.wide if self.narrow is None else self.narrow
-
-
 class _Layer:
     """One layer; the last one gives the first token of each example."""
 
-    def __init__(self, layer: Any, last: bool, keys: DropoutKeys | None, kernels: Kernels | None) -> None:
+    def __init__(self, layer: Any, last: bool, keys: DropoutKeys | None) -> None:
         """`keys` draw the masks of attention."""
         self.attention: Any = layer.attention.self
         if isinstance(self.attention, ModulesToSaveWrapper):  # the keys know the copy that trains
@@ -165,7 +147,7 @@ class _Layer:
         self.attention_output = layer.attention.output
         self.intermediate, self.output = layer.intermediate, layer.output
         query, key, value = self.attention.query, self.attention.key, self.attention.value
-        self.last, self.keys, self.kernels = last, keys, kernels
+        self.last, self.keys = last, keys
         # whether a key and a value need not be made of each token, see Attention.of_first
         self.reads_first = last and all(map(is_joinable, (query, key, value)))
         trains = keys is not None
@@ -174,77 +156,30 @@ class _Layer:
         self.up = Projection(self.intermediate.dense, trains=trains)
         self.down = Projection(self.output.dense, trains=trains)
 
-    def __call__(self, x: _Hidden, layout: Layout) -> _Hidden:
+    def __call__(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """[T, H] -> [T, H], or [B, 1, H] of the last layer."""
         attention = self.attention
-        first = _Hidden(x.wide[layout.starts].unsqueeze(1)) if self.last else x
+        attend = Attention(layout, attention.num_attention_heads, attention.scaling, self._draw)
+        first = x[layout.starts].unsqueeze(1) if self.last else x
         if self.reads_first:
-            attend = Attention(layout, attention.num_attention_heads, attention.scaling, self._draw)
-            wide, (key, value) = widened(x.for_products(), (attention.key, attention.value))
-            attended = attend.of_first(self.projection(first.wide), wide, key, value)
+            wide, (key, value) = widened(x, (attention.key, attention.value))
+            attended = attend.of_first(self.projection(first), wide, key, value)
         else:
-            attended = self._attended(self.projection(self._input_of(self.projection, x)), layout)
+            attended = attend.of_all(self.projection(x))
             attended = attended[layout.starts].unsqueeze(1) if self.last else attended
-        x = self._add_and_norm(self.attention_output, self.join(attended), first.wide)
-        up = self.up(self._input_of(self.up, x))
-        return self._add_and_norm(self.output, self.down(self.intermediate.intermediate_act_fn(up)), x.wide)
-
-    @staticmethod
-    def _input_of(projection: Projection, x: _Hidden) -> torch.Tensor:
-        return x.for_products() if projection.joined else x.wide  # modules of other kinds may not only multiply
-
-    def _draws(self) -> bool:
-        return self.keys is not None and self.attention.training and self.attention.dropout.p > 0
+        x = _add_and_norm(self.attention_output, self.join(attended), first)
+        return _add_and_norm(self.output, self.down(self.intermediate.intermediate_act_fn(self.up(x))), x)
 
     def _draw(self, shares: torch.Tensor, first: int) -> Mask | None:
-        if self.keys is None or not self._draws():
+        p = self.attention.dropout.p
+        if self.keys is None or not self.attention.training or p == 0:
             return None
-        return self.keys.mask(shares, self.attention.dropout.p, self.attention, first)
-
-    def _attended(self, projected: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """[T, 3 H] -> [T, H]"""
-        attention = self.attention
-        num_heads = attention.num_attention_heads
-        if self.kernels is None or not self.kernels.take_heads(projected, num_heads):
-            return Attention(layout, num_heads, attention.scaling, self._draw).of_all(projected)
-        units = self.keys.units(attention.dropout.p, attention) if self.keys is not None and self._draws() else None
-        attended: torch.Tensor = CompiledAttention.apply(
-            projected, layout.spans, num_heads, attention.scaling, units, self.kernels
-        )
-        return attended
-
-    def _add_and_norm(self, module: Any, x: torch.Tensor, residual: torch.Tensor) -> _Hidden:
-        """LayerNorm(residual + dropout(x))"""
-        dropout, norm = module.dropout, module.LayerNorm
-        if not isinstance(dropout, KeyedDropout):
-            return _Hidden(norm(dropout(x) + residual))
-        if self.kernels is None or not self.kernels.take_rows(x) or not _is_frozen_and_fp32(norm):
-            return _Hidden(norm(dropout.add(x, residual)))
-        return _Hidden(*_CompiledNorm.apply(x, residual.float(), norm, dropout.mask(x), self.kernels))
+        return self.keys.mask(shares, p, self.attention, first)
 
 
-def _is_frozen_and_fp32(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and all(
-        tensor is not None and not tensor.requires_grad and tensor.dtype == torch.float32
-        for tensor in (norm.weight, norm.bias)
-    )
-
-
-class _CompiledNorm(torch.autograd.Function):
-    """A frozen LayerNorm of residual + dropout(x), as it is and in the type of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm, mask: Mask | None, kernels: Kernels
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keep, scale = (mask.keep, mask.scale) if mask is not None else (None, 1.0)
-        y, narrow, *saved = kernels.add_norm(x, residual, norm, keep, scale, trains=any(ctx.needs_input_grad))
-        ctx.save_for_backward(*saved)
-        ctx.how, ctx.kernels = (norm, keep, scale), kernels
-        ctx.set_materialize_grads(False)
-        return y, narrow
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        of_y, of_narrow = (gradient if gradient is None else gradient.contiguous() for gradient in gradients)
-        of_residual, of_x = ctx.kernels.add_norm_backward(of_y, of_narrow, *ctx.saved_tensors, *ctx.how)
-        return of_x, of_residual, None, None, None
+def _add_and_norm(module: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """LayerNorm(residual + dropout(x))"""
+    dropout = module.dropout
+    total = dropout.add(x, residual) if isinstance(dropout, KeyedDropout) else dropout(x) + residual
+    normed: torch.Tensor = module.LayerNorm(total)
+    return normed

@@ -24,9 +24,7 @@ from trainer.config.schema import Config, UserError
 from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.tokens import Examples, tokenise
 from trainer.distributed.session import StopRequest, Watch
-from trainer.dropout import kernels
 from trainer.dropout import sites as dropout
-from trainer.dropout.kernels import Kernels
 from trainer.model.adapter import Start, read_start
 from trainer.model.backbone import FP32_ONLY, Backbone, Identity, find_backbone, refuse_another
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
@@ -48,8 +46,6 @@ DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such 
 class Compiled:
     """What compiling gave."""
 
-    kernels: Kernels | None = None
-    """of a CPU"""
     seconds: float | None = None
     """that it took; None where nothing is compiled"""
     why_not: str | None = None
@@ -69,8 +65,6 @@ class Inputs:
     """the corpus, tokenised, by split"""
     precision: str
     """no, bf16 or fp16"""
-    compiled: Compiled
-    """for a CPU"""
     start: Start | None = None
     """the adapter it starts from; None = a new one"""
 
@@ -85,7 +79,6 @@ def prepare(
     Raises:
         UserError: they do not, or are not there.
     """
-    compiled = _for_cpu(config) if device.type == "cpu" else Compiled()
     start = read_start(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
     _check_names(config, corpus)
@@ -105,7 +98,7 @@ def prepare(
         name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
         for name, split in corpus.splits.items()
     }
-    return Inputs(config, folder, corpus, backbone, examples, precision, compiled, start)
+    return Inputs(config, folder, corpus, backbone, examples, precision, start)
 
 
 def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch) -> Training:
@@ -117,9 +110,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
     model, keys, sharded, padding = _model_on_device(inputs, accelerator)
     because = _why_padded(config, model, sharded, padding.packs)
-    compiled = inputs.compiled if device.type == "cpu" else _compiled(config, partial(keys.compile, device))
-    if compiled.kernels is not None:
-        keys.use(compiled.kernels)
+    compiled = Compiled() if device.type == "cpu" else _compiled(config, partial(keys.compile, device))
     recorded, why_not_recorded = _recorded(config, keys, because is None, device)
     notes = {
         "tensors of the weights file": "; ".join(inputs.backbone.notes),
@@ -133,7 +124,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    forward = PackedForward(prepared, keys, compiled.kernels) if because is None else PaddedForward(prepared, padding)
+    forward = PackedForward(prepared, keys) if because is None else PaddedForward(prepared, padding)
     graphs = None
     if recorded and isinstance(forward, PackedForward):
         graphs = Graphs(forward, keys, trained.values(), accelerator.autocast)
@@ -237,13 +228,7 @@ def _why_padded(config: Config, model: PeftModel, sharded: bool, packs: bool = T
     return because
 
 
-def _for_cpu(config: Config) -> Compiled:
-    """What compiling gives on a CPU. One that lacks the instructions is no news, unless they were asked for."""
-    asked = config.model.compile is True
-    return _compiled(config, kernels.load_kernels) if asked or kernels.are_supported() else Compiled()
-
-
-def _compiled(config: Config, work: Callable[[], Kernels | None]) -> Compiled:
+def _compiled(config: Config, work: Callable[[], None]) -> Compiled:
     """What compiling `work` gives.
 
     Raises:
@@ -253,8 +238,8 @@ def _compiled(config: Config, work: Callable[[], Kernels | None]) -> Compiled:
         return Compiled()
     started = time.perf_counter()
     try:
-        found = work()
-        return Compiled(found, time.perf_counter() - started)
+        work()
+        return Compiled(time.perf_counter() - started)
     except Exception as error:  # of many kinds: no compiler, no Triton, one that fails or errs
         reason = " ".join(str(error).split())[:200]
     if config.model.compile is True:
