@@ -1,8 +1,8 @@
 """The golden runs: a refactoring changes no bit of an adapter, a predictions file or a summary.
 
 Bits do not travel between kinds of CPUs and versions of torch. For a kind that golden/results.jsonl does not hold, the
-test trains the reference here, with the tree of the case's reference commit. The file costs 55 s of CPU with a record,
-and 105 s without.
+test trains the reference here, with the tree of the case's reference commit. The file costs 50 s of CPU with a record,
+and 95 s without.
 """
 
 import importlib.util

@@ -82,6 +82,8 @@ CASES = {
     "tiny packed, all rates 0, 1 process": Case(PACKED | NO_DROPOUT),
     "tiny packed, all rates 0, 2 processes": Case(PACKED | NO_DROPOUT, 2),
     "tiny padded, all rates 0, 1 process": Case(PADDED | NO_DROPOUT),
+    "tiny packed, dropout, bf16, 1 process": Case(PACKED | {"run.precision": "bf16"}),
+    "tiny packed, all rates 0, bf16, 1 process": Case(PACKED | NO_DROPOUT | {"run.precision": "bf16"}),
     "quickstart, dropout, 1 process": Case(QUICKSTART),
     "quickstart, dropout, 2 processes": Case(QUICKSTART, 2),
 }
@@ -146,7 +148,7 @@ def train(root, case, place, name):
     Raises:
         RuntimeError: a process failed.
     """
-    options = case.options | {"run.output_dir": place, "run.name": name, "run.precision": "no"}
+    options = {"run.precision": "no"} | case.options | {"run.output_dir": place, "run.name": name}
     if has_kernels(root):
         options["model.compile"] = "false"
     arguments = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
