@@ -38,8 +38,8 @@ from transformers import AutoConfig
 from benchmarks import workload
 from benchmarks.dropout_cost import cpu_name
 from benchmarks.peers import PEERS
-from trainer.config.schema import main_guard
 from trainer.distributed.session import choose_precision
+from trainer.errors import main_guard
 from trainer.model.backbone import silence_libraries
 
 ROOT = workload.ROOT

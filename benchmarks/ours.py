@@ -3,7 +3,7 @@
 import sys
 
 if __name__ == "__main__":
-    from trainer.config.schema import set_environment
+    from trainer.distributed.environment import set_environment
 
     set_environment()  # as trainer/run.py does, before torch is loaded
 

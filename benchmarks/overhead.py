@@ -14,7 +14,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from trainer.config.schema import set_environment
+    from trainer.distributed.environment import set_environment
 
     set_environment()  # as trainer/run.py does
 

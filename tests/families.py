@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.config.schema import UserError
 from trainer.data.tokens import Examples
+from trainer.errors import UserError
 from trainer.model.build import _wrap
 from trainer.packed.forward import PaddedForward, why_not_packed
 from trainer.training.scoring import score_split

@@ -15,6 +15,9 @@ stage pip install -qq -r requirements-dev.txt
 stage ruff check
 stage ruff format --check
 stage mypy trainer
+echo "==> lint-imports"
+"${python%/*}/lint-imports" --no-cache
+
 # More processes than there are cores here: half of the tests wait. In the order of the folders, which begins with the
 # slow files; else those of few tests would come last, and the longest alone.
 stage pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

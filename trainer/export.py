@@ -20,7 +20,8 @@ from typing import Any
 import jsonargparse
 
 from trainer.config.loading import load_finished_run
-from trainer.config.schema import UserError, main_guard, set_environment
+from trainer.distributed.environment import set_environment
+from trainer.errors import UserError, main_guard
 
 PROBES = (
     "The committee met on Tuesday and postponed its decision.",
@@ -63,7 +64,7 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
 
     from transformers import AutoModelForSequenceClassification
 
-    from trainer.console import writing
+    from trainer.files import UNFINISHED, publish, writing
     from trainer.model.adapter import find_trained_backbone, load_plain, save_tokenizer
     from trainer.model.backbone import silence_libraries
 
@@ -73,7 +74,7 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
         print(f"warning: {line}", file=sys.stderr)
     model = load_plain(backbone, run / "adapter")
     wanted = _logits(model, backbone.tokenizer)
-    temporary = output.with_name(f".unfinished-{output.name}")
+    temporary = output.with_name(f"{UNFINISHED}{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _unwrap_head(model)
@@ -94,9 +95,7 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
             raise UserError(
                 f"--run: the merged model's logits differ by {difference:.2g} from the adapter's; not exported"
             )
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
+        publish(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"exported to {output}: logits within {difference:.1e} of the adapter's", file=sys.stderr)

@@ -26,17 +26,9 @@ from jsonargparse.typing import PositiveInt
 
 from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
 from trainer.config.loading import load_finished_run, parse_label_names
-from trainer.config.schema import (
-    NO_COLUMN,
-    Config,
-    Source,
-    UserError,
-    completed,
-    impossible_format,
-    main_guard,
-    set_environment,
-)
-from trainer.distributed.environment import read_environment
+from trainer.config.schema import NO_COLUMN, Config, Source, completed, impossible_format
+from trainer.distributed.environment import read_environment, set_environment
+from trainer.errors import UserError, main_guard
 
 if TYPE_CHECKING:  # importing them takes seconds, and --help needs none of them
     import numpy as np
@@ -136,11 +128,11 @@ def predict(options: Options) -> int:
 
     from trainer.data.corpus import id_columns, load_for_prediction
     from trainer.data.tokens import tokenise
+    from trainer.files import write_atomic
     from trainer.model.adapter import find_trained_backbone
     from trainer.model.backbone import silence_libraries
     from trainer.packed.forward import Padding
     from trainer.tasks.single_label import classification_metrics
-    from trainer.training.checkpoint import write_atomic
 
     silence_libraries()
     source = _source(options)

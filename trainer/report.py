@@ -11,7 +11,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 
 import jsonargparse
 
-from trainer.config.schema import main_guard
+from trainer.errors import main_guard
 from trainer.reporting.page import build_report
 
 

@@ -14,9 +14,9 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 import os
 
 from trainer.config.loading import load_config, parse_config
-from trainer.config.schema import Config, UserError, as_dict, identity, main_guard, run_name, set_environment
-from trainer.console import quoted
-from trainer.distributed.environment import read_environment
+from trainer.config.schema import Config, as_dict, identity, run_name
+from trainer.distributed.environment import read_environment, set_environment
+from trainer.errors import UserError, main_guard, quoted
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from tests.conftest import run_script, topic_rows, write_csv
 from trainer.config.loading import parse_config
-from trainer.config.schema import main_guard
+from trainer.errors import main_guard
 from trainer.run import execute
 
 

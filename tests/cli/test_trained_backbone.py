@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from tests.conftest import ROOT, WORDS, topic_rows, write_csv
 from trainer.config.loading import parse_config
-from trainer.config.schema import UserError
+from trainer.errors import UserError
 from trainer.export import export
 from trainer.predict import Copy, Options, predict
 from trainer.training.pipeline import train_and_report
@@ -28,7 +28,7 @@ TEXTS = ["match goal team", "shares profit bank market", "an unknown word"]
 TRAIN = """
 import json, sys
 import trainer.reporting.page
-from trainer.config.schema import main_guard
+from trainer.errors import main_guard
 from trainer.config.loading import parse_config
 from trainer.run import execute
 trainer.reporting.page.build_report = lambda *_: "none"

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from trainer.config.loading import RECIPES, config_text, load_config, option_names, parse_config
-from trainer.config.schema import UserError
+from trainer.errors import UserError
 
 FILES = sorted(RECIPES.glob("*.yaml"))
 # What decides a result stands in the recipe, not in a default that may move.

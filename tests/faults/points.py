@@ -79,10 +79,10 @@ def replace(place, around):
 
 
 def in_write(count, number=signal.SIGKILL):
-    """Kills in the middle of the `count`-th file that checkpoint.py writes: half of it is on the disk."""
-    from trainer.training import checkpoint
+    """Kills in the middle of the `count`-th file that files.py writes: half of it is on the disk."""
+    from trainer import files
 
-    original = checkpoint._write_synced
+    original = files._write_synced
     calls = 0
 
     def struck(path, data):
@@ -93,11 +93,11 @@ def in_write(count, number=signal.SIGKILL):
             strike(number)
         original(path, data)
 
-    checkpoint._write_synced = struck
+    files._write_synced = struck
 
 
 def in_save(save, write, number=signal.SIGKILL):
-    """Kills in the middle of file `write` of the `save`-th folder that checkpoint.py puts in place (0: before any)."""
+    """Kills in the middle of file `write` of the `save`-th folder that files.py puts in place (0: before any)."""
     calls = 0
 
     def around(original):
@@ -114,12 +114,12 @@ def in_save(save, write, number=signal.SIGKILL):
 
 
 def full_disk(first):
-    """From the `first`-th file on, checkpoint.py meets a full disk."""
+    """From the `first`-th file on, files.py meets a full disk."""
     import errno
 
-    from trainer.training import checkpoint
+    from trainer import files
 
-    original = checkpoint._write_synced
+    original = files._write_synced
     calls = 0
 
     def full(path, data):
@@ -130,7 +130,7 @@ def full_disk(first):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         original(path, data)
 
-    checkpoint._write_synced = full
+    files._write_synced = full
 
 
 def at_cpu_time(seconds):
@@ -189,9 +189,9 @@ def torn_file(name, number=signal.SIGKILL):
     """Kills in the middle of writing a file of this name: half of it is on the disk."""
     from pathlib import Path
 
-    from trainer.training import checkpoint
+    from trainer import files
 
-    write_text, write_synced = Path.write_text, checkpoint._write_synced
+    write_text, write_synced = Path.write_text, files._write_synced
 
     def text(path, data, *arguments, **settings):
         if name in path.name:
@@ -205,7 +205,7 @@ def torn_file(name, number=signal.SIGKILL):
             strike(number)
         write_synced(path, data)
 
-    Path.write_text, checkpoint._write_synced = text, synced
+    Path.write_text, files._write_synced = text, synced
 
 
 def log_ids(folder):

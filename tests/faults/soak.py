@@ -167,7 +167,7 @@ def leftovers(run):
     run.folder.mkdir(exist_ok=True)
     (run.folder / ".lock").write_text("1\n")
     (run.folder / ".unfinished-config.yaml").write_text("run:\n  na")
-    halves = {"environment.json": ".unfinished-environment.json", "metrics.jsonl": "metrics.unfinished"}
+    halves = {"environment.json": ".unfinished-environment.json", "metrics.jsonl": ".unfinished-metrics.jsonl"}
     for whole, half in halves.items():
         if (run.folder / whole).exists():
             (run.folder / half).write_text('{"half": ')

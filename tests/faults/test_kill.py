@@ -29,7 +29,7 @@ PLACES = [
     ("classification_metrics", 3),
     ("pathlib:Path.rename", 7),
     ("shutil:rmtree", 16),
-    ("_sync_folder", 10),
+    ("_sync", 10),
     ("trainer.reporting.tracking:RunLog.scalars", 11),
 ]
 ENDING = {
@@ -94,7 +94,7 @@ def test_killed_at_the_start(point, options, reference, tmp_path):
     [
         "config.yaml",
         "environment.json",
-        "metrics.unfinished",
+        ".unfinished-metrics.jsonl",
     ],
 )
 def test_killed_while_it_writes_a_small_file(name, killed, reference):

@@ -31,7 +31,7 @@ import trainer.training.loop
 import trainer.training.pipeline
 import trainer.training.scoring
 from tests.faults import points
-from trainer.config.schema import main_guard
+from trainer.errors import main_guard
 
 ENTRIES = {name: getattr(trainer, name).main for name in ("run", "predict", "export", "report")}
 

@@ -34,11 +34,12 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 from trainer.batching.plan import Plan
-from trainer.config.schema import Config, UserError
+from trainer.config.schema import Config
 from trainer.data.tokens import Examples
 from trainer.distributed.session import StopRequest
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
+from trainer.errors import UserError
 from trainer.model.build import set_precision
 from trainer.packed import attention
 from trainer.packed.forward import PackedForward

@@ -251,7 +251,7 @@ def fitted(arguments, short_ranks, above):
     """
     import torch
 
-    from trainer.config.schema import UserError
+    from trainer.errors import UserError
     from trainer.training import loop, step
     from trainer.training.state import TrainState
 
@@ -308,7 +308,7 @@ def flights(arguments, fault=None, hit=0, told=True, scaled=False):
     """
     import torch
 
-    from trainer.config.schema import UserError
+    from trainer.errors import UserError
     from trainer.training.optim import set_learning_rate
     from trainer.training.step import result_of, train_step
 

@@ -10,8 +10,8 @@ from ranks import CpuRecorder
 
 from tests.parity.test_packed import build
 from trainer.batching.plan import collate, shape_of
-from trainer.config.schema import UserError
 from trainer.data.tokens import Examples
+from trainer.errors import UserError
 from trainer.packed import graphs
 from trainer.packed.forward import PackedForward
 from trainer.packed.graphs import Graphs

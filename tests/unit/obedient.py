@@ -91,9 +91,9 @@ def _live(end, errors, host, environment, constants, function):
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(environment)
     socket.gethostname = lambda: host
-    from trainer.config.schema import main_guard
     from trainer.distributed import rendezvous as meeting
     from trainer.distributed import session as processes
+    from trainer.errors import main_guard
 
     for name, value in constants.items():
         (module,) = (module for module in (meeting, processes) if hasattr(module, name))
@@ -103,8 +103,8 @@ def _live(end, errors, host, environment, constants, function):
 
 def obey(end):
     """Meets the others, then does what it is told, in step 7."""
-    from trainer.config.schema import UserError
     from trainer.distributed.session import together
+    from trainer.errors import UserError
 
     with together("no", {"the seed": os.environ.get("SEED", "1")}) as (_, watch):
         watch.position = "step 7"

@@ -24,7 +24,8 @@ from transformers import (
 
 from tests.conftest import TOPICS
 from tests.families import tiny
-from trainer.config.schema import ModelConfig, PeftConfig, UserError
+from trainer.config.schema import ModelConfig, PeftConfig
+from trainer.errors import UserError
 from trainer.export import _unshare, _unwrap_head
 from trainer.model.adapter import save_tokenizer
 from trainer.model.backbone import OFFSET_POSITIONS, Backbone, _set_dropout, find_backbone, load_weights

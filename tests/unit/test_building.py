@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.config.schema import Config, ModelConfig, UserError
+from trainer.config.schema import Config, ModelConfig
+from trainer.errors import UserError
 from trainer.training.setup import Compiled, _compiled, _recorded
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.training import checkpoint
+from trainer import files
+from trainer.files import remove_unfinished, replace_folder, write_atomic
 from trainer.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -18,10 +19,7 @@ from trainer.training.checkpoint import (
     load_newest,
     load_optimizer_tensors,
     optimizer_tensors,
-    remove_unfinished,
-    replace_folder,
     save_checkpoint,
-    write_atomic,
 )
 
 FILES = ("adapter_model.safetensors", "best_adapter.safetensors", "optimizer.safetensors")
@@ -201,7 +199,7 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, call):
         if calls == call:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    monkeypatch.setattr(files, "_write_synced", full)
     for step in (3, 6):
         calls = 0
         with pytest.raises(OSError, match=r"cannot save .*step-.*: No space left on device; what was saved before"):
@@ -287,7 +285,7 @@ def test_write_atomic(tmp_path, monkeypatch):
         place.write_bytes(data[:1])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    monkeypatch.setattr(files, "_write_synced", full)
     with pytest.raises(OSError, match=r"cannot write .*file\.csv: No space left on device"):
         write_atomic(path, "other")
     assert path.read_bytes() == b"\x00\xff"

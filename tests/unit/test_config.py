@@ -16,17 +16,9 @@ from trainer.config.loading import (
     parse_config,
     parse_label_names,
 )
-from trainer.config.schema import (
-    Config,
-    DataConfig,
-    Source,
-    UserError,
-    as_dict,
-    identity,
-    main_guard,
-    run_name,
-    set_environment,
-)
+from trainer.config.schema import Config, DataConfig, Source, as_dict, identity, run_name
+from trainer.distributed.environment import set_environment
+from trainer.errors import UserError, main_guard
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--data.train", "train.csv"]

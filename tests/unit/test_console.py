@@ -13,13 +13,14 @@ import pytest
 from tqdm import tqdm
 
 from tests.conftest import ROOT
-from trainer.console import bar_settings, quoted, writing
+from trainer.errors import bar_settings, quoted
+from trainer.files import writing
 
 # A command that tells much in every way that a run does, and then leaves a file: whatever became of its words.
 COMMAND = """
 import logging, os, sys, threading, time, warnings
 sys.path.insert(0, sys.argv[1])
-from trainer.config.schema import UserError, main_guard
+from trainer.errors import UserError, main_guard
 
 def main():
     from tqdm import tqdm
@@ -96,7 +97,7 @@ def test_a_closed_stream_does_not_become_a_file(tmp_path):
 
 
 def test_a_pipe_that_breaks_elsewhere_is_no_success(capsys):
-    from trainer.config.schema import main_guard
+    from trainer.errors import main_guard
 
     def main():
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -11,8 +11,9 @@ import pytest
 
 from tests.conftest import write_csv
 from trainer.config.loading import parse_label_names
-from trainer.config.schema import DataConfig, Source, UserError
+from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import load_corpus, load_for_prediction
+from trainer.errors import UserError
 
 OPEN_QUOTE = (
     "a quote opens here and does not close in this line; if texts may span lines: --data.quoting multi_line; if quotes "

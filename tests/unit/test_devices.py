@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from trainer.config.schema import set_environment
-from trainer.devices import on_host
+from trainer.compat import on_host
+from trainer.distributed.environment import set_environment
 
 SCRIPT = """
 import resource
@@ -47,8 +47,8 @@ def test_freed_memory_is_not_asked_for_again():
 
 PRODUCTS = """
 import ctypes, sys
-from trainer.config.schema import set_environment
-from trainer.devices import on_host
+from trainer.distributed.environment import set_environment
+from trainer.compat import on_host
 
 if sys.argv[1] == "set":
     set_environment()

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from trainer.config.schema import UserError, main_guard, speaks_for_its_machine
 from trainer.distributed.environment import read_environment
+from trainer.errors import UserError, main_guard, speaks_for_its_machine
 
 MASTER = {"MASTER_ADDR": "host-0", "MASTER_PORT": "29500"}
 SECOND_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config.schema import UserError
 from trainer.distributed.session import start_accelerator
+from trainer.errors import UserError
 from trainer.packed.forward import PaddedForward
 from trainer.training import scoring as evaluation
 from trainer.training.scoring import csv_text, predictions, score_split, write_evaluation

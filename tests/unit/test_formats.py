@@ -12,9 +12,10 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from trainer.config.schema import DataConfig, Source, UserError
+from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.data.sources import check_places, is_hub_id
+from trainer.errors import UserError
 
 CSV = "text,label\na,x\nb,y\n"
 TSV = CSV.replace(",", "\t")

@@ -11,7 +11,8 @@ import safetensors.torch
 from huggingface_hub import constants
 from transformers import AutoModelForMaskedLM
 
-from trainer.config.schema import ModelConfig, UserError
+from trainer.config.schema import ModelConfig
+from trainer.errors import UserError
 from trainer.model.adapter import IDENTITY, loading_lines, read_start
 from trainer.model.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
 

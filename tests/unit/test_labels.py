@@ -11,8 +11,9 @@ import pytest
 
 from tests.conftest import write_csv
 from trainer.config.labels import label_text, look_alikes, match_labels
-from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source, UserError
+from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source
 from trainer.data.corpus import id_columns, load_corpus, load_for_prediction
+from trainer.errors import UserError
 from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, _summary, labels_to_write, main
 from trainer.tasks.single_label import metric_value
 from trainer.training.setup import _check_names, _example_weights

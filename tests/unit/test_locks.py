@@ -11,10 +11,10 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from trainer import locks
+from trainer import files as locks
 from trainer.config.loading import parse_config
-from trainer.config.schema import UserError
-from trainer.locks import held, share, taking_turns
+from trainer.errors import UserError
+from trainer.files import held, share, taking_turns
 from trainer.run import execute
 
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
@@ -31,7 +31,7 @@ def no_locks(monkeypatch, request):
 
 
 def other_command(code):
-    command = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom trainer.locks import *\n{code}"
+    command = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom trainer.files import *\n{code}"
     return subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60)
 
 

@@ -21,7 +21,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from trainer.config.schema import ModelConfig, PeftConfig, UserError
+from trainer.config.schema import ModelConfig, PeftConfig
+from trainer.errors import UserError
 from trainer.model.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors, load_plain
 from trainer.model.backbone import Backbone, find_backbone
 from trainer.model.build import (

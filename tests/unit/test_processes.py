@@ -15,9 +15,9 @@ import torch
 from obedient import announce_a_closed_port, die_before_the_line, heed_signals, meet_among_strangers, ranks_in
 from torch.distributed import HashStore
 
-from trainer.config.schema import UserError
 from trainer.distributed import rendezvous as meeting
 from trainer.distributed.session import STOPS, StopRequest, check_device, choose_precision, start_accelerator
+from trainer.errors import UserError
 from trainer.training.step import signal_of
 
 LOST = os.EX_TEMPFAIL

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from trainer.config.schema import UserError
+from trainer.errors import UserError
 from trainer.reporting.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, series, smooth
 from trainer.reporting.page import build_report, confident_errors, read_records
 

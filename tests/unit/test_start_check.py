@@ -9,9 +9,9 @@ from torch import nn
 
 from tests import families
 from tests.families import FAMILIES, NOT_TINY, TEXTS, difference_between_batches, listed, tiny, tokenizer, verdict_of
-from trainer.config.schema import UserError
 from trainer.dropout import sites as dropout
 from trainer.dropout.sites import install
+from trainer.errors import UserError
 from trainer.model.backbone import FP32_ONLY
 from trainer.model.build import set_precision
 from trainer.packed.forward import Padding

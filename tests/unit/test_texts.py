@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT, write_csv
-from trainer.config.schema import DataConfig, Source, UserError
+from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import _equal_texts, load_corpus, load_for_prediction
 from trainer.data.sources import Origin
 from trainer.data.texts import Texts, digests
+from trainer.errors import UserError
 
 ROWS = [(f"text {i} é" + " goal" * (i % 7), "abc"[i % 3]) for i in range(100)]
 AWKWARD = [
@@ -216,7 +217,7 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
         (tmp_path / "file").touch()
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     elif what == "full disk":
-        monkeypatch.setattr("trainer.data.texts.sync", fails)
+        monkeypatch.setattr("trainer.data.texts.publish", fails)
     else:
         monkeypatch.setattr(fcntl, "flock", fails)
     corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), 1, quiet=False)

@@ -189,7 +189,7 @@ def test_what_a_killed_process_left_is_removed(tiny_tokenizer, cache):
 def test_a_full_disk_leaves_nothing_in_the_cache_and_stops_nothing(tiny_tokenizer, cache, monkeypatch, capsys):
     expected = tokenise(split_of(words(50)), tiny_tokenizer, 16, quiet=True).fingerprint()
     shutil.rmtree(cache)
-    monkeypatch.setattr("trainer.data.tokens.sync", lambda path: (_ for _ in ()).throw(OSError(28, "disk full")))
+    monkeypatch.setattr("trainer.data.tokens.publish", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
     assert tokenise(split_of(words(50)), tiny_tokenizer, 16).fingerprint() == expected
     assert kept_arrays(cache) == []
     assert f"note: going on without the cache {cache} (HF_DATASETS_CACHE): disk full\n" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from trainer.devices import on_device
+from trainer.compat import on_device
 
 AT_ONCE = 64  # batches whose examples are drawn together: it takes hardly longer than for one
 ROUNDS = 24

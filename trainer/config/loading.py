@@ -20,7 +20,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from trainer.config.schema import GROUPS, SPLITS, Config, Source, UserError, as_dict, impossible
+from trainer.config.schema import GROUPS, SPLITS, Config, Source, as_dict, impossible
+from trainer.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 

@@ -8,20 +8,11 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import os
-import socket
-import sys
-import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.config.labels import label_text
-from trainer.console import keep_streams
-
-
-class UserError(Exception):
-    """A mistake the user can mend: one or two lines, shown without a traceback; the program ends with exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -285,65 +276,6 @@ def completed(source: str | Source, default: DataConfig | Source) -> Source:
 def run_name(config: Config) -> str:
     """Name of the run's folder: `run.name`, else the recipe's, else "run"."""
     return config.run.name or config.recipe or "run"
-
-
-def set_environment() -> None:
-    """Sets what libraries read from the environment when they are imported, where the user has not.
-
-    oneDNN keeps each product that it has compiled, more than half a megabyte, for the next of the same shape; of the
-    1,024 that are kept twice over by default, hardly one is met again but by the next layers of the same micro-batch.
-    """
-    chosen = {
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a lost process torch prints its own stack, at length
-        "THP_MEM_ALLOC_ENABLE": "1",  # huge pages: a tenth faster on a CPU
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-        "TOKENIZERS_PARALLELISM": "false",  # the threads are ours: see tokenising.py
-        "LRU_CACHE_CAPACITY": "16",  # of what torch keeps above oneDNN, which keeps it too
-    }
-    for name, value in chosen.items():
-        os.environ.setdefault(name, value)
-    _go_offline_without_hub()
-
-
-def _go_offline_without_hub() -> None:
-    """Where the hub does not answer, says so to its client, which would otherwise retry for a minute and more."""
-    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if proxied or os.environ.get("HF_HUB_OFFLINE"):
-        return
-    try:
-        port = hub.port or (80 if hub.scheme == "http" else 443)
-        socket.create_connection((hub.hostname or "", port), timeout=3).close()
-    except (OSError, ValueError):  # no number, or none below 65536, for a port
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def main_guard(main: Any, result_on_stdout: bool = False) -> int:
-    """Calls an entry point; a `UserError`, or a disk's, becomes its lines on stderr and exit code 2.
-
-    Only the first process of a machine prints, since all of them meet the same mistake.
-    """
-    keep_streams(result_on_stdout)
-    try:
-        code = int(main() or 0)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:  # before a run has its own way to stop, or a second Ctrl-C
-        return 130
-    except (UserError, OSError) as error:
-        if speaks_for_its_machine():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-
-
-def speaks_for_its_machine() -> bool:
-    """Whether this process is alone or the first of its run on this machine, so that its words are read once."""
-    environment = os.environ
-    if environment.get("WORLD_SIZE", "1") in {"", "0", "1"}:
-        return True
-    # each task of `srun ./launch.sh` is a node to torchrun, also where several share a machine
-    joined = environment.get("GROUP_RANK") == environment.get("SLURM_PROCID")
-    return {environment.get("LOCAL_RANK", "0"), environment.get("SLURM_LOCALID", "0") if joined else "0"} == {"0"}
 
 
 def impossible(config: Config) -> Iterator[str]:

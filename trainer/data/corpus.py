@@ -27,9 +27,10 @@ from trainer.config.labels import (
     quoted,
     short,
 )
-from trainer.config.schema import NO_COLUMN, DataConfig, Source, UserError, completed
+from trainer.config.schema import NO_COLUMN, DataConfig, Source, completed
 from trainer.data.sources import find_origin, option
 from trainer.data.texts import Table, Texts, read_table
+from trainer.errors import UserError
 
 _Part = TypeVar("_Part")
 MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}  # as libraries write a value that is missing

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config.schema import Source, UserError
+from trainer.config.schema import Source
 from trainer.data.formats import (
     CHUNK,
     FILE_TYPES,
@@ -32,6 +32,7 @@ from trainer.data.formats import (
     read_file,
     stored_class_names,
 )  # fmt: skip
+from trainer.errors import UserError
 
 if TYPE_CHECKING:  # importing it takes most of a second, and files need none of it
     import datasets

@@ -28,11 +28,11 @@ import xxhash
 from tqdm import tqdm
 
 from trainer.config.labels import describe_look_alikes, label_text
-from trainer.config.schema import NO_COLUMN, Source, UserError, speaks_for_its_machine
-from trainer.console import bar_settings
+from trainer.config.schema import NO_COLUMN, Source
 from trainer.data.formats import SPILLED, Chunk, kind_of
 from trainer.data.sources import Origin, find_origin, prefix
-from trainer.locks import say_once, share, taking_turns
+from trainer.errors import UserError, bar_settings, say_once, speaks_for_its_machine
+from trainer.files import publish, share, taking_turns
 
 SHOWN = 5  # how many rows an error names
 LARGE = 2**26  # bytes of a source from which on its rows are kept in the cache
@@ -213,12 +213,11 @@ def _kept_table(folder: Path, origin: Origin, labels_required: bool, extra: str 
             rows, mapped = _mapped(part)
             problem = _problem(origin, extra, seen)
             if problem is None:
-                sync(part)
                 about = {"hash": _hash_of(mapped), "file_rows": seen.file_rows, "missing": seen.missing}
                 _beside(path).write_text(json.dumps(about), encoding="utf-8")
                 share(_beside(path))
                 share(part)
-                part.rename(path)
+                publish(part, path)
             return _table(origin, rows, mapped, seen.file_rows, seen.missing, problem)
         finally:
             part.unlink(missing_ok=True)
@@ -253,12 +252,6 @@ def _hash_of(mapped: mmap.mmap) -> str:
             digest.update(content[start : start + BLOCK])
             forget(mapped)
     return str(digest.hexdigest())
-
-
-def sync(path: Path) -> None:
-    """Waits until a file is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _table(

@@ -27,8 +27,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.corpus import TextSplit
-from trainer.data.texts import cache_folder, forget, progress, say_without_cache, sync
-from trainer.locks import share, taking_turns
+from trainer.data.texts import cache_folder, forget, progress, say_without_cache
+from trainer.files import publish, share, taking_turns
 
 HASH = "sha256"  # file beside the arrays
 AT_ONCE = 256  # texts a worker takes at a time: their tokens fit a processor's cache
@@ -188,11 +188,8 @@ def _keep(path: Path, unfinished: Path, names: list[str], parts: Iterator[Arrays
                     files[name].write(array.data)
                     hashes[name].update(array.data)
         (unfinished / HASH).write_text(_whole_hash(path, [hashes[name] for name in names]))
-        for name in (*names, HASH):
-            sync(unfinished / name)
         share(unfinished)
-        shutil.rmtree(path, ignore_errors=True)  # of no use, or it would have been taken
-        unfinished.rename(path)
+        publish(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return {name: _mapped(path / name, TYPES[name]) for name in names}

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from torch.distributed import PrefixStore, TCPStore
 
-from trainer.config.schema import UserError, speaks_for_its_machine
+from trainer.errors import UserError, speaks_for_its_machine
 
 SILENCE = 20.0
 """seconds without a sign of life after which a process counts as lost; the signs come five times as often"""

@@ -25,10 +25,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from trainer.config.schema import UserError
-from trainer.devices import keep_freed_memory
+from trainer.compat import keep_freed_memory
 from trainer.distributed import rendezvous as meeting
 from trainer.distributed.environment import TRUE
+from trainer.errors import UserError
 
 HEARSAY = 3.0
 """seconds in which a process learns that an error of its own was another's fault"""

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.devices import on_device
+from trainer.compat import on_device
 from trainer.dropout.generator import Rounds, random_blocks, rounds
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit

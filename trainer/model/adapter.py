@@ -22,11 +22,11 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
-from trainer.config.schema import Config, ModelConfig, UserError, completed
-from trainer.console import writing
-from trainer.model.backbone import Backbone, Identity, apart, find_backbone, load_weights, one_line, refuse_another
+from trainer.config.schema import Config, ModelConfig, completed
+from trainer.errors import UserError, one_line
+from trainer.files import UNFINISHED, replace_folder, writing
+from trainer.model.backbone import Backbone, Identity, apart, find_backbone, load_weights, refuse_another
 from trainer.model.build import set_precision
-from trainer.training.checkpoint import UNFINISHED, replace_folder
 
 IDENTITY = "backbone/identity.json"
 

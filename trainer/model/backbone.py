@@ -27,7 +27,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig as BackboneConfig
 
-from trainer.config.schema import ModelConfig, UserError
+from trainer.config.schema import ModelConfig
+from trainer.errors import UserError, one_line
 
 # Position ids of these families start behind the padding id.
 OFFSET_POSITIONS = (
@@ -277,11 +278,6 @@ def _why_not_found(config: ModelConfig, error: Exception, commit: str | None) ->
         f"model.name: {name!r} was not found as a local folder, in the cache, or on the hub{at} ({reason})\n"
         "Use a local folder (config.json, tokenizer.json, model.safetensors): --model.name DIR, or run with a hub"
     )
-
-
-def one_line(error: Exception) -> str:
-    """What a library says of an error, in one line."""
-    return " ".join(str(error).split())[:240] or type(error).__name__
 
 
 def _commit(config: ModelConfig, recorded: Identity | None) -> str:

@@ -27,8 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForSequenceClassification
 
-from trainer.config.schema import PeftConfig, UserError
-from trainer.model.backbone import Backbone, load_weights, one_line
+from trainer.config.schema import PeftConfig
+from trainer.errors import UserError, one_line
+from trainer.model.backbone import Backbone, load_weights
 
 # Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
 PEFT_TYPES = (

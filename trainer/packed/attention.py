@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.devices import on_device
+from trainer.compat import on_device
 from trainer.dropout.masks import Mask, dropped, masked
 
 # What one more group costs beside its scores, in scores: some twenty operations more are started in each layer. A GPU

@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 
 from trainer.batching.plan import Batch, Shape
-from trainer.config.schema import UserError
 from trainer.dropout.sites import DropoutKeys, Wanted
+from trainer.errors import UserError
 from trainer.packed.attention import Layout
 from trainer.packed.forward import PackedForward
 

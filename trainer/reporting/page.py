@@ -10,7 +10,6 @@ import heapq
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from trainer.config.schema import UserError
-from trainer.console import writing
+from trainer.errors import UserError
+from trainer.files import write_atomic
 from trainer.reporting.figures import (
     LEARNING_RATE,
     STYLE,
@@ -241,16 +240,5 @@ def build_report(folder: Path, summary: Record | None = None) -> Path:
         pictures = draw_figures(run)
     page = render_page(run, pictures).encode()
     for path, content in {**pictures, "report.html": page}.items():
-        _write_atomically(folder / path, content)
+        write_atomic(folder / path, content)
     return folder / "report.html"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy.typing as npt
 from tqdm import tqdm
 
-from trainer.console import bar_settings, writing
+from trainer.errors import bar_settings
+from trainer.files import write_atomic, writing
 
 PROJECT = "isotrain"
 """project or experiment of a tracker that has such, unless its own environment variable names another"""
@@ -176,7 +177,7 @@ class RunLog:
         tracker.start()
         self._trackers.append(tracker)
         if name in _RUN_IDS:
-            _replace(path, json.dumps({**ids, name: str(_RUN_IDS[name](tracker.tracker))}) + "\n")
+            write_atomic(path, json.dumps({**ids, name: str(_RUN_IDS[name](tracker.tracker))}) + "\n")
         if name != "tensorboard" and (name != "mlflow" or name not in ids):  # MLflow lets nobody change a parameter
             tracker.store_init_configuration(_plain(config))
 
@@ -216,15 +217,8 @@ def keep_steps(path: Path, last_step: int, last_evaluated_step: int) -> list[dic
                 kept.append(values)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    _replace(path, "".join(json.dumps(values) + "\n" for values in kept))
+    write_atomic(path, "".join(json.dumps(values) + "\n" for values in kept))
     return kept
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".unfinished")
-    with writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
 
 
 def _plain(config: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | int | float | str]:

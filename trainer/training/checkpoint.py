@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from trainer.console import writing
+from trainer.files import UNFINISHED, replace_folder
 
 FORMAT = 1
-UNFINISHED = ".unfinished-"
 
 
 class DamagedCheckpoint(Exception):
@@ -122,58 +120,6 @@ def recorded_backbone(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed writer left; call it while holding the run folder's lock."""
-    for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def replace_folder(target: Path, files: dict[str, bytes]) -> None:
-    """Puts a folder with these files in place, all or nothing, on disk when it returns.
-
-    Raises:
-        OSError: the disk is full or not writable; nothing was changed.
-    """
-    temporary = target.parent / f"{UNFINISHED}{target.name}"
-    retired = target.parent / f"{UNFINISHED}old-{target.name}"
-    try:
-        for path in (temporary, retired):
-            shutil.rmtree(path, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, data in files.items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            _write_synced(temporary / name, data)
-        for folder in {(temporary / name).parent for name in files} | {temporary}:
-            _sync_folder(folder)
-        if target.exists():
-            target.rename(retired)
-        temporary.rename(target)
-        _sync_folder(target.parent)
-        shutil.rmtree(retired, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if retired.exists() and not target.exists():
-            retired.rename(target)
-        raise OSError(f"cannot save {target}: {error.strerror or error}; what was saved before is whole") from None
-
-
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes one file, all or nothing.
-
-    Raises:
-        OSError: the disk is full or not writable; the file that was there is unchanged.
-    """
-    temporary = path.with_name(f"{UNFINISHED}{path.name}")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_synced(temporary, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
     """The optimizer's state as tensors on the CPU, named "parameter name/state name"."""
     state = optimizer.state_dict()["state"]
@@ -234,18 +180,3 @@ def _sha256(data: bytes) -> str:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

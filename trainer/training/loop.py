@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from trainer.batching.plan import Tokenised
-from trainer.config.schema import UserError
-from trainer.devices import peak_memory_bytes
+from trainer.compat import peak_memory_bytes
+from trainer.errors import UserError
 from trainer.model.adapter import adapter_tensors
 from trainer.tasks.single_label import METRICS, classification_metrics, confusion, is_better, metric_value
 from trainer.training.memory import fit, in_smaller_parts, plan_in_force, with_less_memory

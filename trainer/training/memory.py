@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trainer.batching.plan import Plan, num_positions
-from trainer.config.schema import UserError
+from trainer.errors import UserError
 from trainer.training.state import Training, TrainState
 
 

@@ -27,12 +27,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 
 from trainer.batching.plan import collate, split_by_tokens
+from trainer.compat import peak_memory_bytes
 from trainer.config.loading import config_text, load_config
-from trainer.config.schema import Config, UserError, as_dict
-from trainer.console import quoted
-from trainer.devices import peak_memory_bytes
+from trainer.config.schema import Config, as_dict
 from trainer.distributed.session import StopRequest, Watch, agree, check_device, choose_precision, together
-from trainer.locks import held
+from trainer.errors import UserError, quoted
+from trainer.files import held, remove_unfinished, write_atomic
 from trainer.model.adapter import (
     Start,
     adapter_config_json,
@@ -46,7 +46,7 @@ from trainer.model.build import (
     COMPUTE_TYPES,
     parameter_table,
 )
-from trainer.training.checkpoint import load_newest, recorded_backbone, remove_unfinished, write_atomic
+from trainer.training.checkpoint import load_newest, recorded_backbone
 from trainer.training.loop import Interrupted, Stopped, score, train
 from trainer.training.memory import plan_in_force
 from trainer.training.scoring import write_evaluation

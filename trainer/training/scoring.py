@@ -20,12 +20,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from trainer.batching.plan import Tokenised, collate, split_by_tokens
-from trainer.config.schema import UserError
-from trainer.console import bar_settings
-from trainer.devices import on_device
+from trainer.compat import on_device
+from trainer.errors import UserError, bar_settings
+from trainer.files import write_atomic
 from trainer.packed.forward import Forward
 from trainer.tasks.single_label import classification_metrics, confusion, probabilities, report_text
-from trainer.training.checkpoint import write_atomic
 
 
 def refuse_lack_of_memory(out_of_memory: bool) -> None:

@@ -20,11 +20,12 @@ from peft import PeftModel
 
 from trainer.batching.plan import Plan
 from trainer.config.labels import describe_look_alikes, match_labels
-from trainer.config.schema import Config, UserError
+from trainer.config.schema import Config
 from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.tokens import Examples, tokenise
 from trainer.distributed.session import StopRequest, Watch
 from trainer.dropout import sites as dropout
+from trainer.errors import UserError
 from trainer.model.adapter import Start, read_start
 from trainer.model.backbone import FP32_ONLY, Backbone, Identity, find_backbone, refuse_another
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen

@@ -17,11 +17,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from trainer.batching.plan import collate
-from trainer.config.schema import UserError
 from trainer.data.corpus import TextSplit
 from trainer.data.tokens import Examples
 from trainer.dropout.sites import DropoutKeys, install, twin_of
-from trainer.model.backbone import one_line
+from trainer.errors import UserError, one_line
 from trainer.packed.forward import PackedForward, Padding, why_not_packed
 
 NUM_TOKENS = 16, 512

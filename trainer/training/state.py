@@ -18,9 +18,10 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 
 from trainer.batching.plan import Plan, Tokenised
-from trainer.config.schema import Config, UserError, as_dict
+from trainer.config.schema import Config, as_dict
 from trainer.distributed.session import StopRequest, Watch
 from trainer.dropout.sites import DropoutKeys
+from trainer.errors import UserError
 from trainer.model.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors
 from trainer.model.backbone import Identity
 from trainer.packed.forward import Forward

@@ -15,9 +15,9 @@ import torch
 from accelerate.utils import gather_object
 
 from trainer.batching.plan import Batch, MicroBatch, collate, shape_of
-from trainer.config.schema import UserError
-from trainer.devices import on_device, on_host
+from trainer.compat import on_device, on_host
 from trainer.distributed.session import STOPS
+from trainer.errors import UserError
 from trainer.packed.attention import Layout
 from trainer.training.optim import skip_if
 from trainer.training.state import Training

@@ -1,7 +1,8 @@
-"""Locks on folders that several processes, users and machines may share.
+"""The one way to the disk: whole files, whole folders, and locks on folders that several processes share.
 
-Always holds: one command at a time has a run folder, also where the file system knows no locks. The lock of a cache
-only saves work: what is put there appears whole, so a process that gets no lock goes on without one.
+Always holds: a file or folder appears whole under its name, or not at all. It is written under another name, synced to
+disk and renamed. One command at a time has a run folder, also where the file system has no locks. The lock of a cache
+only saves work: a process that gets none goes on without it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import socket
-import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from trainer.config.schema import UserError, speaks_for_its_machine
-from trainer.console import quoted
+from trainer.errors import UserError, quoted, say_once
 
+UNFINISHED = ".unfinished-"
+"""begins the name of what is still being written"""
 RUN_LOCKS = (".lock", ".lock-file")
 """in a run folder: the file that the system locks; the one that is a lock by being there, where it cannot"""
 WITHOUT_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -31,6 +32,83 @@ PROBE = 2**16
 SOON = 10
 PATIENCE = 600
 """seconds after which a wait for another process that fills the cache is told, and given up"""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the path in an error of the disk, which often tells only that no space is left.
+
+    Raises:
+        OSError: for every such error inside, also of libraries in Rust, which raise their own kinds.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def publish(unfinished: Path, target: Path) -> None:
+    """Gives a finished file or folder its name, once all of it is on disk; replaces what had the name."""
+    for path in (unfinished, *unfinished.rglob("*")):
+        _sync(path)
+    if target.is_dir():
+        shutil.rmtree(target)
+    unfinished.replace(target)
+    _sync(target.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed writer left; call it while holding the run folder's lock."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_folder(target: Path, files: dict[str, bytes]) -> None:
+    """Puts a folder with these files in place, all or nothing, on disk when it returns.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing was changed.
+    """
+    temporary = target.parent / f"{UNFINISHED}{target.name}"
+    retired = target.parent / f"{UNFINISHED}old-{target.name}"
+    try:
+        for path in (temporary, retired):
+            shutil.rmtree(path, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            _write_synced(temporary / name, data)
+        for folder in {(temporary / name).parent for name in files} | {temporary}:
+            _sync(folder)
+        if target.exists():
+            target.rename(retired)
+        temporary.rename(target)
+        _sync(target.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if retired.exists() and not target.exists():
+            retired.rename(target)
+        raise OSError(f"cannot save {target}: {error.strerror or error}; what was saved before is whole") from None
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes one file, all or nothing.
+
+    Raises:
+        OSError: the disk is full or not writable; the file that was there is unchanged.
+    """
+    temporary = path.with_name(f"{UNFINISHED}{path.name}")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_synced(temporary, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -96,13 +174,6 @@ def share(path: Path) -> None:
                 part.chmod(mode & 0o2777 if part.is_dir() else mode & 0o666)
 
 
-@cache
-def say_once(line: str, quiet: bool) -> None:
-    """A line on stderr from the first process of a machine."""
-    if not quiet and speaks_for_its_machine():
-        print(line, file=sys.stderr)
-
-
 def _mode(folder: Path) -> int:
     """Of a lock file; -1: by the umask."""
     mode = folder.stat().st_mode
@@ -127,3 +198,19 @@ def _in_use(folder: Path, lock: Path) -> str:
         f"{folder} is in use by another running command{holder}; choose another --run.name\n"
         f"Should that machine or process be gone, this frees the folder: rm {quoted(lock)}"
     )
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

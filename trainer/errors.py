@@ -1,7 +1,7 @@
-"""What a command tells: streams that nobody reads, progress bars in log files, paths in commands and in errors.
+"""Mistakes a user can correct, and how every command tells them.
 
-Always holds: a command never fails because its messages find no reader: a closed terminal, a pipe whose reader has
-left, a log on a full disk. Imports no torch.
+Always holds: a command never fails because nobody reads its messages: a closed terminal, a pipe whose reader has left,
+a log on a full disk. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,62 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 LOG_SECONDS = 30
 """between the lines of a progress bar in a log file"""
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one or two lines, shown without a traceback; the program ends with exit code 2."""
+
+
+def one_line(error: Exception) -> str:
+    """What a library says of an error, in one line."""
+    return " ".join(str(error).split())[:240] or type(error).__name__
+
+
+def main_guard(main: Any, result_on_stdout: bool = False) -> int:
+    """Calls an entry point; a `UserError`, or a disk's, becomes its lines on stderr and exit code 2.
+
+    Only the first process of a machine prints, since all of them meet the same mistake.
+    """
+    keep_streams(result_on_stdout)
+    try:
+        code = int(main() or 0)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:  # before a run has its own way to stop, or a second Ctrl-C
+        return 130
+    except (UserError, OSError) as error:
+        if speaks_for_its_machine():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def speaks_for_its_machine() -> bool:
+    """Whether this process is alone or the first of its run on this machine, so that its words are read once."""
+    environment = os.environ
+    if environment.get("WORLD_SIZE", "1") in {"", "0", "1"}:
+        return True
+    # each task of `srun ./launch.sh` is a node to torchrun, also where several share a machine
+    joined = environment.get("GROUP_RANK") == environment.get("SLURM_PROCID")
+    return {environment.get("LOCAL_RANK", "0"), environment.get("SLURM_LOCALID", "0") if joined else "0"} == {"0"}
+
+
+@cache
+def say_once(line: str, quiet: bool) -> None:
+    """A line on stderr from the first process of a machine."""
+    if not quiet and speaks_for_its_machine():
+        print(line, file=sys.stderr)
+
+
+def quoted(path: str | Path) -> str:
+    """A path as it is typed in a shell, also behind an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 class _Stream(io.FileIO):
@@ -85,24 +135,3 @@ def bar_settings(log_seconds: float = LOG_SECONDS) -> dict[str, Any]:
     if sys.stderr.isatty():
         return {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.2}
     return {"file": _Lines(), "delay": log_seconds, "mininterval": log_seconds, "maxinterval": log_seconds}
-
-
-def quoted(path: str | Path) -> str:
-    """A path as it is typed in a shell, also behind an option."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Names the path in an error of the disk, which often tells only that no space is left.
-
-    Raises:
-        OSError: for every such error inside, also of libraries in Rust, which raise their own kinds.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError) and "(os error " not in str(error):
-            raise
-        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
