@@ -150,7 +150,7 @@ def test_rows_without_text_are_refused_skipped_or_kept(monkeypatch):
     said = "x.csv: 2 rows have an empty or missing text (text): row 2, 4"
     assert refused(path) == f"{said}; --data.empty_text skip leaves them out"
     for large in (2**26, 0, 0):  # read, then cached, then from the cache
-        monkeypatch.setattr("trainer.data.texts.LARGE", large)
+        monkeypatch.setattr("trainer.data.rows.LARGE", large)
         corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), 1, quiet=True)
         split = corpus.splits["train"]
         assert (list(split.texts), split.labels.tolist(), split.rows.tolist()) == (["a", "b"], [0, 1], [0, 2])
@@ -595,7 +595,7 @@ def test_messages_name_the_shard_and_its_row(monkeypatch):
     write("b.csv", "text,label\n" + "b,y\n" * 4 + ",y\n" * 2)
     write("c.csv", "text,label\n,y\n")
     for large in (2**26, 0):
-        monkeypatch.setattr("trainer.data.texts.LARGE", large)
+        monkeypatch.setattr("trainer.data.rows.LARGE", large)
         assert "(text): row 5, 6 of b.csv; row 1 of c.csv; --data" in refused("[abc].csv")
     write("b.jsonl", '{"text": "b", "label": "y"}\n{"text": ["b"], "label": "y"}\n')
     assert refused("[ab].*").endswith("row 2 of b.jsonl: column 'text' holds a list, no text")

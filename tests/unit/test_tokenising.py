@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import WORDS
 from trainer.data.corpus import TextSplit
-from trainer.data.texts import digests
+from trainer.data.rows import digests
 from trainer.data.tokens import Examples, tokenise
 
 

@@ -28,8 +28,8 @@ from trainer.config.labels import (
     short,
 )
 from trainer.config.schema import NO_COLUMN, DataConfig, Source, completed
-from trainer.data.sources import find_origin, option
-from trainer.data.texts import Table, Texts, read_table
+from trainer.data.rows import Table, Texts, read_table
+from trainer.data.sources import find_origin, option_name
 from trainer.errors import UserError
 
 _Part = TypeVar("_Part")
@@ -115,9 +115,9 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     """
     warnings: list[str] = []
     named = [name for name in ("train", "validation", "test") if getattr(config, name) is not None]
-    layouts = {name: completed(getattr(config, name), config) for name in named}
-    _refuse_mixed_pairs(layouts)
-    tables = _for_each(named, lambda name: read_table(name, layouts[name], quiet=quiet))
+    sources = {name: completed(getattr(config, name), config) for name in named}
+    _refuse_mixed_pairs(sources)
+    tables = _for_each(named, lambda name: read_table(name, sources[name], quiet=quiet))
     label_names, doubt = _label_names(tables["train"])
     try:
         splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
@@ -160,19 +160,19 @@ def load_for_prediction(
         UserError: as `load_corpus`.
     """
     trained = completed(config.train or "", config)
-    layout = completed(source, trained)
-    if bool(layout.text_pair_columns) != bool(trained.text_pair_columns):
+    full = completed(source, trained)
+    if bool(full.text_pair_columns) != bool(trained.text_pair_columns):
         has, lacks = ("the run", "--input") if trained.text_pair_columns else ("--input", "the run")
         raise UserError(f"--text_pair_columns: {has} has pairs of texts and {lacks} has single texts; both must agree")
-    layout = dataclasses.replace(layout, empty_text="keep")  # each row of the input gets its prediction
+    full = dataclasses.replace(full, empty_text="keep")  # each row of the input gets its prediction
     # a column of labels that was asked for by name must be there
     labels_required = source.label_column not in (None, NO_COLUMN)
-    table = read_table("input", layout, labels_required, extra=id_column, quiet=quiet)
+    table = read_table("input", full, labels_required, extra=id_column, quiet=quiet)
     warnings: list[str] = []
     split = _checked(table, label_names, warnings)
     if table.ids is None:
         return split, [str(row) for row in split.rows], warnings
-    return split, _whole_ids(table, table.ids, f"--input: {layout.path}: column {id_column!r}", warnings), warnings
+    return split, _whole_ids(table, table.ids, f"--input: {full.path}: column {id_column!r}", warnings), warnings
 
 
 def id_columns(source: Source, config: DataConfig) -> list[str]:
@@ -181,9 +181,9 @@ def id_columns(source: Source, config: DataConfig) -> list[str]:
     Raises:
         UserError: an input that cannot be read.
     """
-    layout = completed(source, completed(config.train or "", config))
-    used = {*(layout.text_columns or []), *(layout.text_pair_columns or []), layout.label_column}
-    chunks = find_origin("input", layout).chunks([])
+    full = completed(source, completed(config.train or "", config))
+    used = {*(full.text_columns or []), *(full.text_pair_columns or []), full.label_column}
+    chunks = find_origin("input", full).chunks([])
     columns: dict[str, list[Any]] = next((columns for _, (_, columns) in chunks if columns), {})
     return [column for column in columns if column.strip().casefold() == "id" and column not in used]
 
@@ -215,7 +215,7 @@ def _label_names(train: Table) -> tuple[list[str], str | None]:
 
     The order is as configured, else as the data set says, else as found in train, sorted.
     """
-    configured = train.origin.layout.label_names or train.origin.class_names
+    configured = train.origin.source.label_names or train.origin.class_names
     if configured:
         names = configured.values() if isinstance(configured, dict) else configured
         return list(dict.fromkeys(map(_as_text, names))), None
@@ -224,8 +224,8 @@ def _label_names(train: Table) -> tuple[list[str], str | None]:
     are_amounts = all(map(is_number, found)) and any("." in text for text in found)
     if len(found) > max(4, num_rows // 2) or (are_amounts and len(found) > 20):
         doubt = (
-            f"{train.origin.where} has {len(found)} classes in {num_rows} rows; does column "
-            f"{train.origin.layout.label_column!r} hold the classes (data.label_column)?"
+            f"{train.origin.option} has {len(found)} classes in {num_rows} rows; does column "
+            f"{train.origin.source.label_column!r} hold the classes (data.label_column)?"
         )
     return sorted(found, key=lambda text: (0, float(text), text) if is_number(text) else (1, 0, text)), doubt
 
@@ -239,14 +239,14 @@ def _label_values(train: Table, label_names: list[str]) -> dict[str, str]:
     return {value: label_names[number] for value, number in values.items()}
 
 
-def _refuse_mixed_pairs(layouts: dict[str, Source]) -> None:
+def _refuse_mixed_pairs(sources: dict[str, Source]) -> None:
     """All splits hold pairs of texts, or none does."""
-    pairs = [name for name, layout in layouts.items() if layout.text_pair_columns]
-    single = [name for name in layouts if name not in pairs]
+    pairs = [name for name, source in sources.items() if source.text_pair_columns]
+    single = [name for name in sources if name not in pairs]
     if pairs and single:
         raise UserError(
-            f"{option(pairs[0])} has pairs of texts and {option(single[0])} has single texts; set "
-            f"{option(single[0])}.text_pair_columns, or leave it out of {option(pairs[0])} too"
+            f"{option_name(pairs[0])} has pairs of texts and {option_name(single[0])} has single texts; set "
+            f"{option_name(single[0])}.text_pair_columns, or leave it out of {option_name(pairs[0])} too"
         )
 
 
@@ -258,23 +258,23 @@ def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextS
     """
     if table.problem is not None:
         raise UserError(table.problem)
-    warnings += table.notes
+    warnings += table.warnings
     labels = None
     if table.label_codes is not None:
         labels = _class_numbers(table, table.label_codes, label_names, warnings)
         if _is_first_alone(table, table.label_codes):
             first = table.label_values[table.label_codes[0]]
-            warnings.append(f"{table.origin.where}: is row 1 a header? Its label {first!r} is in no other row")
+            warnings.append(f"{table.origin.option}: is row 1 a header? Its label {first!r} is in no other row")
     rows = table.texts.rows
     return TextSplit(
-        table.origin.name, table.origin.layout.path, table.texts, table.text_pairs, labels, rows, table.digests
+        table.origin.name, table.origin.source.path, table.texts, table.text_pairs, labels, rows, table.digests
     )
 
 
 def _is_first_alone(table: Table, codes: np.ndarray) -> bool:
     """Whether the first row of a file read without a header has a label of its own, and most others share theirs."""
     is_few = 2 * len(table.label_values) <= len(codes)
-    return bool(table.origin.layout.column_names) and is_few and np.count_nonzero(codes == codes[0]) == 1
+    return bool(table.origin.source.column_names) and is_few and np.count_nonzero(codes == codes[0]) == 1
 
 
 def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warnings: list[str]) -> np.ndarray:
@@ -286,11 +286,12 @@ def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warn
     unknown = np.flatnonzero(numbers < 0)
     if len(unknown):
         first = table.label_values[codes[unknown[0]]]
-        told = f"{len(unknown)} of {len(codes)} labels are unknown, first {short(first)} in {table.place(unknown[0])}"
+        row = table.describe_row(unknown[0])
+        told = f"{len(unknown)} of {len(codes)} labels are unknown, first {short(first)} in {row}"
         raise UserError(_unknown_label(table, told, first, label_names, meaning))
     if _could_count_otherwise(found, meaning):
         read = ", ".join(f"{value} = {label_names[meaning[matched[value]]]}" for value in sorted(found)[:4])
-        warnings.append(f"{table.origin.where}: its labels could count from 0 or from 1; they were read as {read}")
+        warnings.append(f"{table.origin.option}: its labels could count from 0 or from 1; they were read as {read}")
     return numbers
 
 
@@ -302,7 +303,7 @@ def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str,
     never meet a test split that counts from 0.
     """
     names = {name: i for i, name in enumerate(label_names)}
-    given: Any = table.origin.layout.label_names or table.origin.class_names or {}
+    given: Any = table.origin.source.label_names or table.origin.class_names or {}
     if isinstance(given, list):
         # a hub's numbers always count from 0
         counted = given is table.origin.class_names or list(map(_as_text, given)) != label_names
@@ -312,9 +313,9 @@ def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str,
         classes = match_labels(own.values(), names)
         strangers = sorted(set(own.values()) - set(classes))
         if strangers:
-            has = "label_names maps to" if table.origin.layout.label_names else "its stored class names have"
+            has = "label_names maps to" if table.origin.source.label_names else "its stored class names have"
             told = f"{has} {strangers[0]!r}, which is not a class of train: {_few(names)} (see label_names)"
-            raise UserError(f"{table.origin.where}: {told}")
+            raise UserError(f"{table.origin.option}: {told}")
         return {value: names[classes[name]] for value, name in own.items()}
     if all(map(is_number, found)) and not any(map(is_number, names)):
         return {str(i): i for i in range(len(label_names))}
@@ -330,7 +331,7 @@ def _could_count_otherwise(found: set[str], meaning: dict[str, int]) -> bool:
 
 
 def _unknown_label(table: Table, told: str, label: str, label_names: list[str], meaning: dict[str, int]) -> str:
-    message = f"{table.origin.where}: {table.origin.layout.path}: {told}; known: {_few(meaning)}"
+    message = f"{table.origin.option}: {table.origin.source.path}: {told}; known: {_few(meaning)}"
     message += describe_look_alikes(label, meaning)
     message += "; --ignore_labels true reads none" if table.origin.name == "input" else ""
     count = len(label_names)
@@ -339,8 +340,8 @@ def _unknown_label(table: Table, told: str, label: str, label_names: list[str], 
         first = counts_from[0]
         words = [name if re.fullmatch(r"\w[\w /.-]*", name) else json.dumps(name) for name in label_names]
         example = shlex.quote(f"{{{', '.join(f'{first + i}: {word}' for i, word in enumerate(words))}}}")
-        flag = "--label_names" if table.origin.name == "input" else f"--{table.origin.where}.label_names"
-        message += f"\n{table.origin.where} counts its labels from {first}; map them: {flag} {example}"
+        flag = "--label_names" if table.origin.name == "input" else f"--{table.origin.option}.label_names"
+        message += f"\n{table.origin.option} counts its labels from {first}; map them: {flag} {example}"
     return message
 
 
@@ -424,7 +425,7 @@ def _two_labels(table: Table, train: TextSplit, first: np.ndarray) -> Iterator[s
     assert train.labels is not None
     others = np.flatnonzero(train.labels != train.labels[first])
     if len(others):
-        rows = f"{table.place(first[others[0]])} and {table.place(others[0])}"
+        rows = f"{table.describe_row(first[others[0]])} and {table.describe_row(others[0])}"
         yield f"data.train: texts with more than one label: {len(np.unique(first[others])):,}, first in {rows}"
 
 
@@ -441,18 +442,18 @@ def _whole_ids(table: Table, ids: list[str], where: str, warnings: list[str]) ->
     fix = "--id_column '' takes the row's number"
     for row, text in enumerate(whole):
         if text.strip().lower() in MISSING_IDS:
-            raise UserError(f"{where}: {table.place(row)} has no id ({text!r}); {fix}")
+            raise UserError(f"{where}: {table.describe_row(row)} has no id ({text!r}); {fix}")
         if re.fullmatch(r"-?[0-9]([.,][0-9]+)?[eE]\+[0-9]+", text) or (are_floats and abs(float(text)) >= 2**53):
             raise UserError(
-                f"{where}: {table.place(row)}: {ids[row]!r} has lost digits; write the ids as text, or {fix}"
+                f"{where}: {table.describe_row(row)}: {ids[row]!r} has lost digits; write the ids as text, or {fix}"
             )
         if rows.setdefault(text, row) != row:
             repeated.append(row)
     if are_floats:
         warnings.append(f"{where}: ids such as {ids[0]!r} are written as {whole[0]!r}")
     if repeated:
-        text, again = whole[repeated[0]], table.place(repeated[0])
-        told = f"repeated ids: {len(repeated):,}, first {text!r} in {table.place(rows[text])} and {again}"
+        text, again = whole[repeated[0]], table.describe_row(repeated[0])
+        told = f"repeated ids: {len(repeated):,}, first {text!r} in {table.describe_row(rows[text])} and {again}"
         warnings.append(f"{where}: {told}")
     return whole
 

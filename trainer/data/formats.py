@@ -61,7 +61,7 @@ _Item = TypeVar("_Item")
 class Request:
     """What is read of a file, and how."""
 
-    layout: Source
+    source: Source
     wanted: list[str]
     """columns; others are named, and have no values"""
     prefix: str
@@ -132,7 +132,7 @@ def in_chunks(items: Iterable[_Item]) -> Iterator[list[_Item]]:
 
 def _lines(path: str, request: Request) -> Iterator[str]:
     r"""The lines of a text file with their ends. They end with \n, or with \r in a file that has no \n."""
-    encoding = request.layout.encoding or "utf-8"
+    encoding = request.source.encoding or "utf-8"
     try:
         with _opened(path, encoding, request.prefix) as file:
             first = file.readline().removeprefix("\ufeff")
@@ -256,7 +256,7 @@ class _Records:
     def __init__(self, lines: Iterator[str], delimiter: str, request: Request):
         self.line = 1
         """line in which the record begins that was read last"""
-        self._prefix, self._quoting = request.prefix, request.layout.quoting
+        self._prefix, self._quoting = request.prefix, request.source.quoting
         self._plain = f"if quotes are plain characters: {request.prefix}quoting none"
         quoting: Any = csv.QUOTE_NONE if self._quoting == "none" else csv.QUOTE_MINIMAL
         self._reader = csv.reader(self._checked(lines), delimiter=delimiter, quoting=quoting, strict=True)
@@ -302,8 +302,8 @@ def _read_csv(path: str, request: Request) -> Iterator[Chunk]:
     lines = filter(str.strip, _lines(path, request))
     first = next(lines, "")
     noted = re.fullmatch(r'("?)sep=(.)\1', first.rstrip("\r\n"))  # a line for Excel
-    noted = noted if len(request.layout.column_names or ()) != 1 else None  # where it may be a text
-    delimiter = request.layout.delimiter or (noted and noted[2]) or ("\t" if kind_of(path) == ".tsv" else ",")
+    noted = noted if len(request.source.column_names or ()) != 1 else None  # where it may be a text
+    delimiter = request.source.delimiter or (noted and noted[2]) or ("\t" if kind_of(path) == ".tsv" else ",")
     delimiter = {typed: meant for meant, typed in DELIMITERS.items()}.get(delimiter, delimiter)
     _check_delimiter(next(lines, "") if noted else first, delimiter, request)
     records = _Records(_lines(path, request), delimiter, request)
@@ -325,7 +325,7 @@ def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
 
     def rows(sheet: Any) -> Iterator[list[Any]]:
         nonlocal number
-        width = len(request.layout.column_names or [])
+        width = len(request.source.column_names or [])
         sheet.reset_dimensions()  # some programs write a smaller one than the sheet has
         for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):  # noqa: B007
             cells = list(row)
@@ -351,8 +351,8 @@ def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
 
 
 def _table(records: Iterable[list[Any]], place: Callable[[], str], request: Request) -> Iterator[Chunk]:
-    rows, layout = iter(records), request.layout
-    header = layout.column_names or next(filter(None, rows), [])
+    rows, source = iter(records), request.source
+    header = source.column_names or next(filter(None, rows), [])
     names = [str(name) if name is not None else "" for name in header]
     used = {name: i for i, name in enumerate(names) if name in request.wanted}
     repeated = [name for name in used if names.count(name) > 1]
@@ -371,7 +371,7 @@ def _table(records: Iterable[list[Any]], place: Callable[[], str], request: Requ
 def _whole_rows(
     rows: Iterator[list[Any]], names: list[str], place: Callable[[], str], request: Request
 ) -> Iterator[list[Any]]:
-    num_blank, may_be_header = 0, bool(request.layout.column_names)
+    num_blank, may_be_header = 0, bool(request.source.column_names)
     for row in rows:
         if not row:
             num_blank += 1
@@ -402,8 +402,8 @@ def _refuse_header(row: list[Any], names: list[str], where: str, prefix: str) ->
 
 def _check_delimiter(line: str, delimiter: str, request: Request) -> None:
     """Refuses a first line that fits with another delimiter than the one it is read with."""
-    names = request.layout.column_names
-    texts = {*(request.layout.text_columns or []), *(request.layout.text_pair_columns or [])}
+    names = request.source.column_names
+    texts = {*(request.source.text_columns or []), *(request.source.text_pair_columns or [])}
 
     def fields(separator: str) -> list[str]:
         return [field.strip() for field in next(csv.reader([line.replace("\r", "")], delimiter=separator), [])]

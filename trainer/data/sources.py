@@ -51,7 +51,7 @@ class Origin:
     """Where a split is read from; its files are there, and nothing of them is read but the names of classes."""
 
     name: str
-    layout: Source
+    source: Source
     paths: list[str]
     """its files in their order; of a hub data set those of its cache"""
     hub: datasets.Dataset | None = None
@@ -59,9 +59,9 @@ class Origin:
     """names that a data set stores for its class numbers"""
 
     @property
-    def where(self) -> str:
+    def option(self) -> str:
         """The option that named it."""
-        return option(self.name)
+        return option_name(self.name)
 
     @property
     def num_bytes(self) -> int:
@@ -86,13 +86,13 @@ class Origin:
             yield from ((0, chunk) for chunk in _hub_chunks(self, wanted))
 
 
-def option(name: str) -> str:
+def option_name(name: str) -> str:
     """The option that names a split's source."""
     return f"data.{name}" if name != "input" else "--input"
 
 
-def prefix(name: str) -> str:
-    """What the options of a split's own layout begin with."""
+def option_prefix(name: str) -> str:
+    """What the options of a split's own source begin with."""
     return {"input": "--", "train": "--data."}.get(name, f"--data.{name}.")
 
 
@@ -138,7 +138,7 @@ def find_files(name: str, path: str) -> list[str]:
     Raises:
         UserError: there are none, or of no known type.
     """
-    where = option(name)
+    where = option_name(name)
     try:
         paths = files_of(path, name)
     except ValueError as error:
@@ -181,22 +181,22 @@ def check_places(sources: dict[str, str | Source | None]) -> None:
         raise UserError("\n".join(problems))
 
 
-def find_origin(name: str, layout: Source) -> Origin:
-    """The files or the hub data set that a layout names.
+def find_origin(name: str, source: Source) -> Origin:
+    """The files or the hub data set that a source names.
 
     Raises:
         UserError: it is not there, or cannot be read.
     """
-    if is_hub_id(layout.path):
-        return _find_hub(name, layout)
-    paths = find_files(name, layout.path)
-    origin = Origin(name, layout, paths)
+    if is_hub_id(source.path):
+        return _find_hub(name, source)
+    paths = find_files(name, source.path)
+    origin = Origin(name, source, paths)
     names: list[str] | None = None
     for path in paths:
         with _refusals(origin, path):
-            stored = stored_class_names(path, layout.label_column or "")
+            stored = stored_class_names(path, source.label_column or "")
             if path != paths[0] and stored != names:
-                raise ValueError(f"the stored class names of {layout.label_column!r} are not those of {paths[0]}")
+                raise ValueError(f"the stored class names of {source.label_column!r} are not those of {paths[0]}")
             names = stored
     return dataclasses.replace(origin, class_names=names)
 
@@ -238,7 +238,7 @@ def _refusals(origin: Origin, path: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise UserError(f"{origin.where}: {path}: {_one_line(error)}") from None
+        raise UserError(f"{origin.option}: {path}: {_one_line(error)}") from None
 
 
 def _one_line(error: BaseException) -> str:
@@ -246,7 +246,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _file_chunks(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
-    request = Request(origin.layout, wanted, prefix(origin.name))
+    request = Request(origin.source, wanted, option_prefix(origin.name))
     first: tuple[str, set[str]] | None = None
     for index, path in enumerate(origin.paths):
         columns: set[str] = set()
@@ -262,29 +262,29 @@ def _file_chunks(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk
                 yield index, (count, chunk)
 
 
-def _find_hub(name: str, layout: Source) -> Origin:
+def _find_hub(name: str, source: Source) -> Origin:
     """`owner/name[/config][:split]` from the hub or its cache."""
     import datasets
 
-    path, _, split = layout.path.partition(":")
+    path, _, split = source.path.partition(":")
     owner, repository, *settings = path.split("/")
     try:
         table = datasets.load_dataset(f"{owner}/{repository}", *settings, split=split or name)
     except Exception as error:  # as its loaders and builders raise them
         raise UserError(
-            f"{option(name)}: {layout.path!r} was not found as a local file, in the cache, or on the hub "
+            f"{option_name(name)}: {source.path!r} was not found as a local file, in the cache, or on the hub "
             f"({_one_line(error.__cause__ or error)[:160]})\n"
-            f"Use local files: --{option(name).removeprefix('--')} FILE.csv (csv, tsv, json, jsonl, parquet), or run "
-            "once where the hub answers."
+            f"Use local files: --{option_name(name).removeprefix('--')} FILE.csv (csv, tsv, json, jsonl, parquet), "
+            "or run once where the hub answers."
         ) from None
-    feature = table.features.get(layout.label_column)
+    feature = table.features.get(source.label_column)
     files = [file["filename"] for file in table.cache_files]
-    return Origin(name, layout, files, table, feature.names if isinstance(feature, datasets.ClassLabel) else None)
+    return Origin(name, source, files, table, feature.names if isinstance(feature, datasets.ClassLabel) else None)
 
 
 def _hub_chunks(origin: Origin, wanted: list[str]) -> Iterator[Chunk]:
     assert origin.hub is not None
     yield 0, {name: [] for name in origin.hub.column_names}
     used = [name for name in origin.hub.column_names if name in wanted]
-    with _refusals(origin, origin.layout.path):
+    with _refusals(origin, origin.source.path):
         yield from arrow_chunks(origin.hub.select_columns(used).with_format("arrow").iter(CHUNK), used)

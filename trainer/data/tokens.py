@@ -27,7 +27,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.corpus import TextSplit
-from trainer.data.texts import cache_folder, forget, progress, say_without_cache
+from trainer.data.rows import cache_folder, forget, progress, say_without_cache
 from trainer.files import publish, share, taking_turns
 
 HASH = "sha256"  # file beside the arrays

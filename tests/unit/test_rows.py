@@ -18,8 +18,8 @@ import pytest
 from tests.conftest import ROOT, write_csv
 from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import _equal_texts, load_corpus, load_for_prediction
+from trainer.data.rows import Texts, digests
 from trainer.data.sources import Origin
-from trainer.data.texts import Texts, digests
 from trainer.errors import UserError
 
 ROWS = [(f"text {i} é" + " goal" * (i % 7), "abc"[i % 3]) for i in range(100)]
@@ -40,7 +40,7 @@ AWKWARD = [
 @pytest.fixture(autouse=True)
 def keep_all(cache, monkeypatch):
     """Keeps the rows of small sources too, and reads them in chunks that divide by nothing."""
-    monkeypatch.setattr("trainer.data.texts.LARGE", 0)
+    monkeypatch.setattr("trainer.data.rows.LARGE", 0)
     monkeypatch.setattr("trainer.data.formats.CHUNK", 7)
 
 
@@ -50,7 +50,7 @@ def load(train, seed=1, **settings):
 
 def in_memory(*arguments, **settings):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.data.texts.LARGE", 2**40)
+        patch.setattr("trainer.data.rows.LARGE", 2**40)
         return load(*arguments, **settings)
 
 
@@ -217,7 +217,7 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
         (tmp_path / "file").touch()
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     elif what == "full disk":
-        monkeypatch.setattr("trainer.data.texts.publish", fails)
+        monkeypatch.setattr("trainer.data.rows.publish", fails)
     else:
         monkeypatch.setattr(fcntl, "flock", fails)
     corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), 1, quiet=False)
@@ -432,7 +432,7 @@ def test_reading_is_quick(tmp_path, monkeypatch):
 PEAK = """
 import sys, threading, datasets
 from pathlib import Path
-from trainer.data import texts
+from trainer.data import rows
 from trainer.config.schema import DataConfig
 from trainer.data.corpus import load_corpus
 
@@ -445,7 +445,7 @@ def load(path):
         assert text
 
 path, cache, limit = sys.argv[1:]
-datasets.config.HF_DATASETS_CACHE, texts.LARGE = Path(cache), int(limit)
+datasets.config.HF_DATASETS_CACHE, rows.LARGE = Path(cache), int(limit)
 before, most, done = held(), [0], threading.Event()
 
 def watch():

@@ -2,7 +2,7 @@
 
 Always holds: in a table without a problem every label is present, every text is a string, and no text is empty unless
 `data.empty_text` keeps it. An example knows its row in the source. The rows of a large source are cached in the
-folder of `datasets` as an Arrow file under a hash of the source's content and the layout, so a changed source can never
+folder of `datasets` as an Arrow file under a hash of the source's content and the source, so a changed source can never
 meet old rows. A second file holds the hash of the first. Cached rows are mapped into memory, not loaded.
 """
 
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from trainer.config.labels import describe_look_alikes, label_text
 from trainer.config.schema import NO_COLUMN, Source
 from trainer.data.formats import SPILLED, Chunk, kind_of
-from trainer.data.sources import Origin, find_origin, prefix
+from trainer.data.sources import Origin, find_origin, option_prefix
 from trainer.errors import UserError, bar_settings, say_once, speaks_for_its_machine
 from trainer.files import publish, share, taking_turns
 
@@ -93,10 +93,10 @@ class Table:
     """[N], where a column of them was asked for"""
     problem: str | None
     """what is wrong with the rows; label_codes and digests mean nothing then"""
-    notes: list[str]
+    warnings: list[str]
     """what the user should know, a line each"""
 
-    def place(self, position: int) -> str:
+    def describe_row(self, position: int) -> str:
         """The row of an example as a message names it: "row 12", or "row 12 of b.csv" where there are several files."""
         return _places(self.origin, self.file_rows, [int(self.texts.rows[position])])
 
@@ -116,14 +116,14 @@ class _Seen:
 
 
 def read_table(
-    name: str, layout: Source, labels_required: bool = True, extra: str | None = None, quiet: bool = False
+    name: str, source: Source, labels_required: bool = True, extra: str | None = None, quiet: bool = False
 ) -> Table:
-    """All rows of a source, with only the columns its layout names and `extra`, the ids.
+    """All rows of a source, with only the columns its source names and `extra`, the ids.
 
     Raises:
         UserError: no such source, or one that cannot be read.
     """
-    origin = find_origin(name, layout)
+    origin = find_origin(name, source)
     folder = cache_folder(quiet) if origin.num_bytes >= LARGE else None
     if folder is not None:
         try:
@@ -131,7 +131,7 @@ def read_table(
         except OSError as error:  # of the cache; those of the source are a UserError
             say_without_cache(folder, error, quiet)
     seen = _Seen([0] * (1 if origin.hub is not None else len(origin.paths)))
-    rows = pa.Table.from_batches(_batches(origin, extra, seen, True), _schema(layout, extra))
+    rows = pa.Table.from_batches(_batches(origin, extra, seen, True), _schema(source, extra))
     _refuse_incomplete(origin, seen, labels_required, extra)
     return _table(origin, rows, None, seen.file_rows, seen.missing, _problem(origin, extra, seen))
 
@@ -191,10 +191,10 @@ def digests(texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
 def _kept_table(folder: Path, origin: Origin, labels_required: bool, extra: str | None, quiet: bool) -> Table:
     """The rows as an earlier run kept them; else they are read, and kept where nothing is wrong with them."""
     content = origin.content()
-    layout = dataclasses.asdict(dataclasses.replace(origin.layout, label_names=None))
-    path = layout.pop("path")
+    source = dataclasses.asdict(dataclasses.replace(origin.source, label_names=None))
+    path = source.pop("path")
     place = list(map(kind_of, origin.paths)) if origin.hub is None else path
-    key = json.dumps([LAYOUT, layout, place, extra, content], sort_keys=True)
+    key = json.dumps([LAYOUT, source, place, extra, content], sort_keys=True)
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.rows"
     with taking_turns(path, quiet) as part:
         found = _opened(path)
@@ -204,12 +204,12 @@ def _kept_table(folder: Path, origin: Origin, labels_required: bool, extra: str 
                 return table
         seen = _Seen([0] * (1 if origin.hub is not None else len(origin.paths)))
         try:
-            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _schema(origin.layout, extra)) as writer:
+            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _schema(origin.source, extra)) as writer:
                 for batch in _batches(origin, extra, seen, quiet):
                     writer.write_batch(batch)
             _refuse_incomplete(origin, seen, labels_required, extra)
             if origin.content() != content:
-                raise UserError(f"{origin.where}: {origin.layout.path} was changed while it was read")
+                raise UserError(f"{origin.option}: {origin.source.path} was changed while it was read")
             rows, mapped = _mapped(part)
             problem = _problem(origin, extra, seen)
             if problem is None:
@@ -271,11 +271,11 @@ def _table(
         np.frombuffer(chunk.buffers()[1], dtype=np.uint64, count=2 * len(chunk)) for chunk in rows["digest"].chunks
     ]
     hashes = np.concatenate(words).reshape(-1, 2)
-    if origin.layout.empty_text == "skip" and missing and problem is None:
+    if origin.source.empty_text == "skip" and missing and problem is None:
         has_text = np.all([pc.not_equal(rows[name], "").to_numpy() for name in texts], axis=0)
         kept, others, hashes = np.flatnonzero(has_text), others.filter(pa.array(has_text)), hashes[has_text]
         if not len(kept):
-            raise UserError(f"{origin.where}: {origin.layout.path} has no row with a text")
+            raise UserError(f"{origin.option}: {origin.source.path} has no row with a text")
     column = others["label"].dictionary_encode().combine_chunks()
     columns = [Texts(rows[name], kept, file) for name in texts]
     table = Table(
@@ -288,7 +288,7 @@ def _table(
         digests=hashes,
         ids=others["id"].to_pylist() if "id" in others.column_names else None,
         problem=problem,
-        notes=_notes(origin, missing, file_rows) if problem is None else [],
+        warnings=_warnings(origin, missing, file_rows) if problem is None else [],
     )
     forget(file)
     return table
@@ -297,37 +297,37 @@ def _table(
 # --- a pass over the rows ---------------------------------------------------------------------------------------------
 
 
-def _schema(layout: Source, extra: str | None) -> pa.Schema:
-    present = {"text": True, "text_pair": layout.text_pair_columns, "label": True, "id": extra is not None}
+def _schema(source: Source, extra: str | None) -> pa.Schema:
+    present = {"text": True, "text_pair": source.text_pair_columns, "label": True, "id": extra is not None}
     return pa.schema([*((name, pa.large_string()) for name in present if present[name]), ("digest", pa.binary(16))])
 
 
 def _batches(origin: Origin, extra: str | None, seen: _Seen, quiet: bool) -> Iterator[pa.RecordBatch]:
-    layout = origin.layout
-    wanted = [*(layout.text_columns or []), *(layout.text_pair_columns or []), layout.label_column or NO_COLUMN]
+    source = origin.source
+    wanted = [*(source.text_columns or []), *(source.text_pair_columns or []), source.label_column or NO_COLUMN]
     wanted += [extra] if extra is not None else []
     with progress(f"reading {origin.name}", "rows", None, quiet) as bar:
         for file, (count, chunk) in origin.chunks(wanted):
             _note_missing(seen, SPILLED, chunk.pop(SPILLED, []))
             seen.columns.update(dict.fromkeys(chunk))
             if count:
-                yield _batch((count, chunk), layout, extra, seen)
+                yield _batch((count, chunk), source, extra, seen)
             seen.num_rows += count
             seen.file_rows[file] += count
             bar.update(count)
 
 
-def _batch(chunk: Chunk, layout: Source, extra: str | None, seen: _Seen) -> pa.RecordBatch:
-    texts = _joined(chunk, layout.text_columns or [], seen)
-    pairs = _joined(chunk, layout.text_pair_columns, seen) if layout.text_pair_columns else None
-    labels = [label_text(value) for value in _checked(chunk, layout.label_column or "", seen)]
-    needed = [(text and pair) or layout.empty_text != "skip" for text, pair in zip(texts, pairs or texts, strict=True)]
+def _batch(chunk: Chunk, source: Source, extra: str | None, seen: _Seen) -> pa.RecordBatch:
+    texts = _joined(chunk, source.text_columns or [], seen)
+    pairs = _joined(chunk, source.text_pair_columns, seen) if source.text_pair_columns else None
+    labels = [label_text(value) for value in _checked(chunk, source.label_column or "", seen)]
+    needed = [(text and pair) or source.empty_text != "skip" for text, pair in zip(texts, pairs or texts, strict=True)]
     _note_missing(seen, "label", [label is None and bool(need) for label, need in zip(labels, needed, strict=True)])
     ids = _checked_ids(chunk, extra, seen) if extra is not None else None
     columns: list[Any] = [column for column in (texts, pairs, labels, ids) if column is not None]
     if seen.no_text:  # refused at the end; until then half a character would stop us
         columns = [[v and v.encode("utf-8", "replace").decode() for v in column] for column in columns]
-    schema, hashes = _schema(layout, extra), pa.py_buffer(digests(texts, pairs))
+    schema, hashes = _schema(source, extra), pa.py_buffer(digests(texts, pairs))
     arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types[:-1], strict=True)]
     arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), chunk[0], [None, hashes]))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
@@ -377,31 +377,31 @@ def _note_missing(seen: _Seen, what: str, missing: list[bool]) -> None:
 
 
 def _refuse_incomplete(origin: Origin, seen: _Seen, labels_required: bool, extra: str | None) -> None:
-    layout = origin.layout
+    source = origin.source
     if not seen.columns:
-        raise UserError(f"{origin.where}: {layout.path} has no rows")
-    label = layout.label_column or ""
-    wanted = [*(layout.text_columns or []), *(layout.text_pair_columns or [])]
+        raise UserError(f"{origin.option}: {source.path} has no rows")
+    label = source.label_column or ""
+    wanted = [*(source.text_columns or []), *(source.text_pair_columns or [])]
     wanted += ([label] if labels_required else []) + ([extra] if extra is not None else [])
     missing = [column for column in wanted if column not in seen.columns]
     if missing:
         group = "--" if origin.name == "input" else "data."
         named = "label_column" if missing == [label] else "id_column" if missing == [extra] else "text_columns"
         alike = "".join(describe_look_alikes(column, seen.columns) for column in missing)
-        hint = "" if layout.column_names else f"; for a file without a header name its columns in {group}column_names"
+        hint = "" if source.column_names else f"; for a file without a header name its columns in {group}column_names"
         raise UserError(
-            f"{origin.where}: {layout.path} has no column {', '.join(map(repr, missing))}; it has "
+            f"{origin.option}: {source.path} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(repr(column[:40]) for column in list(seen.columns)[:12])}{alike} (see {group}{named}{hint})"
         )
     if not seen.num_rows:
-        raise UserError(f"{origin.where}: {layout.path} has no rows")
+        raise UserError(f"{origin.option}: {source.path} has no rows")
 
 
 def _problem(origin: Origin, extra: str | None, seen: _Seen) -> str | None:
     """What is wrong with the rows, the first that is found."""
-    layout, label = origin.layout, origin.layout.label_column or ""
-    groups = _text_groups(layout)
-    fixes = dict.fromkeys(groups, f"; {prefix(origin.name)}empty_text skip leaves them out")
+    source, label = origin.source, origin.source.label_column or ""
+    groups = _text_groups(source)
+    fixes = dict.fromkeys(groups, f"; {option_prefix(origin.name)}empty_text skip leaves them out")
     if label in seen.columns:
         groups["label"] = [label]
     if extra is not None:
@@ -410,23 +410,23 @@ def _problem(origin: Origin, extra: str | None, seen: _Seen) -> str | None:
         fixes |= {"label": "; --ignore_labels true reads none", "id": "; --id_column '' takes the row's number"}
     for what, columns in groups.items():
         for row, told in (seen.no_text[column] for column in columns if column in seen.no_text):
-            return f"{origin.where}: {layout.path}: {_places(origin, seen.file_rows, [row])}: {told}"
-        if what in seen.missing and (what not in _text_groups(layout) or layout.empty_text in (None, "refuse")):
+            return f"{origin.option}: {source.path}: {_places(origin, seen.file_rows, [row])}: {told}"
+        if what in seen.missing and (what not in _text_groups(source) or source.empty_text in (None, "refuse")):
             return f"{_told_missing(origin, seen.missing, seen.file_rows, what)}{fixes.get(what, '')}"
     return None
 
 
-def _notes(origin: Origin, missing: dict[str, list[int]], file_rows: list[int]) -> list[str]:
+def _warnings(origin: Origin, missing: dict[str, list[int]], file_rows: list[int]) -> list[str]:
     """Warns of empty texts that are not refused, and of texts that spill into columns without a name."""
-    done = {"skip": "they are skipped", "keep": "they are kept"}.get(origin.layout.empty_text or "", "")
-    told = dict.fromkeys(_text_groups(origin.layout), done)
-    columns = f"{prefix(origin.name)}text_columns"
+    done = {"skip": "they are skipped", "keep": "they are kept"}.get(origin.source.empty_text or "", "")
+    told = dict.fromkeys(_text_groups(origin.source), done)
+    columns = f"{option_prefix(origin.name)}text_columns"
     told[SPILLED] = f"it is ignored; quote such texts, or name the columns in the header and list them in {columns}"
     return [f"{_told_missing(origin, missing, file_rows, what)}; {told[what]}" for what in told if what in missing]
 
 
-def _text_groups(layout: Source) -> dict[str, list[str]]:
-    groups = (layout.text_columns, layout.text_pair_columns)
+def _text_groups(source: Source) -> dict[str, list[str]]:
+    groups = (source.text_columns, source.text_pair_columns)
     return {f"text ({', '.join(columns)})": columns for columns in groups if columns}
 
 
@@ -435,7 +435,7 @@ def _told_missing(origin: Origin, missing: dict[str, list[int]], file_rows: list
     places = _places(origin, file_rows, first) + (", ..." if count > SHOWN else "")
     has = "row has" if count == 1 else "rows have"
     told = what if what == SPILLED else f"an empty or missing {what}"
-    return f"{origin.where}: {origin.layout.path}: {count} {has} {told}: {places}"
+    return f"{origin.option}: {origin.source.path}: {count} {has} {told}: {places}"
 
 
 def _places(origin: Origin, file_rows: list[int], rows: list[int]) -> str:
