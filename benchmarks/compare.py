@@ -119,7 +119,7 @@ class Contender:
         command = [sys.executable, "-m", module, task.folder, str(task.batch), task.precision, task.device]
         self.name = name
         self.process = subprocess.Popen(
-            [*command, task.compile, *own], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, *own], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.about = self.answer()
 
@@ -309,7 +309,6 @@ def parsed(arguments=None):
     parser.add_argument("--batch", type=int, default=32, help="examples of a step, a multiple of 16")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="as run.precision")
-    parser.add_argument("--compile", choices=["auto", "true", "false"], default="auto", help="as model.compile")
     parser.add_argument("--texts", type=Path, help="csv with the columns text and label; default: made-up words")
     parser.add_argument("--tokenizer", type=Path, help="folder with the tokenizer of the texts")
     parser.add_argument("--passes", type=int, default=PASSES)
@@ -347,7 +346,7 @@ def run(options, device):
     """All that is measured, as the JSON has it."""
     precision = choose_precision(options.precision)
     with tempfile.TemporaryDirectory() as folder:
-        task = workload.Task(Path(folder), options.batch, precision, device, options.compile)
+        task = workload.Task(Path(folder), options.batch, precision, device)
         weights, lengths = write_inputs(task.folder, options)
         wanted = len(lengths) if device == "cuda" else EXAMPLES_A_PASS[options.backbone]
         num_steps = min(options.steps or max(1, wanted // options.batch), len(lengths) // options.batch)

@@ -50,7 +50,7 @@ def arguments(task):
         "--optim.learning_rate", str(LEARNING_RATE), "--optim.weight_decay", str(WEIGHT_DECAY),
         "--optim.max_grad_norm", str(MAX_GRAD_NORM), "--optim.schedule", "constant", "--run.seed", str(SEED),
         "--run.precision", task.precision, "--run.output_dir", str(task.folder / "runs"), "--run.name", "isotrain",
-        "--run.quiet", "true", "--tracking.backends", "[]", "--model.compile", task.compile,
+        "--run.quiet", "true", "--tracking.backends", "[]",
     ]  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def build(task):
     folder = task.folder / "runs" / "isotrain"
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator(task.precision)
-    inputs = building.prepare(config, folder, task.precision, accelerator.device)
+    inputs = building.prepare(config, folder, task.precision)
     return building.build(inputs, accelerator, StopRequest(), Watch())
 
 

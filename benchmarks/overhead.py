@@ -75,7 +75,7 @@ def build(folder):
     precision = choose_precision(config.run.precision)
     folder.mkdir(exist_ok=True)
     accelerator = start_accelerator(precision)
-    inputs = building.prepare(config, folder, precision, accelerator.device)
+    inputs = building.prepare(config, folder, precision)
     return precision, building.build(inputs, accelerator, StopRequest(), Watch())
 
 

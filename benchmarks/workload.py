@@ -56,8 +56,6 @@ class Task:
     precision: str
     """no, bf16 or fp16"""
     device: str
-    compile: str = "auto"
-    """Isotrain's model.compile"""
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def serve(arguments, build):
         arguments: what a `Task` is made from, and what else `build` takes.
         build: makes the contender of a `Task`.
     """
-    folder, batch, precision, device, compiled, *others = arguments
+    folder, batch, precision, device, *others = arguments
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
 
@@ -198,7 +196,7 @@ def serve(arguments, build):
         print(json.dumps(found), file=answers, flush=True)
 
     libraries = peak_of_process()
-    contender = build(Task(Path(folder), int(batch), precision, device, compiled), *others)
+    contender = build(Task(Path(folder), int(batch), precision, device), *others)
     plan = plan_of(contender.lengths, int(batch))
     longest = int(np.argmax(contender.lengths))
     first = next(step for step in range(plan.steps_per_epoch) if longest in plan.global_batch(step))

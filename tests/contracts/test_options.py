@@ -15,7 +15,7 @@ data.train data.validation data.test data.validation_fraction data.column_names 
 data.encoding data.quoting data.empty_text data.text_columns
 data.text_pair_columns data.label_column data.label_names data.max_length
 batch.size batch.max_tokens batch.eval_max_tokens
-model.name model.revision model.adapter model.dropout model.packed model.compile
+model.name model.revision model.adapter model.dropout model.packed
 peft.peft_type peft.max_trainable_parameters
 optim.name optim.learning_rate optim.weight_decay optim.betas optim.eps optim.max_grad_norm optim.schedule
 optim.warmup_fraction optim.final_lr_fraction optim.epochs optim.max_steps optim.label_smoothing optim.class_weights
@@ -45,7 +45,7 @@ def test_what_may_differ_between_start_and_continuation():
         "run.name", "run.output_dir", "run.resume", "run.quiet",
         "data.train", "data.validation", "data.test", "data.delimiter", "data.encoding", "data.quoting",
         "batch.max_tokens", "batch.eval_max_tokens",
-        "model.name", "model.revision", "model.adapter", "model.packed", "model.compile",
+        "model.name", "model.revision", "model.adapter", "model.packed",
         "peft.max_trainable_parameters",
         "checkpoint.every_steps", "checkpoint.keep_last",
         "tracking.every_steps", "tracking.backends",

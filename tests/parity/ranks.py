@@ -104,47 +104,9 @@ def build(arguments, double=False, precision="no"):
         building.build_model = lambda *given: plain(*given).double()
         building.set_precision = lambda model, compute_type: None
     try:
-        return building.build(
-            building.prepare(config, folder, precision, accelerator.device), accelerator, StopRequest(), Watch()
-        )
+        return building.build(building.prepare(config, folder, precision), accelerator, StopRequest(), Watch())
     finally:
         building.build_model, building.set_precision = plain, kept
-
-
-class CpuRecorder:
-    """Does on a CPU what CUDA graphs do: the same operations again, on the very tensors they were recorded with."""
-
-    recorded = 0
-
-    def rehearse(self, work):
-        work()
-
-    def record(self, work):
-        import torch
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        done = []
-        CpuRecorder.recorded += 1
-
-        class Recording(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, arguments=(), settings=None):
-                assert function.overloadpacket.__name__ != "_local_scalar_dense", "the host waits while recording"
-                result = function(*arguments, **(settings or {}))
-                done.append((function, arguments, settings or {}, result))
-                return result
-
-        with Recording():
-            result = work()
-
-        @torch.no_grad()
-        def replay():
-            for function, arguments, settings, result in done:
-                again = function(*arguments, **settings)
-                for old, new in zip(*map(torch.utils._pytree.tree_leaves, (result, again)), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-
-        return replay, result
 
 
 # --- one step's gradient ----------------------------------------------------------------------------------------------
@@ -163,21 +125,18 @@ def weigh_parts_alike(run, step, micro_batches):
     ]
 
 
-def gradients(arguments, cases, wrong=None, recorded=False, precision=None):
+def gradients(arguments, cases, wrong=None, precision=None):
     """Gradient, loss and sizes of the micro-batches of one step, for each case.
 
     Args:
         arguments: command line of the run; SGD with a learning rate of 1 and no clipping, so a step subtracts the
             gradient itself.
         cases: (global batch, step, max_tokens) of each.
-        wrong: a mistake to make: "mean of means", dropout keyed by "rank" or by "position", or replays of the "old
-            tokens" or with the "old masks".
-        recorded: the work is recorded once for each shape and replayed.
+        wrong: a mistake to make: "mean of means", or dropout keyed by "rank" or by "position".
         precision: None = fp64.
     """
     import torch
 
-    from trainer.packed import graphs
     from trainer.training.step import result_of, train_step
 
     run = build(arguments, double=precision is None, precision=precision or "no")
@@ -187,13 +146,6 @@ def gradients(arguments, cases, wrong=None, recorded=False, precision=None):
     if wrong == "position":
         keyed = run.dropout.micro_batch
         run.dropout.micro_batch = lambda step, ids, lengths: keyed(step, np.arange(len(ids)), lengths)
-    if wrong == "old masks":
-        run.dropout.draw_into = lambda held: None
-    if wrong == "old tokens":
-        graphs._read = lambda batch, layout: layout.tensors()
-    if recorded:
-        kept = graphs.Graphs(run.forward, run.dropout, run.trained.values(), run.accelerator.autocast, CpuRecorder)
-        run = dataclasses.replace(run, graphs=kept)
     results = {}
     for case in cases:
         batch_size, step, max_tokens = case
@@ -210,8 +162,6 @@ def gradients(arguments, cases, wrong=None, recorded=False, precision=None):
                 new.copy_(old)
         gradient = torch.cat([tensor.flatten() for tensor in subtracted]).numpy()
         results[case] = {"gradient": gradient, "loss": result.loss, "norm": result.grad_norm, "sizes": sizes}
-        if recorded:
-            results[case]["recordings"] = CpuRecorder.recorded
     return results
 
 
@@ -374,7 +324,7 @@ def with_scaler(run, scale):
     return run
 
 
-def looped(arguments, hit=None, in_flight=1, recorded=False):
+def looped(arguments, hit=None, in_flight=1):
     """The first steps by the real loop; in the first try of the first one memory runs out on rank `hit`.
 
     Returns:
@@ -382,16 +332,12 @@ def looped(arguments, hit=None, in_flight=1, recorded=False):
     """
     import torch
 
-    from trainer.packed import graphs
     from trainer.training import loop
     from trainer.training.state import TrainState
 
     run = build(arguments)
     loop.IN_FLIGHT, right, backward = in_flight, loop.train_step, run.accelerator.backward
     steps, tried = [], []
-    if recorded:
-        kept = graphs.Graphs(run.forward, run.dropout, run.trained.values(), run.accelerator.autocast, CpuRecorder)
-        run = dataclasses.replace(run, graphs=kept)
 
     def noting(run, step, *others):
         steps.append(step)

@@ -27,14 +27,14 @@ def found(parity_arguments):
     """Results by rank of all cases, for a world size and a dropout; computed once."""
 
     @functools.cache
-    def compute(world_size, dropout, wrong, packed, recorded, precision):
-        name = f"gradients-{world_size}-{dropout}-{wrong}-{packed}-{recorded}-{precision}"
+    def compute(world_size, dropout, wrong, packed, precision):
+        name = f"gradients-{world_size}-{dropout}-{wrong}-{packed}-{precision}"
         arguments = parity_arguments(name, dropout, *STEP_IS_GRADIENT, "--model.packed", packed)
         cases = CASES if wrong is None else CASES[:5]
-        return on_ranks(world_size, gradients, arguments, cases, wrong, recorded, precision)
+        return on_ranks(world_size, gradients, arguments, cases, wrong, precision)
 
-    return lambda world_size, dropout, wrong=None, packed="true", recorded=False, precision=None: compute(
-        world_size, dropout, wrong, packed, recorded, precision
+    return lambda world_size, dropout, wrong=None, packed="true", precision=None: compute(
+        world_size, dropout, wrong, packed, precision
     )
 
 
@@ -74,26 +74,6 @@ def test_in_bf16_it_is_the_same_up_to_rounding(found, packed):
             assert max(relative(rank[case], exact[case[:2]]) for case in CASES) < 2.5 * rounding
     wrong = found(2, 0.1, "mean of means", packed=packed, precision="bf16")[0]
     assert max(relative(result, exact[case[:2]]) for case, result in wrong.items()) > 10 * rounding
-
-
-def test_recorded_and_replayed_it_is_the_same(found):
-    replayed = 0
-    for rank in found(2, 0.1, recorded=True):
-        before = 0
-        for case in CASES:
-            whole = found(1, 0.1, packed="false")[0][(*case[:2], WHOLE)]
-            assert distance(rank[case], whole) < TOLERANCE, case
-            assert rank[case]["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
-            replayed += len(rank[case]["sizes"]) - (rank[case]["recordings"] - before)
-            before = rank[case]["recordings"]
-    assert replayed > 40
-
-
-@pytest.mark.parametrize("wrong", ["old tokens", "old masks"])
-def test_a_replay_of_what_is_old_would_be_rejected(found, wrong):
-    cases = found(1, 0.1, wrong, recorded=True).pop()
-    whole = found(1, 0.1)[0][CASES[0]]
-    assert max(distance(result, whole) for result in cases.values()) > 1e9 * TOLERANCE
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -11,12 +11,9 @@ import pytest
 import torch
 
 from trainer.batching.plan import (
-    PAIRS,
     MicroBatch,
     Plan,
-    Shape,
     collate,
-    shape_of,
     share_out,
     shuffled,
     split_by_tokens,
@@ -325,59 +322,6 @@ def test_a_packed_plan_counts_no_padding():
         parts = [part.ids for rank in range(2) for part in packed.micro_batches(step, rank, 2) if part.weights.any()]
         assert packed.largest(step, 2)[1] == max(int(plan.lengths[part].sum()) for part in parts)
         assert sorted(np.concatenate(parts).tolist()) == sorted(plan.global_batch(step).tolist())
-
-
-# --- shapes ---
-
-
-def test_fillers_bring_any_examples_to_their_shape():
-    generator = np.random.default_rng(0)
-    for count in [*range(1, 40), 100, 250]:
-        lengths = generator.integers(1, 120, count)
-        shape, fillers = shape_of(lengths), shape_of(lengths).fillers(lengths)
-        assert (shape.examples, shape.tokens) == (count + len(fillers), lengths.sum() + fillers.sum())
-        assert 4 <= len(fillers) <= 7
-        assert 1 <= fillers.min() <= fillers.max() <= 33
-        assert shape.examples % 4 == shape.tokens % 128 == 0
-        assert shape.longest == 128
-    assert shape_of(np.array([129, 3])).longest == 192
-
-
-def test_what_takes_long_to_compute_has_no_shape():
-    assert shape_of(np.full(252, 128)) == Shape(256, 32384, 128)
-    assert PAIRS == 256 * 128**2
-    assert shape_of(np.full(253, 128)) is None
-    assert shape_of(np.full(252, 129)) is None
-
-
-@pytest.mark.parametrize(("batch_size", "world_size"), [(32, 1), (32, 2), (64, 2)])
-def test_few_shapes_occur_and_they_hold_little_beside_the_examples(batch_size, world_size):
-    lengths = news_like_lengths(20_000)
-    plan = Plan(lengths, np.ones(len(lengths)), batch_size, seed=0, max_tokens=10**5, packed=True, filled=True)
-    steps = range(plan.steps_per_epoch)
-    ranks = itertools.product(steps, range(world_size))
-    parts = [part.ids for step, rank in ranks for part in plan.micro_batches(step, rank, world_size)]
-    assert len({shape_of(lengths[part]) for part in parts}) <= 30
-    computed = sum(plan.num_padded_tokens(step, world_size) for step in steps)
-    assert computed == sum(shape_of(lengths[part]).tokens for part in parts)
-    assert 1 < computed / lengths.sum() < 1.08
-
-
-def test_a_filled_plan_counts_what_has_no_shape_as_it_is():
-    lengths = np.full(300, 150)
-    plan = Plan(lengths, np.ones(300), 300, seed=0, max_tokens=10**6, packed=True, filled=True)
-    assert plan.num_padded_tokens(0, 1) == lengths.sum()
-
-
-def test_collate_fills_up_with_what_weighs_nothing(examples):
-    shape = shape_of(examples.lengths)
-    batch = collate(examples, np.array([2, 0, 1]), np.ones(3), None, CPU, shape)
-    assert batch.lengths.tolist() == [4, 3, 1, *shape.fillers(examples.lengths)]
-    assert batch.inputs["input_ids"].tolist() == [30, 31, 32, 33, 10, 11, 12, 20] + [0] * 120
-    assert batch.inputs["token_type_ids"].shape == (128,)
-    assert batch.labels.tolist() == [1, 2, 0] + [0] * 5
-    assert batch.weights.tolist() == [1.0] * 3 + [0.0] * 5
-    assert batch.ids.tolist() == [2, 0, 1] + [0] * 5
 
 
 # --- when memory runs out ---

@@ -25,9 +25,6 @@ from trainer.compat import on_device
 AT_ONCE = 64  # batches whose examples are drawn together: it takes hardly longer than for one
 ROUNDS = 24
 MIX = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)
-# A `Shape` is rounded up to these: so few occur that each can be recorded. Above so many pairs of tokens that attend to
-# one another there is none: there a GPU takes longer to compute than its host to ask for it.
-EXAMPLES, TOKENS, LENGTH, SHORTEST, PAIRS = 4, 128, 64, 128, 2**22
 
 
 class Tokenised(Protocol):
@@ -56,29 +53,6 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a packed micro-batch is filled up to, with examples that weigh nothing, so that few shapes occur."""
-
-    examples: int
-    tokens: int
-    longest: int
-    """tokens that the longest example may have"""
-
-    def fillers(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens of the examples that are wanting beside those of `lengths` [B], int64 [4 to 7]; 1 to 33 each."""
-        count, tokens = self.examples - len(lengths), self.tokens - int(lengths.sum())
-        return np.arange(tokens, tokens + count) // count
-
-
-def shape_of(lengths: np.ndarray) -> Shape | None:
-    """The shape for examples of these lengths [B]; None where they are too many or too long for one."""
-    examples = -(-len(lengths) // EXAMPLES) * EXAMPLES + EXAMPLES
-    tokens = -(-(int(lengths.sum()) + examples - len(lengths)) // TOKENS) * TOKENS
-    longest = max(SHORTEST, -(-int(lengths.max()) // LENGTH) * LENGTH)
-    return Shape(examples, tokens, longest) if examples * longest**2 <= PAIRS else None
-
-
-@dataclass(frozen=True)
 class Plan:
     """Every batch of a run, by step."""
 
@@ -93,8 +67,6 @@ class Plan:
     """tokens of a micro-batch at most, padding included"""
     packed: bool = False
     """examples lie end to end, without padding"""
-    filled: bool = False
-    """packed micro-batches are filled up to a `Shape` where there is one"""
     one_length: bool = False
     """a micro-batch has examples of one length only, so that nothing is padded"""
 
@@ -137,11 +109,7 @@ class Plan:
     def num_padded_tokens(self, step: int, world_size: int) -> int:
         """Positions that all ranks compute in a step, padding included."""
         parts = [self.lengths[ids] for share in self._shares(self.global_batch(step), world_size) for ids in share]
-        shapes = [shape_of(lengths) if self.filled else None for lengths in parts]
-        return sum(
-            shape.tokens if shape else num_positions(lengths, self.packed)
-            for lengths, shape in zip(parts, shapes, strict=True)
-        )
+        return sum(num_positions(lengths, self.packed) for lengths in parts)
 
     def _shares(self, batch: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
         """Per rank, the example ids of each of its micro-batches."""
@@ -170,10 +138,6 @@ class Batch:
     """class numbers, int64 [B]"""
     weights: torch.Tensor
     """weights in the loss, float64 [B]"""
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All that is on the device."""
-        return [*self.inputs.values(), self.labels, self.weights]
 
 
 @functools.lru_cache(maxsize=2)
@@ -301,13 +265,11 @@ def collate(
     weights: np.ndarray,
     pad_token_id: int | None,
     device: torch.device,
-    shape: Shape | None = None,
     left: bool = False,
 ) -> Batch:
     """Pads the examples `ids` [B] to the longest of them and puts them on the device; packs them where no id pads.
 
-    With a `shape` examples of weight 0 are added to the packed ones, whose ids, labels and tokens are all 0. Padding
-    comes behind the tokens, or with `left` before them.
+    Padding comes behind the tokens, or with `left` before them.
     """
     lengths, labels = examples.lengths[ids], examples.labels[ids]
     starts = examples.offsets[ids]
@@ -315,11 +277,6 @@ def collate(
     arrays = {"input_ids": examples.tokens[flat].astype(np.int64)}
     if examples.token_types is not None:
         arrays["token_type_ids"] = examples.token_types[flat].astype(np.int64)
-    if shape is not None:
-        fillers = shape.fillers(lengths)
-        arrays = {name: np.pad(array, (0, fillers.sum())) for name, array in arrays.items()}
-        ids, labels, weights = (np.pad(array, (0, len(fillers))) for array in (ids, labels, weights))
-        lengths = np.concatenate([lengths, fillers])
     if pad_token_id is not None:
         real = np.arange(lengths.max()) < lengths[:, None]
         real = real[:, ::-1] if left else real

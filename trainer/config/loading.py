@@ -307,7 +307,12 @@ def _recipe_settings(recipe: str | None, problems: list[str]) -> dict[str, Any]:
     for key in ("model.name", "model.adapter", *SPLITS, *(f"{split}.path" for split in SPLITS)):
         if isinstance(flat.get(key), str):
             flat[key] = _beside(path, flat[key])
-    return flat
+    return _in_current_names(flat)
+
+
+def _in_current_names(flat: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings without what an earlier version had, so that its recipes and config.yaml still load."""
+    return {key: value for key, value in flat.items() if key != "model.compile"}
 
 
 def _beside(recipe: Path, value: str) -> str:

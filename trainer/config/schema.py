@@ -124,9 +124,6 @@ class ModelConfig:
     """dropout of the backbone's own layers, in [0, 1); null = the backbone's own"""
     packed: Literal["auto"] | bool = "auto"
     """compute without padding; auto = where this backbone's layers are known (BERT, RoBERTa), true = or refuse"""
-    compile: Literal["auto"] | bool = "auto"
-    """auto = compile what can be: attention, norms and dropout's masks on a CPU with AVX512-BF16, by its C compiler;
-    masks on a GPU. true = or refuse, and on a GPU record small packed micro-batches as CUDA graphs"""
 
 
 @dataclass(frozen=True)
@@ -232,7 +229,7 @@ NOT_IDENTITY = {
     "run": {"name", "output_dir", "resume", "quiet"},
     "data": {"train", "validation", "test", "delimiter", "encoding", "quoting"},
     "batch": {"max_tokens", "eval_max_tokens"},
-    "model": {"name", "revision", "adapter", "packed", "compile"},
+    "model": {"name", "revision", "adapter", "packed"},
     "peft": {"max_trainable_parameters"},
     "checkpoint": {"every_steps", "keep_last"},
     "tracking": {"every_steps", "backends"},

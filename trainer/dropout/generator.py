@@ -5,8 +5,6 @@ Always holds: word i of a stream is that of `numpy.random.Philox(key, counter).r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -16,7 +14,6 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 LOW = 2**32 - 1
-Rounds = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def random_blocks(
@@ -24,7 +21,6 @@ def random_blocks(
     blocks: torch.Tensor,
     second: torch.Tensor,
     third: int,
-    draw: Rounds,
 ) -> torch.Tensor:
     """Words 4 b to 4 b + 3 of the streams that start at counter (0, second, third, 0).
 
@@ -33,7 +29,6 @@ def random_blocks(
         blocks: b of each block, int64 [N].
         second: second word of its stream's counter, int64 [N].
         third: third word of all counters.
-        draw: `rounds` or `compiled_rounds`.
 
     Returns:
         the words, as the int64 with the same bits, [N, 4].
@@ -41,24 +36,7 @@ def random_blocks(
     keys = [[_signed(k + i * step) for k, step in zip(key, KEY_STEPS, strict=True)] for i in range(ROUNDS)]
     round_keys = on_device(np.array(keys, dtype=np.int64), blocks.device)
     # numpy counts up before it draws
-    return draw(blocks + 1, second, torch.full_like(second, third), round_keys)
-
-
-def compiled_rounds(device: torch.device) -> Rounds:
-    """`rounds` in one operation instead of 400, for a device that takes long to start one; for 2 blocks and more.
-
-    Compiled, and compared with `rounds`, when this returns.
-
-    Raises:
-        Exception: of many kinds, where there is no compiler, it fails, or the words are others.
-    """
-    compiled: Rounds = torch.compile(rounds, dynamic=True, fullgraph=True)
-    for number in (2, 3, 1000):  # after another number than the first it is compiled for any
-        first, second, third = (torch.arange(3 * number, device=device) * _signed(KEY_STEPS[0])).split(number)
-        keys = (torch.arange(2 * ROUNDS, device=device) * _signed(KEY_STEPS[1])).view(ROUNDS, 2)
-        if not torch.equal(compiled(first, second, third, keys), rounds(first, second, third, keys)):
-            raise RuntimeError("the compiled random numbers are not the same")
-    return compiled
+    return rounds(blocks + 1, second, torch.full_like(second, third), round_keys)
 
 
 def rounds(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from trainer.compat import on_device
-from trainer.dropout.generator import Rounds, random_blocks, rounds
+from trainer.dropout.generator import random_blocks
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
 UNITS_AT_ONCE = 2**21  # on a host: in few calls, for its threads hold one another up between them
@@ -185,10 +185,9 @@ def _units(stream: np.random.Philox, sizes: np.ndarray) -> Iterator[np.ndarray]:
 class DeviceMasks:
     """The masks of a micro-batch, whose words a device draws itself: those of many sites at once, in few operations."""
 
-    def __init__(self, draw: Draw, device: torch.device, rounds: Rounds = rounds) -> None:
-        """`rounds`: as `philox.rounds`, perhaps compiled."""
+    def __init__(self, draw: Draw, device: torch.device) -> None:
         self._sites, self._key, self._ids, self._lengths = draw.sites, draw.key, draw.ids, draw.lengths
-        self._starts, self._device, self._rounds = draw.starts(), device, rounds
+        self._starts, self._device = draw.starts(), device
         self._drawn = range(0)
         self._units: tuple[torch.Tensor, ...] = ()
         self._places: dict[tuple[str, int, tuple[int, ...], int], torch.Tensor] = {}
@@ -220,7 +219,7 @@ class DeviceMasks:
         runs = self._on_device(np.stack([counts, begins - (counts.cumsum() - counts), ids]))
         run = torch.repeat_interleave(runs[0], output_size=int(counts.sum()))
         shift, example = runs[1:, run]
-        words = random_blocks(self._key, torch.arange(len(run), device=self._device) + shift, example, 1, self._rounds)
+        words = random_blocks(self._key, torch.arange(len(run), device=self._device) + shift, example, 1)
         thresholds = words[: int(self._starts[0].sum())].view(num_examples, -1)[:, drawn].t()
         uniform = ((thresholds >> 11) & (2**53 - 1)).double() * 2.0**-53
         limit = (self._on_device(rates)[:, None] + uniform).to(torch.int16).flatten()

@@ -25,7 +25,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trainer.dropout import generator as philox
 from trainer.dropout.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
@@ -34,7 +33,6 @@ UNKEYED = {*inspect.signature(sdpa_attention_forward).parameters, "softcap"} - {
     "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "position_bias", "kwargs",
 }  # fmt: skip
 PROBE_BATCH, PROBE_LENGTH = 2, 11  # the length is the least
-Wanted = tuple[int, tuple[int, ...], int]  # a mask: its site's number, its shape, the number of its first example
 # What a site drops, by which of the axes behind the example's are as long as the example.
 KINDS = {(False,): "pooled", (True, False): "tokens", (False, True, True): "attention"}
 
@@ -56,19 +54,9 @@ class DropoutKeys:
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         self._masks: HostMasks | DeviceMasks | None = None
-        self._held: dict[Wanted, torch.Tensor] | None = None
-        self._rounds: philox.Rounds = philox.rounds
         # of the host's units, kept: fresh memory costs as much as drawing
         self._memory = torch.zeros(0, dtype=torch.bool)
         self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
-
-    def compile(self, device: torch.device) -> None:
-        """From now on draws masks on the device by compiled code. The bits are the same.
-
-        Raises:
-            Exception: of many kinds, where that cannot be.
-        """
-        self._rounds = philox.compiled_rounds(device)
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
@@ -109,30 +97,7 @@ class DropoutKeys:
             return unkeyed_mask(x, p)
         assert p == site.p, "dropout has changed since the sites were recorded"
         masks = self._masks_on(x.device)
-        wanted = (self._numbers[key], tuple(x.shape), first)
-        if self._held is None:
-            return Mask(masks.keep(*wanted), 1 / (1 - p))
-        if wanted not in self._held:
-            self._held[wanted] = masks.keep(*wanted).clone()
-        return Mask(self._held[wanted], 1 / (1 - p))
-
-    @contextlib.contextmanager
-    def holding(self, held: dict[Wanted, torch.Tensor]) -> Iterator[None]:
-        """Inside, the forward over the micro-batch at hand takes these masks; one that is wanting is drawn and added.
-
-        So the masks of each micro-batch can lie in the same place; see `draw_into`.
-        """
-        self._calls.clear()
-        self._held = held
-        try:
-            yield
-        finally:
-            self._held = None
-
-    def draw_into(self, held: dict[Wanted, torch.Tensor]) -> None:
-        """Draws the masks of the micro-batch at hand, to where those of one of the same shape were held."""
-        for wanted, keep in held.items():
-            keep.copy_(self._masks_on(keep.device).keep(*wanted))
+        return Mask(masks.keep(self._numbers[key], tuple(x.shape), first), 1 / (1 - p))
 
     def _call_of(self, caller: Hashable, first: int) -> tuple[Hashable, int]:
         self._calls[caller] += first == 0
@@ -150,7 +115,7 @@ class DropoutKeys:
         self._numbers = {key: number for number, key in enumerate(found)}
         draw = Draw(list(found.values()), (self.seed, step), ids, lengths)
         if device.type != "cpu":
-            return DeviceMasks(draw, device, self._rounds)
+            return DeviceMasks(draw, device)
         masks = HostMasks(draw, self._memory, self._pool)
         self._memory = masks.memory
         return masks

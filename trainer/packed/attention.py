@@ -80,15 +80,8 @@ class Layout:
         """[T, W] to [G, N, W]; padding takes any."""
         return _rows(self, 1, 1)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """All that is on the device."""
-        rows = [tensor for each in (self.projected, self.attended, self.whole) for tensor in (each.take, each.back)]
-        return [self.starts, self.positions, *rows, *(group.bias for group in self.groups)]
 
-
-def lay_out(
-    lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype, longest: int | None = None
-) -> Layout:
+def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype) -> Layout:
     """The layout of examples of these lengths [B], on the device.
 
     Args:
@@ -96,16 +89,15 @@ def lay_out(
         num_heads: of attention.
         device: where the tokens are.
         dtype: that of the scores.
-        longest: makes all examples one group, padded to so many tokens.
     """
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     groups, tokens, homes = [], [], []
     first, num_places = 0, 0
     cost = GROUP_COST if device.type == "cpu" else GROUP_COST_ON_GPU
-    for size in [len(lengths)] if longest is not None else group_sizes(lengths, cost / num_heads):
+    for size in group_sizes(lengths, cost / num_heads):
         own = lengths[first : first + size]
-        width = longest or int(own.max())
+        width = int(own.max())
         real = np.arange(width) < own[:, None]
         tokens.append(np.where(real, starts[first : first + size, None] + np.arange(width), num_tokens))
         homes.append(np.stack(np.broadcast_arrays(num_places, size, width, np.arange(size)), axis=-1))

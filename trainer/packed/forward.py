@@ -50,9 +50,7 @@ class Forward(Protocol):
     def packed(self) -> bool: ...
     @property
     def padding(self) -> Padding: ...
-    def __call__(
-        self, inputs: dict[str, torch.Tensor], lengths: np.ndarray, layout: Layout | None = None
-    ) -> torch.Tensor: ...
+    def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,7 @@ class PaddedForward:
     padding: Padding = Padding()
     packed = False
 
-    def __call__(
-        self, inputs: dict[str, torch.Tensor], lengths: np.ndarray, layout: Layout | None = None
-    ) -> torch.Tensor:
+    def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
         """Logits [B, C]; `inputs` as the model takes them, [B, L] each."""
         return self.model(**inputs).logits
 
@@ -100,17 +96,14 @@ class PackedForward:
         layers = self._encoder.encoder.layer
         self._layers = [_Layer(layer, layer is layers[-1], keys) for layer in layers]
 
-    def __call__(
-        self, inputs: dict[str, torch.Tensor], lengths: np.ndarray, layout: Layout | None = None
-    ) -> torch.Tensor:
+    def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
         """Logits [B, C] of B examples whose tokens lie end to end.
 
         Args:
             inputs: input_ids and, where segments are told apart, token_type_ids; int64 [T] each.
             lengths: tokens of each example, on the host, int64 [B]; best in descending order.
-            layout: what `lay_out` gives for them, if it is at hand.
         """
-        layout = layout or self.lay_out(lengths, inputs["input_ids"].device)
+        layout = self._lay_out(lengths, inputs["input_ids"].device)
         x = self._embed(inputs, layout)
         for layer in self._layers:
             x = layer(x, layout)
@@ -121,10 +114,9 @@ class PackedForward:
             logits = head.classifier(head.dropout(self._encoder.pooler(x)))
         return logits
 
-    def lay_out(self, lengths: np.ndarray, device: torch.device, longest: int | None = None) -> Layout:
-        """Where the tokens of examples of these lengths lie; see `attention.lay_out`."""
+    def _lay_out(self, lengths: np.ndarray, device: torch.device) -> Layout:
         computes_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self._dtype
-        return lay_out(lengths, self._classifier.config.num_attention_heads, device, computes_in, longest)
+        return lay_out(lengths, self._classifier.config.num_attention_heads, device, computes_in)
 
     def _embed(self, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
         """[T, H]"""

@@ -67,8 +67,6 @@ def in_smaller_parts(run: Training, state: TrainState, plan: Plan) -> TrainState
 def with_less_memory(run: Training, state: TrainState, max_tokens: int) -> TrainState:
     """The state, with this budget; tells the user."""
     run.log.say(f"step {state.step}: out of memory; going on with at most {max_tokens:,} tokens at a time")
-    if run.graphs is not None:
-        run.graphs.forget()
     if run.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return dataclasses.replace(state, max_tokens=max(1, max_tokens))

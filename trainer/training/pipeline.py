@@ -85,7 +85,7 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
             # read by one process for all: the others may be on machines that do not see the folder
             known = recorded_backbone(folder / "checkpoints") if accelerator.is_main_process else None
             (known,) = broadcast_object_list([known])
-            inputs = prepare(config, folder, precision, accelerator.device, Identity(**known) if known else None)
+            inputs = prepare(config, folder, precision, Identity(**known) if known else None)
             try:
                 _train(inputs, accelerator, stop, watch, notes)
             except Stopped as stopped:
@@ -218,8 +218,6 @@ def _started(run: Training, state: TrainState, precision: str) -> TrainState:
         f"{accelerator.device.type} x {accelerator.num_processes}, {precision}"
         f"{', frozen weights sharded' if run.sharded else ''}"
     )
-    if run.compile_seconds is not None and run.compile_seconds > 0.1:  # less is what an earlier start has compiled
-        say(f"compiled in {run.compile_seconds:.1f} s")
     for note in run.notes:
         say(f"note: {note}")
     if accelerator.is_main_process:
@@ -331,7 +329,6 @@ def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str
         "tokens_per_second": state.run.tokens / state.run.seconds,
         "padding_fraction": 1 - state.run.tokens / state.run.padded_tokens,
         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
-        "compile_seconds": (run.compile_seconds or 0) + run.graphs.seconds if run.graphs else run.compile_seconds,
         "precision": inputs.precision,
         "backbone": dataclasses.asdict(run.backbone),
         "padding": dataclasses.asdict(run.forward.padding),

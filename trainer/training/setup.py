@@ -7,10 +7,7 @@ every process builds the same.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +27,6 @@ from trainer.model.adapter import Start, read_start
 from trainer.model.backbone import FP32_ONLY, Backbone, Identity, find_backbone, refuse_another
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
 from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding, why_not_packed
-from trainer.packed.graphs import NOT_COMPILED, Graphs
 from trainer.reporting.tracking import RunLog
 from trainer.tasks.single_label import METRICS
 from trainer.training.optim import build_optimizer
@@ -41,16 +37,6 @@ from trainer.training.state import Training
 # GPU more than most hold: there it is tried what fits (see memory.py).
 CPU_TOKENS, GPU_TOKENS = 2048, 65536
 DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such a run is not to be continued
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What compiling gave."""
-
-    seconds: float | None = None
-    """that it took; None where nothing is compiled"""
-    why_not: str | None = None
-    """where it was tried"""
 
 
 @dataclass(frozen=True)
@@ -70,9 +56,7 @@ class Inputs:
     """the adapter it starts from; None = a new one"""
 
 
-def prepare(
-    config: Config, folder: Path, precision: str, device: torch.device, recorded: Identity | None = None
-) -> Inputs:
+def prepare(config: Config, folder: Path, precision: str, recorded: Identity | None = None) -> Inputs:
     """Reads the data, finds the backbone, and checks that they fit together and the configuration; loads no weight.
 
     `recorded` is the backbone of the run's checkpoints: this very one is used.
@@ -111,14 +95,10 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
     model, keys, sharded, padding = _model_on_device(inputs, accelerator)
     because = _why_padded(config, model, sharded, padding.packs)
-    compiled = Compiled() if device.type == "cpu" else _compiled(config, partial(keys.compile, device))
-    recorded, why_not_recorded = _recorded(config, keys, because is None, device)
     notes = {
         "tensors of the weights file": "; ".join(inputs.backbone.notes),
         "padded, in batches sorted by length": because,
         "batches hold examples of one length": "this model's logits depend on padding" if padding.one_length else None,
-        "nothing is compiled": compiled.why_not,
-        "micro-batches are not recorded": why_not_recorded,
         "exact up to dropout; out of reach this model draws": ", ".join(keys.unreached),
     }
     optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
@@ -126,10 +106,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
     # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     forward = PackedForward(prepared, keys) if because is None else PaddedForward(prepared, padding)
-    graphs = None
-    if recorded and isinstance(forward, PackedForward):
-        graphs = Graphs(forward, keys, trained.values(), accelerator.autocast)
-    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward, filled=recorded)
+    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward)
     return Training(
         config=config,
         folder=inputs.folder,
@@ -153,9 +130,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
         stop=stop,
         watch=watch,
         sharded=sharded,
-        compile_seconds=compiled.seconds,
         tries_memory=config.batch.max_tokens is None and device.type != "cpu" and not sharded,
-        graphs=graphs,
         notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
     )
 
@@ -200,7 +175,7 @@ def _ask_for_equal_bits() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
-def _plan(inputs: Inputs, max_tokens: int, forward: Forward, filled: bool) -> Plan:
+def _plan(inputs: Inputs, max_tokens: int, forward: Forward) -> Plan:
     config, train = inputs.config, inputs.examples["train"]
     return Plan(
         lengths=train.lengths,
@@ -209,7 +184,6 @@ def _plan(inputs: Inputs, max_tokens: int, forward: Forward, filled: bool) -> Pl
         seed=config.run.seed,
         max_tokens=max_tokens,
         packed=forward.packed,
-        filled=filled,
         one_length=forward.padding.one_length,
     )
 
@@ -227,36 +201,6 @@ def _why_padded(config: Config, model: PeftModel, sharded: bool, packs: bool = T
     if because and config.model.packed is True:
         raise UserError(f"model.packed: true is not supported here: {because}. Use auto to fall back to padding")
     return because
-
-
-def _compiled(config: Config, work: Callable[[], None]) -> Compiled:
-    """What compiling `work` gives.
-
-    Raises:
-        UserError: it was asked for and cannot be.
-    """
-    if config.model.compile is False:
-        return Compiled()
-    started = time.perf_counter()
-    try:
-        work()
-        return Compiled(time.perf_counter() - started)
-    except Exception as error:  # of many kinds: no compiler, no Triton, one that fails or errs
-        reason = " ".join(str(error).split())[:200]
-    if config.model.compile is True:
-        raise UserError(f"{NOT_COMPILED}: {reason}; auto goes without where it must")
-    return Compiled(why_not=reason)
-
-
-def _recorded(config: Config, keys: dropout.DropoutKeys, packed: bool, device: torch.device) -> tuple[bool, str | None]:
-    """Whether micro-batches are recorded as CUDA graphs; and why not, where that was asked for."""
-    if config.model.compile is not True or device.type == "cpu":
-        return False, None
-    if not packed:
-        return False, "they are padded"
-    if keys.unreached:
-        return False, "what the host draws would be the same in every replay"
-    return True, None
 
 
 def _example_weights(config: Config, labels: np.ndarray, label_names: list[str]) -> np.ndarray:

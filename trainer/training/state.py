@@ -25,7 +25,6 @@ from trainer.errors import UserError
 from trainer.model.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors
 from trainer.model.backbone import Identity
 from trainer.packed.forward import Forward
-from trainer.packed.graphs import Graphs
 from trainer.reporting.tracking import RunLog
 from trainer.training.checkpoint import (
     Checkpoint,
@@ -117,12 +116,8 @@ class Training:
     watch: Watch
     sharded: bool
     """the frozen weights are shared out over the ranks, so that a forward needs all of them"""
-    compile_seconds: float | None
-    """what compiling took before the first step; None where nothing is compiled"""
     tries_memory: bool
     """the token budget is to be found before the first step"""
-    graphs: Graphs | None
-    """records the work on micro-batches and replays it"""
     notes: tuple[str, ...]
     """what the user should know of how it will train"""
 

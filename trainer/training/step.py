@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from trainer.batching.plan import Batch, MicroBatch, collate, shape_of
+from trainer.batching.plan import Batch, MicroBatch, collate
 from trainer.compat import on_device, on_host
 from trainer.distributed.session import STOPS
 from trainer.errors import UserError
-from trainer.packed.attention import Layout
 from trainer.training.optim import skip_if
 from trainer.training.state import Training
 
@@ -85,7 +84,7 @@ def train_step(
     for micro_batch in [] if out_of_memory else micro_batches:
         try:
             found = _add_gradient(run, step, micro_batch.ids, micro_batch.weights / total_weight)
-            losses.append(found.to(torch.float64, copy=True))  # of recorded work they are in one place each time
+            losses.append(found.double())
         except torch.OutOfMemoryError:
             if run.sharded:  # the others are in a collective of this forward or backward
                 raise UserError(f"step {step + 1}: out of memory; try a lower batch.max_tokens") from None
@@ -136,22 +135,15 @@ def result_of(run: Training, flown: StepInFlight) -> StepResult:
 
 def _add_gradient(run: Training, step: int, ids: np.ndarray, weights: np.ndarray) -> torch.Tensor:
     """Adds the gradient of a micro-batch's weighted losses to that of the parameters; these losses, [B], detached."""
-    shape = shape_of(run.train.lengths[ids]) if run.graphs is not None else None
     padding = None if run.forward.packed else run.pad_token_id
     left = run.forward.padding.left
-    batch = collate(run.train, ids, weights, padding, run.accelerator.device, shape, left)
-
-    def work(batch: Batch, layout: Layout | None = None) -> torch.Tensor:
+    batch = collate(run.train, ids, weights, padding, run.accelerator.device, left)
+    with run.dropout.micro_batch(step, batch.ids, batch.lengths):
         with run.accelerator.autocast():
-            logits = run.forward(batch.inputs, batch.lengths, layout)
+            logits = run.forward(batch.inputs, batch.lengths)
         losses = example_losses(logits, batch, run.config.optim.label_smoothing)
         run.accelerator.backward(losses.sum())
-        return losses.detach()
-
-    with run.dropout.micro_batch(step, batch.ids, batch.lengths):
-        if run.graphs is None or shape is None:
-            return work(batch)
-        return run.graphs.do(work, batch, shape)[: len(ids)]
+    return losses.detach()
 
 
 def too_large(run: Training, ids: np.ndarray) -> bool:
