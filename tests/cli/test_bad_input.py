@@ -95,8 +95,8 @@ def test_several_problems(attempt):
 
 
 def test_impossible_combination(attempt):
-    assert attempt("--optim.final_lr_fraction", "0.1") == (
-        "optim.final_lr_fraction belongs to schedule cosine_annealing, not to cosine"
+    assert attempt("--optim.final_lr_fraction", "0.1", "--optim.schedule", "constant") == (
+        "optim.final_lr_fraction has no effect with optim.schedule constant; use linear or cosine"
     )
 
 

@@ -216,10 +216,10 @@ def test_patience_and_its_state_over_a_kill(options, tmp_path):
     [
         {"optim__schedule": "linear", "optim__name": "adamw"},
         {"optim__schedule": "cosine", "optim__name": "sgd", "optim__warmup_fraction": 0.5},
-        {"optim__schedule": "cosine_annealing", "optim__name": "adam", "optim__final_lr_fraction": 0.1},
+        {"optim__schedule": "cosine", "optim__name": "adam", "optim__final_lr_fraction": 0.1},
         {"optim__schedule": "constant", "optim__name": "adamw", "optim__max_grad_norm": "null"},
     ],
-    ids=lambda settings: settings["optim__schedule"],
+    ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_schedules_and_optimizers(settings, options, tmp_path):
     settings = {**settings, "optim__max_steps": 4, "tracking__every_steps": 1, "tracking__backends": "[]"}

@@ -42,6 +42,11 @@ def test_parses_under_its_name(path):
 
 
 @recipes
+def test_runs_on_every_kind_of_device(path):
+    assert parsed(path).run.precision == "auto"
+
+
+@recipes
 def test_round_trip(path, tmp_path):
     config = parsed(path)
     (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")

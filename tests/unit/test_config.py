@@ -355,8 +355,8 @@ def test_wrong_type_says_what_is_wanted(key, value, wanted):
         (["--data.validation_fraction", "1"], "data.validation_fraction: 1.0 must be in [0, 1)"),
         (["--model.dropout", "-0.1"], "model.dropout: -0.1 must be in [0, 1)"),
         (["--optim.max_grad_norm", "0"], "optim.max_grad_norm: 0.0 must be above 0 (null = no clipping)"),
-        (["--optim.final_lr_fraction", "0.1"], "optim.final_lr_fraction belongs to schedule cosine_annealing, not to "
-         "cosine"),
+        (["--optim.final_lr_fraction", "0.1", "--optim.schedule", "constant"], "optim.final_lr_fraction has no effect "
+         "with optim.schedule constant; use linear or cosine"),
         (["--optim.name", "sgd", "--run.precision", "fp16"], "optim.name sgd with run.precision fp16: gradients this "
          "small are lost; use bf16 or adamw"),
         (["--data.text_columns", "[]"], "data.text_columns is empty: name at least one column"),
@@ -435,6 +435,7 @@ OTHER = {
     "data.max_length": "9", "batch.size": "3", "model.dropout": "0.3", "peft.peft_type": "IA3", "peft.r": "3",
     "optim.name": "adam", "optim.learning_rate": "1", "optim.weight_decay": "0.5", "optim.betas": "[0, 0]",
     "optim.eps": "1", "optim.max_grad_norm": "null", "optim.schedule": "linear", "optim.warmup_fraction": "0.5",
+    "optim.final_lr_fraction": "0.5",
     "optim.epochs": "9", "optim.max_steps": "9", "optim.label_smoothing": "0.5", "optim.class_weights": "balanced",
     "evaluation.every_steps": "9", "evaluation.metric": "loss", "evaluation.patience": "9",
 }  # fmt: skip
@@ -448,13 +449,17 @@ SAME = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", [*OTHER, "optim.final_lr_fraction"])
+@pytest.mark.parametrize("key", OTHER)
 def test_identity_sees_what_changes_the_result(key):
-    before, extra = parse(), []
-    if key == "optim.final_lr_fraction":
-        extra = ["--optim.schedule", "cosine_annealing"]
-        before = parse(*extra)
-    assert identity(parse(f"--{key}", OTHER.get(key, "0.5"), *extra)) != identity(before)
+    assert identity(parse(f"--{key}", OTHER[key])) != identity(parse())
+
+
+def test_a_recipe_of_an_earlier_version_loads(tmp_path):
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("model: {compile: auto}\noptim: {schedule: cosine_annealing, final_lr_fraction: 0.1}\n")
+    config = parse("--recipe", str(recipe))
+    assert (config.optim.schedule, config.optim.final_lr_fraction) == ("cosine", 0.1)
+    assert config.model == parse().model
 
 
 @pytest.mark.parametrize(
@@ -482,7 +487,7 @@ def test_delimiters_of_the_command_line(value):
 
 
 def test_identity_ignores_what_cannot_change_the_result():
-    assert {*OTHER, "optim.final_lr_fraction"} - {"peft.r"} | set(SAME) == set(option_names())
+    assert {*OTHER} - {"peft.r"} | set(SAME) == set(option_names())
     arguments = [word for key, value in SAME.items() for word in (f"--{key}", value)]
     assert identity(parse(*arguments)) == identity(parse())
 

@@ -311,8 +311,11 @@ def _recipe_settings(recipe: str | None, problems: list[str]) -> dict[str, Any]:
 
 
 def _in_current_names(flat: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings without what an earlier version had, so that its recipes and config.yaml still load."""
-    return {key: value for key, value in flat.items() if key != "model.compile"}
+    """A recipe's settings, where an earlier version wrote it, in the names of this one."""
+    flat.pop("model.compile", None)
+    if flat.get("optim.schedule") == "cosine_annealing":
+        flat["optim.schedule"] = "cosine"
+    return flat
 
 
 def _beside(recipe: Path, value: str) -> str:

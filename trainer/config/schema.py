@@ -154,12 +154,12 @@ class OptimConfig:
     """Adam's epsilon"""
     max_grad_norm: float | None = 1.0
     """gradients are scaled down to this global L2 norm; null = no clipping"""
-    schedule: Literal["linear", "cosine", "cosine_annealing", "constant"] = "cosine"
-    """after the warm-up: linear or cosine to 0, cosine_annealing to final_lr_fraction, or constant"""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """after the warm-up: linear or cosine down to final_lr_fraction, or constant"""
     warmup_fraction: float = 0.0
     """fraction of all steps over which the learning rate rises linearly from 0, in [0, 1]"""
     final_lr_fraction: float = 0.0
-    """floor of cosine_annealing as a fraction of the peak, in [0, 1]"""
+    """where linear and cosine end, as a fraction of the peak, in [0, 1]"""
     epochs: int = 3
     """passes over the training split"""
     max_steps: int | None = None
@@ -279,8 +279,8 @@ def impossible(config: Config) -> Iterator[str]:
     """Values out of range and combinations that cannot work, a line each."""
     yield from _out_of_range(config)
     data, optim = config.data, config.optim
-    if optim.final_lr_fraction and optim.schedule != "cosine_annealing":
-        yield f"optim.final_lr_fraction belongs to schedule cosine_annealing, not to {optim.schedule}"
+    if optim.final_lr_fraction and optim.schedule == "constant":
+        yield "optim.final_lr_fraction has no effect with optim.schedule constant; use linear or cosine"
     if optim.name == "sgd" and config.run.precision == "fp16":
         yield "optim.name sgd with run.precision fp16: gradients this small are lost; use bf16 or adamw"
     if not data.train:

@@ -18,8 +18,8 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
     The warm-up rises linearly over the first `warmup_fraction` of the steps and ends at the peak; the schedule then
-    runs from the peak to its end at `total_steps`. `cosine_annealing` follows Loshchilov & Hutter (2017) with one
-    period, down to `final_lr_fraction`.
+    runs from the peak to `final_lr_fraction` of it at `total_steps`. `cosine` follows Loshchilov & Hutter (2017) with
+    one period.
 
     Example: linear, peak 1.0, no warm-up, 4 steps -> 1.0, 0.75, 0.5, 0.25
     """
@@ -27,14 +27,12 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     if step < warmup_steps:
         return config.learning_rate * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    factor = {
+    decay = {
         "linear": 1 - progress,
-        "cosine": cosine,
-        "cosine_annealing": config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "constant": 1.0,
     }[config.schedule]
-    return config.learning_rate * factor
+    return config.learning_rate * (config.final_lr_fraction + (1 - config.final_lr_fraction) * decay)
 
 
 def build_optimizer(
