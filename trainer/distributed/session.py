@@ -63,8 +63,8 @@ def check_device() -> None:
         )
     if planned and planned != found:
         raise UserError(
-            f"launch.sh planned for {planned} (ISOTRAIN_DEVICE), and torch found {found}; see ./launch.sh --dry-run, or "
-            "train on the CPU: ./launch.sh --topology cpu"
+            f"launch.sh planned for {planned} (ISOTRAIN_DEVICE), and torch found {found}; see ./launch.sh --dry-run. "
+            "To train on the CPU: ./launch.sh --topology cpu"
         )
 
 
