@@ -1,6 +1,7 @@
 """Learning rates by value and against transformers and torch; parameter groups; state that survives a checkpoint."""
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from trainer.config.schema import OptimConfig
+from trainer.errors import UserError
+from trainer.training import optim
 from trainer.training.checkpoint import DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors
 from trainer.training.optim import build_optimizer, learning_rate, set_learning_rate
 
@@ -120,7 +123,7 @@ def walk(model, optimizer, first, last):
 def test_kind_and_settings(name, kind):
     _, optimizer, _ = small_and_optimizer(name=name, weight_decay=0.3, betas=(0.8, 0.95), eps=1e-6, learning_rate=0.02)
     assert type(optimizer) is kind
-    assert optimizer.defaults["lr"] == 0.02
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
     if name != "sgd":
         assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
     assert optimizer.defaults.get("momentum", 0) == 0
@@ -192,3 +195,59 @@ def test_state_of_an_unknown_parameter_is_refused():
     _, optimizer, trained = small_and_optimizer()
     with pytest.raises(DamagedCheckpoint, match="unknown parameter nowhere"):
         load_optimizer_tensors(optimizer, list(trained), {"nowhere/step": torch.zeros(())})
+
+
+# --- the seam ---
+
+
+class SignDescent(torch.optim.Optimizer):
+    """A toy: subtracts the sign of the gradient. It skips a step only if it `honors` found_inf."""
+
+    def __init__(self, groups, honors):
+        super().__init__(groups, {})
+        self.honors = honors
+
+    @torch.no_grad()
+    def step(self):
+        applied = 1 - getattr(self, "found_inf", 0) if self.honors else 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad.sign() * applied
+                    steps = self.state[parameter].setdefault("step", torch.zeros(()))
+                    steps += applied
+
+
+def test_an_optimizer_is_added_by_one_entry(monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "sign", lambda groups, config: SignDescent(groups, honors=True))
+    model, optimizer, _ = small_and_optimizer(name="sign")
+    before = model.last.bias.detach().clone()
+    walk(model, optimizer, 0, 1)  # learning rate 0.01
+    assert (model.last.bias - before).abs().detach() == pytest.approx(torch.tensor([0.01, 0.01]))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda groups, config: SignDescent(groups, honors=False),
+        lambda groups, config: torch.optim.AdamW(groups, foreach=True),
+        lambda groups, config: torch.optim.SGD(groups, momentum=0.9),
+        lambda groups, config: torch.optim.Adagrad(groups),
+    ],
+)
+def test_an_optimizer_that_cannot_skip_a_step_is_refused(monkeypatch, build):
+    monkeypatch.setitem(optim.OPTIMIZERS, "unsafe", build)
+    with pytest.raises(UserError, match=r"^optim\.name: unsafe .*skipped.*adamw, adam, sgd$"):
+        small_and_optimizer(name="unsafe")
+
+
+def test_a_schedule_is_added_by_one_entry(monkeypatch):
+    monkeypatch.setitem(optim.SCHEDULES, "quadratic", lambda progress: (1 - progress) ** 2)
+    assert rates(4, learning_rate=1.0, schedule="quadratic") == [1.0, 0.5625, 0.25, 0.0625]
+    assert rates(2, learning_rate=1.0, schedule="quadratic", final_lr_fraction=0.2) == pytest.approx([1.0, 0.4])
+
+
+def test_the_options_name_every_entry():
+    options = get_type_hints(OptimConfig)
+    assert get_args(options["name"]) == tuple(optim.OPTIMIZERS)
+    assert get_args(options["schedule"]) == tuple(optim.SCHEDULES)

@@ -1,25 +1,46 @@
-"""The optimizer, its parameter groups, and the learning rate as a pure function of the step.
+"""Optimizers and schedules, a table each, and the learning rate as a pure function of the step.
 
-Always holds: the learning rate depends on (config, total steps, step) alone, so no scheduler has a state to save, and
-none can step once per process. Biases and norms are not decayed, as in BERT (Devlin et al., 2019).
+Always holds: the learning rate depends on (config, step, total steps) alone, so a checkpoint holds no scheduler. An
+optimizer leaves parameters and state alone in a step that must be skipped; `build_optimizer` tries that. Biases and
+norms have no weight decay, as in BERT (Devlin et al., 2019).
+
+To add an optimizer or a schedule: one entry in its table, and its name in `OptimConfig` of config/schema.py.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from trainer.config.schema import OptimConfig
+from trainer.errors import UserError
+
+ParameterGroups = list[dict[str, Any]]
+
+OPTIMIZERS: dict[str, Callable[[ParameterGroups, OptimConfig], torch.optim.Optimizer]] = {
+    "adamw": lambda groups, config: torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True),
+    "adam": lambda groups, config: torch.optim.Adam(groups, betas=config.betas, eps=config.eps, fused=True),
+    "sgd": lambda groups, config: torch.optim.SGD(groups, fused=True),
+}
+"""Each takes groups with `params`, `lr` and `weight_decay`. Its step must honor `skip_if`, as torch's fused ones do."""
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter (2017), one period
+    "constant": lambda progress: 1.0,
+}
+"""Each maps the progress since the warm-up, from 0 to 1, to a fraction of the peak, 1 at the start."""
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
-    The warm-up rises linearly over the first `warmup_fraction` of the steps and ends at the peak; the schedule then
-    runs from the peak to `final_lr_fraction` of it at `total_steps`. `cosine` follows Loshchilov & Hutter (2017) with
-    one period.
+    It rises linearly over the first `warmup_fraction` of the steps. Then the schedule falls from the peak towards
+    `final_lr_fraction` of it.
 
     Example: linear, peak 1.0, no warm-up, 4 steps -> 1.0, 0.75, 0.5, 0.25
     """
@@ -27,35 +48,36 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     if step < warmup_steps:
         return config.learning_rate * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    decay = {
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "constant": 1.0,
-    }[config.schedule]
-    return config.learning_rate * (config.final_lr_fraction + (1 - config.final_lr_fraction) * decay)
+    floor = config.final_lr_fraction
+    return config.learning_rate * (floor + (1 - floor) * SCHEDULES[config.schedule](progress))
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
 ) -> tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]:
-    """The optimizer over all parameters that train.
+    """Builds the optimizer over all parameters that train.
 
     Returns:
-        the optimizer, and the parameters by name in the order of its state: so checkpoints can name the state.
+        the optimizer, and the parameters by name in the order of its state: checkpoints name the state by them.
+
+    Raises:
+        UserError: the optimizer cannot skip a step.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     decayed = [(name, parameter) for name, parameter in trained if parameter.ndim >= 2]
     others = [(name, parameter) for name, parameter in trained if parameter.ndim < 2]
-    groups = [
-        {"params": [parameter for _, parameter in part], "weight_decay": decay}
+    groups: ParameterGroups = [
+        {"params": [parameter for _, parameter in part], "weight_decay": decay, "lr": config.learning_rate}
         for part, decay in ((decayed, config.weight_decay), (others, 0.0))
         if part
     ]
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, fused=True), dict(decayed + others)
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-    return optimizer, dict(decayed + others)
+    if not _can_skip(config, trained[0][1].device):
+        known = ", ".join(name for name in OPTIMIZERS if name != config.name)
+        raise UserError(
+            f"optim.name: {config.name} is not supported: it applies a step that must be skipped (found_inf). "
+            f"Use one of {known}"
+        )
+    return OPTIMIZERS[config.name](groups, config), dict(decayed + others)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -64,9 +86,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def skip_if(void: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's next step changes neither parameters nor its state where `void`, bool [], holds.
+def skip_if(condition: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer's next step change nothing if `condition`, bool [], holds.
 
-    The device decides that, so the host need not know. By this attribute torch's GradScaler has it do so.
+    The device decides, so the host does not wait. torch's GradScaler skips a step by the same attribute.
     """
-    optimizer.found_inf = void.float()  # type: ignore[attr-defined]
+    optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
+
+
+def _can_skip(config: OptimConfig, device: torch.device) -> bool:
+    """Tries whether a skipped step of the optimizer leaves a parameter and its state as they are."""
+    parameter = torch.nn.Parameter(torch.ones(2, device=device))
+    optimizer = OPTIMIZERS[config.name]([{"params": [parameter], "weight_decay": 0.1, "lr": 0.1}], config)
+    parameter.grad = torch.ones_like(parameter)
+    before: list[torch.Tensor] = []
+    for skip in (False, True):  # the first step makes the state
+        before = [parameter.detach().clone(), *copy.deepcopy(_state_tensors(optimizer))]
+        skip_if(torch.tensor(skip, device=device), optimizer)
+        try:
+            optimizer.step()
+        except AssertionError:  # torch's optimizers that are not fused assert that there is no found_inf
+            return False
+    after = [parameter.detach(), *_state_tensors(optimizer)]
+    return len(before) == len(after) and all(map(torch.equal, before, after))
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [torch.as_tensor(value) for state in optimizer.state.values() for value in state.values()]
