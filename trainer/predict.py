@@ -26,7 +26,7 @@ from jsonargparse.typing import PositiveInt
 
 from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
 from trainer.config.loading import load_finished_run, parse_label_names
-from trainer.config.schema import NO_COLUMN, Config, Source, completed, impossible_format
+from trainer.config.schema import NO_COLUMN, Config, Source, completed, find_format_problems
 from trainer.distributed.environment import read_environment, set_environment
 from trainer.errors import UserError, main_guard
 
@@ -118,7 +118,7 @@ def predict(options: Options) -> int:
         UserError: no finished run, unreadable input, or an output of no known type.
     """
     config, label_names = load_finished_run(Path(options.run), options.model.name, options.model.revision)
-    if problems := list(impossible_format("--", options.delimiter, options.encoding)):
+    if problems := list(find_format_problems("--", options.delimiter, options.encoding)):
         raise UserError("\n".join(problems))
     from trainer.data.sources import check_places
 

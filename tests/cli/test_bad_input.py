@@ -77,7 +77,7 @@ def test_unknown_recipe(attempt):
 
 
 def test_wrong_type(attempt):
-    assert attempt("--batch.size", "big") == "batch.size: 'big' does not fit; wanted int (on the command line)"
+    assert attempt("--batch.size", "big") == "batch.size: 'big' is not valid; expected int (on the command line)"
 
 
 def test_wrong_peft_type(attempt):
@@ -88,9 +88,9 @@ def test_wrong_peft_type(attempt):
 
 def test_several_problems(attempt):
     assert attempt("--batch.size", "big", "--sed", "1", "--data.validation_fraction=") == (
-        "batch.size: 'big' does not fit; wanted int (on the command line)\n"
+        "batch.size: 'big' is not valid; expected int (on the command line)\n"
         "unknown option 'sed'; nearest: run.seed (on the command line)\n"
-        "data.validation_fraction: '' does not fit; wanted float (on the command line)"
+        "data.validation_fraction: '' is not valid; expected float (on the command line)"
     )
 
 
@@ -262,7 +262,7 @@ def test_remote_code(attempt, backbone):
 
 def test_packing_that_cannot_be(attempt, backbone):
     said = attempt("--model.packed", "maybe")
-    assert said == "model.packed: 'maybe' does not fit; wanted 'auto' or true or false (on the command line)"
+    assert said == "model.packed: 'maybe' is not valid; expected 'auto' or true or false (on the command line)"
     edit_json(backbone / "config.json", is_decoder=True)
     said = attempt("--model.name", backbone, "--model.packed", "true")
     assert (
@@ -391,7 +391,7 @@ def test_damaged_configuration_of_the_run(finished, attempt, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "runs" / "tiny")
     (folder / "config.yaml").write_text("data: [")
     said = attempt()
-    assert said.startswith(f"--recipe {folder}/config.yaml: not readable as YAML: ") and "\n" not in said
+    assert said.startswith(f"--recipe {folder}/config.yaml: not valid YAML: ") and "\n" not in said
 
 
 # --- in the middle of a run -------------------------------------------------------------------------------------------

@@ -1,13 +1,22 @@
-"""The accepted options: a new one is added here on purpose, with its line of help."""
+"""The accepted options, each with help, and docs/options.md, which is generated from them.
+
+To write the page: WRITE_OPTIONS=1 python -m pytest tests/contracts/test_options.py
+"""
 
 import dataclasses
+import json
+import os
 
+import docstring_parser
 from jsonargparse import set_parsing_settings
 
+from tests.conftest import ROOT
 from trainer.config import loading as options
 from trainer.config import schema as config
 from trainer.config.loading import option_names
-from trainer.config.schema import GROUPS
+from trainer.config.schema import GROUPS, NOT_IDENTITY, Source
+
+PAGE = ROOT / "docs" / "options.md"
 
 OPTIONS = """
 run.name run.output_dir run.seed run.resume run.precision run.quiet
@@ -50,3 +59,60 @@ def test_what_may_differ_between_start_and_continuation():
         "checkpoint.every_steps", "checkpoint.keep_last",
         "tracking.every_steps", "tracking.backends",
     }  # fmt: skip
+
+
+# --- docs/options.md ---
+
+INTRODUCTION = """# Options
+
+After this page you can set every option of a run.
+
+- On the command line: `--group.option value`. In a recipe: `group: {{option: value}}`.
+- The command line overrides the recipe, and the recipe overrides the defaults.
+- `./launch.sh --help` prints the same list. An unknown option is refused, with the nearest known one.
+- These options may change when a run resumes, because they do not change the result:
+  {may_change}.
+- This page is generated from `trainer/config/schema.py` by `tests/contracts/test_options.py`.
+"""
+SPLIT_FORM = """
+A split is a path, or a path with settings of its own:
+`--data.test x.csv --data.test.label_column y`, or `test: {path: x.csv, label_column: y}` in a recipe.
+"""
+
+
+def render_page():
+    may_change = ", ".join(f"`{group}.{name}`" for group in GROUPS for name in sorted(NOT_IDENTITY.get(group, ())))
+    parts = [
+        INTRODUCTION.format(may_change=may_change),
+        *(render_group(f"`{group}`", kind) for group, kind in GROUPS.items()),
+    ]
+    return "".join([*parts, render_group("`data.train`, `data.validation`, `data.test`", Source, SPLIT_FORM)])
+
+
+def render_group(title, kind, more=""):
+    doc = docstring_parser.parse_from_object(kind)
+    help_of = {param.arg_name: " ".join(param.description.split()) for param in doc.params}
+    rows = [
+        [f"`{'NAME' if item.name == 'options' else item.name}`", values_of(item), default_of(item), help_of[item.name]]
+        for item in dataclasses.fields(kind)
+    ]
+    table = [["option", "values", "default", "meaning"], ["---"] * 4, *rows]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in table]
+    return f"\n## {title}\n\n{doc.short_description}\n{more}\n{''.join(lines)}"
+
+
+def values_of(item):
+    kind = options._describe_type(item.type).replace("'", "")
+    return f"{kind}, {item.metadata['range']}" if "range" in item.metadata else kind
+
+
+def default_of(item):
+    if item.default is dataclasses.MISSING:
+        return "" if item.default_factory is dataclasses.MISSING else f"`{json.dumps(item.default_factory())}`"
+    return f"`{item.default if isinstance(item.default, str) else json.dumps(item.default)}`"
+
+
+def test_the_page_of_options_is_up_to_date():
+    if os.environ.get("WRITE_OPTIONS"):
+        PAGE.write_text(render_page(), encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == render_page(), "run with WRITE_OPTIONS=1 to write the page"

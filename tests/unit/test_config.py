@@ -46,7 +46,7 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("value", ["!!bool maybe", "!!int ''", "!!timestamp x", "!!float ''"])
 def test_tags_that_do_not_fit_are_no_yaml(value):
-    assert "not readable as YAML" in problems("--peft.x", value)
+    assert "not valid YAML" in problems("--peft.x", value)
 
 
 def test_a_name_that_no_folder_can_have(recipe):
@@ -251,8 +251,8 @@ def test_repeated_field_of_yaml_is_refused(recipe):
 def test_anchors_and_merges_work_and_loops_are_refused(recipe):
     path = recipe("data: &d {train: x, label_names: &n [a, b]}\npeft: {modules: *n}\n")
     assert parse_config(["--recipe", str(path)]).peft.options == {"modules": ["a", "b"]}
-    assert "not readable as YAML" in problems("--peft.x", "&a [*a]")
-    assert "not readable as YAML" in problems("--peft.x", "[" * 5000)
+    assert "not valid YAML" in problems("--peft.x", "&a [*a]")
+    assert "not valid YAML" in problems("--peft.x", "[" * 5000)
 
 
 @pytest.mark.parametrize(
@@ -279,17 +279,17 @@ def test_all_problems_at_once(recipe):
     message = problems("--recipe", str(path), "--optim.leaning_rate", "1", "--run.seed", "x", "word", "--peft.r", "[1,")
     lines = message.splitlines()
     assert len(lines) == 6
-    assert lines[0].startswith("unexpected argument 'word'") and lines[1].startswith("peft.r: not readable as YAML")
-    assert lines[2] == f"optim.epochs: 'many' does not fit; wanted int (in {path})"
+    assert lines[0].startswith("unexpected argument 'word'") and lines[1].startswith("peft.r: not valid YAML")
+    assert lines[2] == f"optim.epochs: 'many' is not valid; expected int (in {path})"
     assert lines[3] == f"unknown option 'batch.sise'; nearest: batch.size (in {path})"
     assert lines[4] == "unknown option 'optim.leaning_rate'; nearest: optim.learning_rate (on the command line)"
-    assert lines[5] == "run.seed: 'x' does not fit; wanted int (on the command line)"
+    assert lines[5] == "run.seed: 'x' is not valid; expected int (on the command line)"
 
 
 def test_all_impossible_values_at_once():
     message = problems("--batch.size", "0", "--optim.label_smoothing", "1", "--checkpoint.keep_last", "1", train=False)
     assert [line.partition(" ")[0] for line in message.splitlines()] == [
-        "batch.size:", "checkpoint.keep_last:", "optim.label_smoothing:", "data.train",
+        "batch.size:", "optim.label_smoothing:", "checkpoint.keep_last:", "data.train",
     ]  # fmt: skip
 
 
@@ -339,14 +339,14 @@ def test_wrong_type_says_what_is_wanted(key, value, wanted):
         assert parse("--data.test", "x", f"--{key}", value).data.test.label_column == value
         return
     message = problems(f"--{key}", value)
-    assert message.startswith(f"{key}: ") and message.endswith(f"does not fit; wanted {wanted} (on the command line)")
+    assert message.startswith(f"{key}: ") and message.endswith(f"is not valid; expected {wanted} (on the command line)")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run.seed", "-1"], "run.seed: -1 must be at least 0"),
-        (["--run.seed", str(2**70)], f"run.seed: {2**70} must be below 2**63"),
+        (["--run.seed", "-1"], "run.seed: -1 must be from 0 to 2**63 - 1"),
+        (["--run.seed", str(2**70)], f"run.seed: {2**70} must be from 0 to 2**63 - 1"),
         (["--data.max_length", "3"], "data.max_length: 3 must be at least 4"),
         (["--optim.learning_rate", ".inf"], "optim.learning_rate: inf must be at least 0"),
         (["--optim.betas", "[0.9, 1]"], "optim.betas: [0.9, 1.0] must be in [0, 1)"),
@@ -354,26 +354,26 @@ def test_wrong_type_says_what_is_wanted(key, value, wanted):
         (["--optim.warmup_fraction", "1.01"], "optim.warmup_fraction: 1.01 must be in [0, 1]"),
         (["--data.validation_fraction", "1"], "data.validation_fraction: 1.0 must be in [0, 1)"),
         (["--model.dropout", "-0.1"], "model.dropout: -0.1 must be in [0, 1)"),
-        (["--optim.max_grad_norm", "0"], "optim.max_grad_norm: 0.0 must be above 0 (null = no clipping)"),
+        (["--optim.max_grad_norm", "0"], "optim.max_grad_norm: 0.0 must be above 0"),
         (["--optim.final_lr_fraction", "0.1", "--optim.schedule", "constant"], "optim.final_lr_fraction has no effect "
          "with optim.schedule constant; use linear or cosine"),
-        (["--optim.name", "sgd", "--run.precision", "fp16"], "optim.name sgd with run.precision fp16: gradients this "
-         "small are lost; use bf16 or adamw"),
+        (["--optim.name", "sgd", "--run.precision", "fp16"], "optim.name sgd with run.precision fp16: small "
+         "gradients are lost; use bf16 or adamw"),
         (["--data.text_columns", "[]"], "data.text_columns is empty: name at least one column"),
         (["--data.test", "{path: x, text_columns: []}"], "data.test.text_columns is empty: name at least one column"),
         (["--data.label_column", "text"], "data.label_column 'text' is also a text column"),
         (["--data.text_pair_columns", "[label]"], "data.label_column 'label' is also a text column"),
-        (["--data.test="], "data.test is empty; null = none"),
+        (["--data.test="], "data.test is empty; use null for no split"),
         (["--data.train="], "data.train is missing: --data.train FILE (csv, tsv, json, jsonl, parquet) or hub id, or "
          "a --recipe"),
-        (["--data.test.label_column", "x"], "data.test has a layout and no path: --data.test FILE"),
+        (["--data.test.label_column", "x"], "data.test has settings but no path; add --data.test FILE"),
         (["--data.label_names", "[]"], "data.label_names: [] has no name, or an empty one"),
         (["--data.label_names", "[a, ' ']"], "data.label_names: ['a', ' '] has no name, or an empty one"),
         (["--data.label_names", "[a, a]"], "data.label_names: 'a' is given twice"),
         (["--data.label_names", "[1, 2, 1.0]"], "data.label_names: '1.0' is given twice"),
         (["--data.test", "{path: x, label_names: {1: a, 1.0: b}}"], "data.test.label_names: '1.0' is given twice"),
         (["--data.validation_fraction", "0", "--evaluation.patience", "1"], "evaluation.patience needs a validation "
-         "split; data.validation_fraction is 0"),
+         "split, but data.validation_fraction is 0"),
     ],
 )  # fmt: skip
 def test_impossible(arguments, message):

@@ -1,8 +1,7 @@
-"""Recipes and the command line -> `Config`, and back to a file.
+"""Reads recipes and the command line into a `Config`, and writes a `Config` to a file.
 
-Always holds: a `Config` that left `parse_config` has only known keys, right types and possible combinations; whatever
-is wrong with it is reported at once, every problem on a line of its own. jsonargparse checks the types; recipes are
-YAML 1.2, where `1e-4` is a number and `no` a word.
+A `Config` from `parse_config` has only known keys, valid types and valid combinations. All problems are reported at
+once, each on its own line. jsonargparse checks the types. Recipes are YAML 1.2: `1e-4` is a number and `no` is text.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from trainer.config.schema import GROUPS, SPLITS, Config, Source, as_dict, impossible
-from trainer.errors import UserError
+from trainer.config.schema import GROUPS, SPLITS, Config, Source, as_dict, find_problems
+from trainer.errors import UserError, one_line
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-# The type of each option, as written above; a split may have fields of its own (`data.test.label_names`).
+# The type of each option, as declared in the schema. A split may have its own settings (`data.test.label_names`).
 _TYPES: dict[str, str] = {
     f"{prefix}.{item.name}": str(item.type)
     for prefix, kind in (*GROUPS.items(), *((split, Source) for split in SPLITS))
@@ -35,12 +34,12 @@ _TYPES: dict[str, str] = {
 
 
 def option_names() -> list[str]:
-    """All accepted options but PEFT's own, as `group.field`, in the order of the groups."""
+    """Returns all options except those of PEFT, as `group.field`, in the order of the groups."""
     return [key for key in _TYPES if key.count(".") == 1]
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """Reads `--recipe NAME-or-PATH` and `--group.field value` overrides.
+    """Parses `--recipe NAME-or-PATH` and `--group.field value`.
 
     Order: defaults < recipe < command line.
 
@@ -55,29 +54,29 @@ def parse_config(argv: Sequence[str]) -> Config:
         parser.print_help()
         raise SystemExit(0)
     problems: list[str] = []
-    given = _command_line(argv, problems)
+    given = _parse_command_line(argv, problems)
     recipe = given.pop("recipe", None)
     settings = [
-        *((key, value, f"in {recipe}") for key, value in _recipe_settings(recipe, problems).items()),
-        *((key, value, "on the command line") for key, value in _flat(given).items()),
+        *((key, value, f"in {recipe}") for key, value in _read_recipe(recipe, problems).items()),
+        *((key, value, "on the command line") for key, value in _flatten_splits(given).items()),
     ]
     pairs = [(key, value) for key, value, _ in settings]
-    if not _fit(parser, pairs):  # one by one is slow, and needed only to say what is wrong
-        found = ((_problem_of(parser, key, value), origin) for key, value, origin in settings)
+    if not _is_valid(parser, pairs):  # checking one by one is slow, so it is only done to find the problem
+        found = ((_describe_problem(parser, key, value), origin) for key, value, origin in settings)
         problems += [f"{problem} ({origin})" for problem, origin in found if problem]
-    _refuse(problems)
-    config = _built(parser, pairs, Path(recipe).stem if recipe else None)
-    _refuse(list(impossible(config)))
+    _raise_problems(problems)
+    config = _build_config(parser, pairs, Path(recipe).stem if recipe else None)
+    _raise_problems(list(find_problems(config)))
     return config
 
 
 def config_text(config: Config) -> str:
-    """A recipe that gives this very configuration again: what config.yaml holds."""
+    """Returns the configuration as a recipe: the text of config.yaml."""
     return str(yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def load_config(path: Path) -> Config:
-    """The configuration in a file that holds a `config_text`.
+    """Loads a configuration from a file that holds a `config_text`.
 
     Raises:
         UserError: the file is missing or not a configuration.
@@ -86,15 +85,15 @@ def load_config(path: Path) -> Config:
 
 
 def load_finished_run(folder: Path, name: str | None = None, revision: str | None = None) -> tuple[Config, list[str]]:
-    """Configuration and class names of a run with a saved adapter.
+    """Loads the configuration and the class names of a finished run.
 
     Args:
-        folder: of the run.
-        name: another place of its backbone; None = that of the training.
-        revision: another revision of its backbone; None = that of the training.
+        folder: the run folder.
+        name: replaces `model.name`, if the backbone has moved.
+        revision: replaces `model.revision`.
 
     Raises:
-        UserError: the folder is no run, or the run is not finished.
+        UserError: the folder is not a run folder, or the run is not finished.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--run: {folder} is not a run folder (no config.yaml)")
@@ -122,54 +121,59 @@ def _parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--recipe", type=str | None, help="name of a shipped recipe, or path of a yaml file")
     for group, kind in GROUPS.items():
-        if group == "peft":  # its options are written as peft.NAME, and are PEFT's
+        if group == "peft":  # PEFT's options are written as peft.NAME
             parser.add_class_arguments(kind, group, skip={"options"})
         else:
             parser.add_argument(f"--{group}", type=kind)
+    ranges = {f"{g}.{item.name}": item.metadata for g, kind in GROUPS.items() for item in dataclasses.fields(kind)}
+    for action in parser._actions:
+        if "range" in ranges.get(action.dest, {}):
+            action.help = f"{action.help}; {ranges[action.dest]['range']}"
     return parser
 
 
-def _refuse(problems: Sequence[str]) -> None:
+def _raise_problems(problems: Sequence[str]) -> None:
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
 
-def _built(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]], recipe: str | None) -> Config:
-    """The configuration from settings that are right one by one; a later one stands over an earlier one.
+def _build_config(
+    parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]], recipe: str | None
+) -> Config:
+    """Builds the configuration from valid settings. A later setting overrides an earlier one.
 
     Raises:
-        UserError: a split's layout without a path.
+        UserError: a split has settings but no path.
     """
-    nested = _nested([(key, value) for key, value in settings if not _is_peft_option(key)])
+    nested = _nest([(key, value) for key, value in settings if not _is_peft_option(key)])
     for split in SPLITS:
-        layout = nested.get("data", {}).get(split.partition(".")[2])
-        if isinstance(layout, dict) and not layout.get("path"):
-            raise UserError(f"{split} has a layout and no path: --{split} FILE")
+        source = nested.get("data", {}).get(split.partition(".")[2])
+        if isinstance(source, dict) and not source.get("path"):
+            raise UserError(f"{split} has settings but no path; add --{split} FILE")
     namespace = parser.instantiate(parser.parse_object(nested))
     config = Config(**{group: namespace[group] for group in GROUPS}, recipe=recipe)
     given = {key.removeprefix("peft."): value for key, value in settings if _is_peft_option(key)}
     options = {name: value for name, value in given.items() if value is not None}
     peft = dataclasses.replace(config.peft, options=options, peft_type=config.peft.peft_type.upper())
-    # a run is used later from other folders
-    model = dataclasses.replace(config.model, name=_absolute(config.model.name))
+    model = dataclasses.replace(config.model, name=_make_absolute(config.model.name))
     if model.adapter is not None:
-        model = dataclasses.replace(model, adapter=_absolute(model.adapter))
+        model = dataclasses.replace(model, adapter=_make_absolute(model.adapter))
     return dataclasses.replace(config, peft=peft, model=model)
 
 
-def _absolute(path: str) -> str:
-    """Makes the path of a local folder absolute; any other name stays as it is."""
+def _make_absolute(path: str) -> str:
+    """Makes the path of a local folder absolute, because later commands may run in another folder."""
     return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
-def _command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """Values of `--key value` and `--key=value`, the last of each; what is neither is added to `problems`."""
+def _parse_command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """Parses `--key value` and `--key=value`. The last value of a key counts. Adds other words to `problems`."""
     given: dict[str, Any] = {}
     words = list(argv)
     while words:
         key, equals, value = words.pop(0).partition("=")
         if not key.startswith("--"):
-            problems.append(f"unexpected argument {key!r}: options are written --group.field value")
+            problems.append(f"unexpected argument {key!r}; write options as --group.field value")
             continue
         if not equals:
             if not words or words[0].startswith("--"):
@@ -181,53 +185,53 @@ def _command_line(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
             problems.append("--recipe is given twice")
         try:
             value.encode()
-            given[key] = _value(key, value)
+            given[key] = _parse_value(key, value)
         except UnicodeEncodeError:
             problems.append(f"{key}: {value!r} is not UTF-8")
         except UserError as error:
             problems.append(f"{key}: {error}")
-    # a split's path first: `--data.test.label_column y --data.test x.csv` belongs together in either order
+    # the path of a split goes first, so that `--data.test.label_column y --data.test x.csv` works in either order
     return dict(sorted(given.items(), key=lambda item: item[0].count(".") > 1))
 
 
-def _value(key: str, text: str) -> Any:
-    """A value of the command line. PEFT's options, lists and mappings are YAML; the rest is read by its type."""
+def _parse_value(key: str, text: str) -> Any:
+    """Parses a value of the command line: PEFT's options, lists and mappings as YAML. The rest stays text."""
     kind = _TYPES.get(key, "")
     opening = ("{",) if "Source" in kind else ("{", "[") if "[" in kind else ()
     is_yaml = _is_peft_option(key) or (opening and text.startswith(opening))
-    return _yaml(text, words=key.endswith(".label_names")) if is_yaml else text
+    return _parse_yaml(text, keep_text=key.endswith(".label_names")) if is_yaml else text
 
 
 def _is_peft_option(key: str) -> bool:
     return key.startswith("peft.") and key not in _TYPES and key not in {"peft.", "peft.options"}
 
 
-def _fit(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]]) -> bool:
-    """Whether settings have known names and right types. PEFT's are checked against its own class in model.py."""
+def _is_valid(parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]]) -> bool:
+    """Whether all keys are known and all types are right. model/build.py checks PEFT's options."""
     ours = [(key, value) for key, value in settings if not _is_peft_option(key)]
     if not all(key in _TYPES for key, _ in ours):
         return False
     try:
-        parser.parse_object(_nested(ours))
+        parser.parse_object(_nest(ours))
     except (jsonargparse.ArgumentError, ValueError, TypeError):
         return False
     return True
 
 
-def _problem_of(parser: jsonargparse.ArgumentParser, key: str, value: Any) -> str | None:
-    """What is wrong with one setting, or None."""
-    # one field of a split's own layout is no Source by itself: the path that completes it stands elsewhere
+def _describe_problem(parser: jsonargparse.ArgumentParser, key: str, value: Any) -> str | None:
+    """Says what is wrong with one setting, or returns None."""
+    # a single setting of a split is not a valid Source, because the path is a setting of its own
     context = [(key.rpartition(".")[0] + ".path", "file")] if key.count(".") == 2 else []
-    if _fit(parser, [*context, (key, value)]):
+    if _is_valid(parser, [*context, (key, value)]):
         return None
     if key not in _TYPES:
-        return f"unknown option {key!r}; {_nearest(key)}"
+        return f"unknown option {key!r}; {_suggest_option(key)}"
     hint = f"; write [{value}]" if _TYPES[key].startswith("list") and isinstance(value, str) else ""
-    return f"{key}: {value!r} does not fit; wanted {_in_words(_TYPES[key])}{hint}"
+    return f"{key}: {value!r} is not valid; expected {_describe_type(_TYPES[key])}{hint}"
 
 
-def _nearest(key: str) -> str:
-    """The option most like an unknown one, by its whole name, else by its last part."""
+def _suggest_option(key: str) -> str:
+    """Names the option most similar to an unknown one: by the whole name, or by its last part."""
     options = list(_TYPES) if key.count(".") > 1 else option_names()
     last_parts = {option.rpartition(".")[2]: option for option in reversed(options)}
     near = difflib.get_close_matches(key, options, n=1, cutoff=0.8)
@@ -239,15 +243,15 @@ def _nearest(key: str) -> str:
     return f"{group} has {', '.join(fields)}" if fields else f"groups: {', '.join(GROUPS)}"
 
 
-def _in_words(kind: str) -> str:
-    """Literal['a', 'b'] | bool | None -> 'a' or 'b' or true or false or null"""
+def _describe_type(kind: str) -> str:
+    """Literal['a', 'b'] | bool | None -> 'a' or 'b' or true or false or null."""
     choices = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace(", ", " | "), kind)
     words = {" | Source": "", "bool": "true | false", "None": "null", " | ": " or "}
     return functools.reduce(lambda text, word: text.replace(word, words[word]), words, choices)
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{"data.test": {"path": "x.csv"}} -> {"data.test.path": "x.csv"}; other settings stay as they are."""
+def _flatten_splits(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"data.test": {"path": "x.csv"}} -> {"data.test.path": "x.csv"}. Other settings do not change."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if key in SPLITS and isinstance(value, dict):
@@ -257,7 +261,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _nested(flat: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _nest(flat: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """[("a.b", 1)] -> {"a": {"b": 1}}"""
     nested: dict[str, Any] = {}
     for key, value in flat:
@@ -265,7 +269,7 @@ def _nested(flat: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         level = nested
         for parent in parents:
             inner = level.get(parent, {})
-            # `data.test: x.csv` in a recipe, then `--data.test.label_column y`: the recipe's path stays
+            # after `data.test: x.csv` in a recipe, `--data.test.label_column y` keeps that path
             level[parent] = inner if isinstance(inner, dict) else {"path": inner}
             level = level[parent]
         level[last] = value
@@ -289,36 +293,36 @@ def _recipe_path(recipe: str) -> Path:
     return RECIPES / f"{recipe}.yaml"
 
 
-def _recipe_settings(recipe: str | None, problems: list[str]) -> dict[str, Any]:
-    """A recipe's settings as {"group.field": value}; its relative paths that exist beside it are made absolute."""
+def _read_recipe(recipe: str | None, problems: list[str]) -> dict[str, Any]:
+    """Reads a recipe as {"group.field": value}. Makes relative paths absolute if they exist next to the recipe."""
     if recipe is None:
         return {}
     try:
         path = _recipe_path(recipe)
-        groups = _yaml(path.read_text(encoding="utf-8-sig"))
+        groups = _parse_yaml(path.read_text(encoding="utf-8-sig"))
         if not isinstance(groups, dict) or not all(isinstance(values, dict | None) for values in groups.values()):
-            raise UserError(f"it must hold groups of settings ({', '.join(GROUPS)})")
+            raise UserError(f"the file must contain groups of settings ({', '.join(GROUPS)})")
     except (OSError, UnicodeDecodeError, UserError) as error:
         problems.append(f"--recipe {recipe}: {error}")
         return {}
-    flat = _flat(
+    flat = _flatten_splits(
         {f"{group}.{name}": value for group, values in groups.items() for name, value in (values or {}).items()}
     )
     for key in ("model.name", "model.adapter", *SPLITS, *(f"{split}.path" for split in SPLITS)):
         if isinstance(flat.get(key), str):
-            flat[key] = _beside(path, flat[key])
-    return _in_current_names(flat)
+            flat[key] = _resolve_path(path, flat[key])
+    return _migrate(flat)
 
 
-def _in_current_names(flat: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings, where an earlier version wrote it, in the names of this one."""
+def _migrate(flat: dict[str, Any]) -> dict[str, Any]:
+    """Translates settings of earlier versions."""
     flat.pop("model.compile", None)
     if flat.get("optim.schedule") == "cosine_annealing":
         flat["optim.schedule"] = "cosine"
     return flat
 
 
-def _beside(recipe: Path, value: str) -> str:
+def _resolve_path(recipe: Path, value: str) -> str:
     here = recipe.parent / value
     if value and not Path(value).is_absolute() and (here.exists() or glob.glob(str(here), recursive=True)):
         return str(here)
@@ -326,9 +330,9 @@ def _beside(recipe: Path, value: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no` is a word and `1e-4` a number. A key twice in one mapping is an error.
+    """Reads scalars as YAML 1.2 does: `no` is text, `1e-4` is a number. A repeated key is an error.
 
-    Keys and class names are words as they are written: `1.0`, `true` and `null` too.
+    Keys and class names are always text, even `1.0`, `true` and `null`.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -346,12 +350,12 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise ValueError(f"line {key.start_mark.line + 1} has a list or a mapping as a key")
             if key.value == "label_names":
-                _keep_words(value)
+                _tag_as_text(value)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever some YAML reader could take for a number or a truth value: "1e-4", "no"."""
+    """Quotes text that another YAML reader could read as a number or a boolean, such as "1e-4" or "no"."""
 
 
 _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|nan)$")
@@ -361,8 +365,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def _keep_words(node: yaml.Node) -> None:
-    """Makes text of the scalars in a list or a mapping."""
+def _tag_as_text(node: yaml.Node) -> None:
+    """Marks all scalars in a list or a mapping as text."""
     children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         children = [value for _, value in node.value]
@@ -370,46 +374,46 @@ def _keep_words(node: yaml.Node) -> None:
         if isinstance(child, yaml.ScalarNode):
             child.tag = "tag:yaml.org,2002:str"
         else:
-            _keep_words(child)
+            _tag_as_text(child)
 
 
-def _yaml(text: str, words: bool = False) -> Any:
-    """YAML text -> plain values; with `words`, the scalars in a list or a mapping stay text.
+def _parse_yaml(text: str, keep_text: bool = False) -> Any:
+    """Parses YAML. With `keep_text`, the scalars in a list or a mapping stay text.
 
     Raises:
-        UserError: not YAML, or nothing a setting could hold.
+        UserError: the text is not YAML, or refers to itself.
     """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        if words:
-            _keep_words(node)
+        if keep_text:
+            _tag_as_text(node)
         value = loader.construct_document(node)
-        json.dumps(value, default=str)  # refuses an alias that leads back to itself
+        json.dumps(value, default=str)  # fails if an alias refers to itself
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"not readable as YAML: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"not valid YAML: {one_line(error)}") from None
     return value
 
 
-def _typed(text: str) -> Any:
-    """A value typed for an option. YAML takes '#1', '~' and '&x' for nothing; only null is that."""
-    value = _yaml(text)
+def _load_value(text: str) -> Any:
+    """Parses a value of the command line. YAML reads '#1', '~' and '&x' as null; here only null is null."""
+    value = _parse_yaml(text)
     return text if value is None and text.strip().lower() != "null" else value
 
 
-jsonargparse.set_loader("yaml", _typed, exceptions=(UserError,))  # of predict.py's options too
+jsonargparse.set_loader("yaml", _load_value, exceptions=(UserError,))  # predict.py uses it too
 
 
 def parse_label_names(text: str) -> list[str] | dict[str, str]:
-    """The value of an option `label_names` of a command that has no recipe.
+    """Parses `--label_names` of predict.py.
 
     Raises:
-        UserError: it is no list of names and no mapping to names.
+        UserError: the text is neither a list of names nor a mapping to names.
     """
     try:
-        names = _yaml(text, words=True)
+        names = _parse_yaml(text, keep_text=True)
     except UserError as error:
         raise UserError(f"--label_names: {error}") from None
     listed = list(names.values()) if isinstance(names, dict) else names
