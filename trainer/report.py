@@ -1,6 +1,6 @@
-"""Draws the figures and the page of a run again, from the files of its run folder.
+"""Draws the figures and the page of a run from its folder, or compares the adapters of two runs.
 
-python trainer/report.py --run runs/NAME
+python trainer/report.py --run runs/NAME [--against runs/OTHER]
 """
 
 import sys
@@ -12,14 +12,17 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 import jsonargparse
 
 from trainer.errors import main_guard
+from trainer.reporting.compare import compare_adapters
 from trainer.reporting.page import build_report
 
 
 def main() -> int:
-    """Builds the report that the command line asks for; returns the exit code."""
-    parser = jsonargparse.ArgumentParser(description="Writes the figures and report.html of a run folder.")
+    """Does what the command line asks for; returns the exit code."""
+    parser = jsonargparse.ArgumentParser(description="Writes the figures and report.html of a run, or compares two.")
     parser.add_argument("--run", type=Path, required=True, help="the folder of a run, such as runs/quickstart")
-    print(build_report(parser.parse_args().run))
+    parser.add_argument("--against", type=Path, help="another run: print how far its adapter is from that of --run")
+    options = parser.parse_args()
+    print(compare_adapters(options.run, options.against) if options.against else build_report(options.run))
     return 0
 
 
