@@ -32,6 +32,7 @@ from trainer.batching.plan import collate, num_positions, split_by_tokens
 from trainer.config.loading import parse_config
 from trainer.distributed.session import StopRequest, Watch, start_accelerator
 from trainer.model.backbone import silence_libraries
+from trainer.tasks import TASKS
 from trainer.training import loop
 from trainer.training import setup as building
 from trainer.training.state import TrainState
@@ -179,7 +180,7 @@ def padded_gradient(run, step, parts, width):
         batch = padded(run, ids, width)
         with run.dropout.micro_batch(step, batch.ids, batch.lengths):
             logits = run.model(**batch.inputs).logits
-        (example_losses(logits, batch, 0.0).sum() / total * scale).backward()
+        (example_losses(TASKS[run.config.task.type], logits, batch, 0.0).sum() / total * scale).backward()
     return taken_gradient(run) / scale
 
 

@@ -8,13 +8,16 @@ only saves work: a process that gets none goes on without it. Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -214,3 +217,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as csv."""
+    lines: list[str] = []
+    writer: Any = csv.writer(SimpleNamespace(write=lines.append))  # its line end, "\r\n", has a lone "\r" quoted
+    writer.writerows(rows)
+    return "".join(f"{line[:-2]}\n" for line in lines)

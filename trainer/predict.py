@@ -132,7 +132,8 @@ def predict(options: Options) -> int:
     from trainer.model.adapter import find_trained_backbone
     from trainer.model.backbone import silence_libraries
     from trainer.packed.forward import Padding
-    from trainer.tasks.single_label import classification_metrics
+    from trainer.tasks import TASKS
+    from trainer.tasks.task import measure
 
     silence_libraries()
     source = _source(options)
@@ -148,13 +149,14 @@ def predict(options: Options) -> int:
     logits, is_main_process = _score(options, backbone, examples, padding, may_pack, len(label_names))
     assert len(ids) == len(split) == len(logits), "a row was lost"
     if is_main_process:
-        write_atomic(output, _rendered(options, ids, logits, label_names, labels))
+        columns = TASKS[config.task.type].prediction_columns(logits, label_names)
+        write_atomic(output, _rendered(options, ids, columns, dict(zip(label_names, labels, strict=True))))
         id_field, label_field = HEADERS[options.layout]
         told = [f"{len(ids)} predictions: {output}", f"{id_field} {what_ids}; {label_field} {what_labels}"]
         if not options.quiet:
             print(*(f"warning: {line}" for line in [*warnings, *unverified]), *told, sep="\n", file=sys.stderr)
         if split.labels is not None:
-            scores = classification_metrics(logits, split.labels, label_names)
+            scores = measure(TASKS[config.task.type], logits, split.labels, label_names)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
     return 0
 
@@ -300,24 +302,21 @@ def _label_values(
     return {}, ""
 
 
-def _rendered(options: Options, ids: list[str], logits: Any, label_names: list[str], labels: list[str]) -> str:
-    """The output file's text; `labels` stand for the classes."""
-    from trainer.training.scoring import csv_text, predictions
+def _rendered(options: Options, ids: list[str], columns: dict[str, list[Any]], written: dict[str, Any]) -> str:
+    """The output file's text; `written` has what stands for each class."""
+    from trainer.training.scoring import predictions_csv
 
     in_json = options.output.lower().endswith(".jsonl")
-    written: dict[str, Any] = dict(zip(label_names, labels, strict=True))
-    if in_json and options.layout == "contest" and all(re.fullmatch("0|-?[1-9][0-9]*", label) for label in labels):
-        written = {name: int(label) for name, label in written.items()}
-    header = [*HEADERS[options.layout], "confidence", *(f"probability:{name}" for name in label_names)]
-    rows: list[list[Any]] = [
-        [example, written[name], max(shares), *shares]
-        for example, (name, shares) in zip(ids, predictions(logits, label_names), strict=True)
-    ]
     if options.layout == "contest":
-        header, rows = header[:2], [row[:2] for row in rows]
-    if in_json:
-        return "".join(json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
-    return csv_text([header, *[[f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in rows]])
+        if in_json and all(re.fullmatch("0|-?[1-9][0-9]*", label) for label in written.values()):
+            written = {name: int(label) for name, label in written.items()}
+        table = {"ID": ids, "Label": [written.get(name, name) for name in columns["prediction"]]}
+    else:
+        table = {"id": ids, **columns}
+    if not in_json:
+        return predictions_csv(table)
+    rows = (dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True))
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ PLACES = [
     ("example_losses", 26),
     ("_update", 12),
     ("trainer.training.scoring:collate", 21),
-    ("classification_metrics", 3),
+    ("measure", 3),
     ("pathlib:Path.rename", 7),
     ("shutil:rmtree", 16),
     ("_sync", 10),

@@ -9,7 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import on_ranks, scores
 
-from trainer.tasks.single_label import classification_metrics, confusion
+from trainer.tasks.single_label import TASK, confusion
+from trainer.tasks.task import measure
 
 SIZES = (1, 2, 3, 4, 13)  # with 2 and 3 ranks: one example, W - 1, W, W + 1 and a prime
 NAMES = ["World", "Sports", "Business", "Sci/Tech"]
@@ -29,9 +30,9 @@ def test_equal_to_the_last_bit_on_any_number_of_ranks(alone, parity_arguments, w
         for found, _ in ranks:
             assert found[size].shape == (size, 4)
             assert found[size].tobytes() == expected[size].tobytes()
-        assert confusion(found[size], labels[:size], 4).sum() == size
-        metrics = classification_metrics(found[size], labels[:size], NAMES)
-        assert metrics == classification_metrics(expected[size], labels[:size], NAMES)
+        assert confusion(found[size], labels[:size]).sum() == size
+        metrics = measure(TASK, found[size], labels[:size], NAMES)
+        assert metrics == measure(TASK, expected[size], labels[:size], NAMES)
         assert metrics["num_examples"] == size
 
 

@@ -11,9 +11,11 @@ import torch
 
 from trainer.distributed.session import start_accelerator
 from trainer.errors import UserError
+from trainer.files import csv_text
 from trainer.packed.forward import PaddedForward
+from trainer.tasks import single_label
 from trainer.training import scoring as evaluation
-from trainer.training.scoring import csv_text, predictions, score_split, write_evaluation
+from trainer.training.scoring import score_split, write_evaluation
 
 PAD = 0
 
@@ -137,7 +139,8 @@ LOGITS = np.log(np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]], dtype=np.fl
 @pytest.mark.parametrize("pairs", [None, ["x", "", "z,z"]])
 def test_the_files_of_an_evaluation(tmp_path, pairs):
     texts = ["one", "two\nlines", '=1+"1"']
-    metrics = write_evaluation(tmp_path / "test", LOGITS, np.array([0, 1, 1]), NAMES, np.array([4, 5, 9]), texts, pairs)
+    split = SimpleNamespace(rows=np.array([4, 5, 9]), texts=texts, text_pairs=pairs)
+    metrics = write_evaluation(tmp_path / "test", single_label.TASK, LOGITS, np.array([0, 1, 1]), NAMES, split)
     with (tmp_path / "test" / "predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == ["4", "5", "9"]
@@ -156,8 +159,10 @@ def test_the_files_of_an_evaluation(tmp_path, pairs):
 
 
 def test_predictions_by_name_and_probability():
-    assert [name for name, _ in predictions(LOGITS, NAMES)] == [NAMES[0], NAMES[0], NAMES[1]]
-    assert next(predictions(LOGITS, NAMES))[1] == pytest.approx([0.75, 0.25])
+    columns = single_label.prediction_columns(LOGITS, NAMES)
+    assert list(columns) == ["prediction", "confidence", *(f"probability:{name}" for name in NAMES)]
+    assert columns["prediction"] == [NAMES[0], NAMES[0], NAMES[1]]
+    assert columns[f"probability:{NAMES[0]}"] == pytest.approx([0.75, 0.5, 0.125])
 
 
 def test_rows_survive_csv():

@@ -15,8 +15,9 @@ from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimCon
 from trainer.data.corpus import id_columns, load_corpus, load_for_prediction
 from trainer.errors import UserError
 from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, _summary, labels_to_write, main
-from trainer.tasks.single_label import metric_value
-from trainer.training.setup import _check_names, _example_weights
+from trainer.tasks.single_label import example_weights, prediction_columns
+from trainer.tasks.task import metric_value
+from trainer.training.setup import _check_names
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_words_of_yaml_meet_those_of_the_data(tmp_path, word):
     assert listed.splits["train"].labels.tolist() == [1, 0]
     config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
     _check_names(config, listed)
-    assert _example_weights(config, listed.splits["train"].labels, listed.label_names).tolist() == [3, 1]
+    assert example_weights({word: 3}, listed.splits["train"].labels, listed.label_names).tolist() == [3, 1]
     per_class = {name: {"f1": float(name == "other")} for name in listed.label_names}
     assert metric_value({"per_class": per_class}, f"f1/{word}") == 0
 
@@ -129,7 +130,7 @@ def test_words_of_yaml_meet_the_numbers_of_parquet(tmp_path, word, value):
     corpus = load(path)
     config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
     _check_names(config, corpus)
-    assert _example_weights(config, corpus.splits["train"].labels, corpus.label_names).tolist() == [3, 1]
+    assert example_weights({word: 3}, corpus.splits["train"].labels, corpus.label_names).tolist() == [3, 1]
 
 
 def test_a_class_that_is_weighted_twice_or_is_none(tmp_path):
@@ -154,7 +155,8 @@ def submission(folder, config, classes, values, output="x.csv", **options):
     summary = {} if values is None else {"label_values": values}
     asked = Options(str(folder), "input.csv", output, layout="contest", **options)
     labels, told = labels_to_write(asked, config, summary, classes)
-    text = _rendered(asked, [str(i) for i in range(len(labels))], np.eye(len(labels)) * 9, classes, labels)
+    columns = prediction_columns(np.eye(len(labels)) * 9, classes)
+    text = _rendered(asked, [str(i) for i in range(len(labels))], columns, dict(zip(classes, labels, strict=True)))
     return text, told
 
 

@@ -7,15 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, matthews_corrcoef, precision_score, recall_score
 
-from trainer.tasks.single_label import (
-    METRICS,
-    classification_metrics,
-    confusion,
-    is_better,
-    metric_value,
-    probabilities,
-    report_text,
-)
+from trainer.tasks.single_label import METRICS, TASK, confusion, probabilities, report_text
+from trainer.tasks.task import is_better, measure, metric_value
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -27,7 +20,7 @@ def one_hot(predicted, num_labels=4, scale=2.0):
 def test_a_case_done_by_hand():
     # class a: 2 of 2 found, 1 of b taken for a; b: 1 of 2 found; c: 1 of 1
     labels, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 2])
-    metrics = classification_metrics(one_hot(predicted, 3), labels, ["a", "b", "c"])
+    metrics = measure(TASK, one_hot(predicted, 3), labels, ["a", "b", "c"])
     assert metrics["accuracy"] == pytest.approx(4 / 5)
     assert metrics["per_class"]["a"] == pytest.approx({"precision": 2 / 3, "recall": 1.0, "f1": 0.8, "support": 2})
     assert metrics["per_class"]["b"] == pytest.approx({"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2})
@@ -38,7 +31,7 @@ def test_a_case_done_by_hand():
     right, wrong = math.log(math.exp(2) + 2) - 2, math.log(math.exp(2) + 2)
     assert metrics["loss"] == pytest.approx((4 * right + wrong) / 5, rel=1e-6)
     assert metrics["num_examples"] == 5
-    assert confusion(one_hot(predicted, 3), labels, 3).tolist() == [[2, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert confusion(one_hot(predicted, 3), labels).tolist() == [[2, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -47,7 +40,7 @@ def test_against_scikit_learn_and_torch(seed):
     logits = generator.normal(size=(97, 4)).astype(np.float32) * 3
     labels = generator.integers(0, 4, 97)
     predicted = logits.argmax(axis=1)
-    metrics = classification_metrics(logits, labels, NAMES)
+    metrics = measure(TASK, logits, labels, NAMES)
     expected = {
         "accuracy": (predicted == labels).mean(),
         "f1_macro": f1_score(labels, predicted, average="macro"),
@@ -67,12 +60,12 @@ def test_against_scikit_learn_and_torch(seed):
 @pytest.mark.filterwarnings("error")
 def test_classes_that_never_occur():
     labels, predicted = np.array([0, 1, 0]), np.array([0, 1, 1])
-    metrics = classification_metrics(one_hot(predicted), labels, NAMES)
+    metrics = measure(TASK, one_hot(predicted), labels, NAMES)
     assert set(metrics["per_class"]) == set(NAMES)
     assert metrics["per_class"]["d"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     assert metrics["f1_macro"] == pytest.approx(2 / 3), "macro averages run over the classes that occur"
-    assert confusion(one_hot(predicted), labels, 4).sum() == 3
-    assert confusion(one_hot(predicted), labels, 4).shape == (4, 4)
+    assert confusion(one_hot(predicted), labels).sum() == 3
+    assert confusion(one_hot(predicted), labels).shape == (4, 4)
     text = report_text(one_hot(predicted), labels, NAMES)
     assert [name for name in NAMES if f" {name} " in text] == NAMES[:2], text
     assert "0.6667" in next(line for line in text.splitlines() if "macro avg" in line)
@@ -81,7 +74,7 @@ def test_classes_that_never_occur():
 @pytest.mark.filterwarnings("ignore:A single label")
 @pytest.mark.parametrize(("predicted", "accuracy"), [(2, 1.0), (0, 0.0)])
 def test_one_example(predicted, accuracy):
-    metrics = classification_metrics(one_hot([predicted]), np.array([2]), NAMES)
+    metrics = measure(TASK, one_hot([predicted]), np.array([2]), NAMES)
     assert metrics["accuracy"] == accuracy
     assert metrics["mcc"] == 0.0
     assert metrics["num_examples"] == 1
@@ -90,13 +83,13 @@ def test_one_example(predicted, accuracy):
 
 def test_large_logits_neither_overflow_nor_lose_the_loss():
     logits = np.array([[3e4, -3e4], [3e4, -3e4]], dtype=np.float32)
-    metrics = classification_metrics(logits, np.array([0, 1]), ["a", "b"])
+    metrics = measure(TASK, logits, np.array([0, 1]), ["a", "b"])
     assert metrics["loss"] == pytest.approx(3e4)
     assert probabilities(logits).tolist() == [[1.0, 0.0], [1.0, 0.0]]
 
 
 def test_metric_by_name():
-    metrics = classification_metrics(one_hot([0, 1, 1]), np.array([0, 1, 0]), ["x", "f1/odd"])
+    metrics = measure(TASK, one_hot([0, 1, 1]), np.array([0, 1, 0]), ["x", "f1/odd"])
     assert metric_value(metrics, "accuracy") == metrics["accuracy"]
     assert metric_value(metrics, "f1/f1/odd") == metrics["per_class"]["f1/odd"]["f1"]
 
@@ -115,4 +108,4 @@ def test_metric_by_name():
     ],
 )
 def test_better(value, best, name, expected):
-    assert is_better(value, best, name) is expected
+    assert is_better(TASK, name, value, best) is expected

@@ -1,4 +1,4 @@
-"""The options: nine frozen groups, their ranges and help, and which of them make two runs the same.
+"""The options: ten frozen groups, their ranges and help, and which of them make two runs the same.
 
 Each field declares its type, default, range and help in one place. `--help`, docs/options.md and all checks are made
 from it. `peft` also takes PEFT's own names, checked in model/build.py. Imports no torch.
@@ -116,6 +116,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What a label is."""
+
+    type: Literal["single_label"] = "single_label"
+    """single_label = each example has one label, the name of its class"""
+
+
+@dataclass(frozen=True)
 class BatchConfig:
     """The global batch, and its split into micro-batches that fit the device."""
 
@@ -226,6 +234,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)

@@ -1,94 +1,174 @@
-"""Predictions -> numbers. scikit-learn does the arithmetic; it loads with the first of them, not before the first step.
+"""Each example has one label, the name of its class. A target is the number of the class, int64 [N].
 
-Always holds: the numbers are a function of all predictions of a split in the order of its examples, never of batches,
-so they are equal on any number of processes.
+scikit-learn computes the metrics. It is imported when the first of them is computed, after the first steps.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
 import numpy as np
+import torch
 
-from trainer.config.labels import match_labels
+from trainer.config.labels import describe_look_alikes, match_labels
+from trainer.errors import UserError
+from trainer.files import csv_text
+from trainer.tasks.task import ClassWeights, Metric, Task
 
-METRICS = ("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro", "mcc", "loss")
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Cross-entropy of each example, [B].
+
+    The weight of an example multiplies its whole loss, also the smoothed part. `torch.nn.CrossEntropyLoss` with class
+    weights would weigh the smoothed part by the weights of the other classes.
+    """
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+
+def example_weights(class_weights: ClassWeights, targets: np.ndarray, label_names: list[str]) -> np.ndarray:
+    """Weight of each example in the loss: that of its class, float64 [N].
+
+    Raises:
+        UserError: a class that does not exist, or weights that no model can be trained with.
+    """
+    if class_weights is None:
+        return np.ones(len(targets))
+    if class_weights == "balanced":
+        counts = np.bincount(targets, minlength=len(label_names))
+        return (len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[targets]
+    matched = match_labels(class_weights, label_names)
+    _check_class_weights(class_weights, matched, label_names)
+    named = {label: class_weights[word] for word, label in matched.items()}
+    return np.array([float(named.get(name, 1.0)) for name in label_names])[targets]
+
+
+def _check_class_weights(weights: Any, matched: dict[str, str], label_names: list[str]) -> None:
+    if unknown := sorted(set(weights) - set(matched)):
+        hint = describe_look_alikes(unknown[0], label_names)
+        raise UserError(f"optim.class_weights: {unknown[0]!r} is not a class; classes: {label_names}{hint}")
+    if len(set(matched.values())) < len(matched):
+        raise UserError(f"optim.class_weights: {list(weights)} name a class twice; classes: {label_names}")
+    if any(not 0 <= weight < float("inf") for weight in weights.values()):
+        raise UserError("optim.class_weights: weights must be at least 0")
+    if sum(weight > 0 for weight in weights.values()) + len(label_names) - len(weights) < 2:
+        raise UserError("optim.class_weights: at least two classes need a weight above 0")
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def _accuracy(logits: np.ndarray, targets: np.ndarray) -> float:
+    return float((logits.argmax(axis=1) == targets).mean())
+
+
+def _average(logits: np.ndarray, targets: np.ndarray, over: str) -> tuple[float, float, float]:
+    """Precision, recall and F1, averaged over the classes that occur in targets or predictions."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    scores = precision_recall_fscore_support(targets, logits.argmax(axis=1), average=over, zero_division=0)
+    return float(scores[0]), float(scores[1]), float(scores[2])
+
+
+def _matthews(logits: np.ndarray, targets: np.ndarray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    with warnings.catch_warnings(action="ignore"):  # for a single class it warns and returns 0
+        return float(matthews_corrcoef(targets, logits.argmax(axis=1)))
+
+
+def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Mean cross-entropy, without smoothing or weights."""
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=1)
+    log_sum = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
+    return float((log_sum - wide[np.arange(len(targets)), targets]).mean())
+
+
+METRICS = {
+    "accuracy": Metric(_accuracy, higher_is_better=True),
+    "f1_macro": Metric(lambda logits, targets: _average(logits, targets, "macro")[2], higher_is_better=True),
+    "f1_weighted": Metric(lambda logits, targets: _average(logits, targets, "weighted")[2], higher_is_better=True),
+    "precision_macro": Metric(lambda logits, targets: _average(logits, targets, "macro")[0], higher_is_better=True),
+    "recall_macro": Metric(lambda logits, targets: _average(logits, targets, "macro")[1], higher_is_better=True),
+    "mcc": Metric(_matthews, higher_is_better=True),
+    "loss": Metric(_cross_entropy, higher_is_better=False),
+}
+
+
+def class_scores(logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, dict[str, Any]]:
+    """{class: its precision, recall, F1 and number of examples}, for every class."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    numbers = range(len(label_names))
+    each = precision_recall_fscore_support(targets, logits.argmax(axis=1), labels=numbers, zero_division=0)
+    return {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        for name, p, r, f, n in zip(label_names, *each, strict=True)
+    }
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over classes in double precision, [N, C]."""
+    """Softmax over the classes in double precision, [N, C]."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
-def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: list[str]) -> dict[str, Any]:
-    """All numbers of one split.
-
-    Macro averages run over the classes that occur in the labels or the predictions, as in scikit-learn.
-
-    Args:
-        logits: [N, C].
-        labels: class numbers [N].
-        label_names: [C].
-
-    Returns:
-        the scalars named in METRICS (`loss` is the plain mean cross-entropy, without smoothing or weights),
-        `num_examples`, and `per_class`: {name: {precision, recall, f1, support}}.
-    """
-    from sklearn import metrics
-
-    predicted = logits.argmax(axis=1)
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1)
-    log_sum = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-    macro = metrics.precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
-    each = metrics.precision_recall_fscore_support(labels, predicted, labels=range(len(label_names)), zero_division=0)
-    with warnings.catch_warnings(action="ignore"):  # a single class, all right: scikit-learn answers 0 and a warning
-        mcc = metrics.matthews_corrcoef(labels, predicted)
-    return {
-        "accuracy": float(metrics.accuracy_score(labels, predicted)),
-        "f1_macro": float(macro[2]),
-        "f1_weighted": float(metrics.f1_score(labels, predicted, average="weighted", zero_division=0)),
-        "precision_macro": float(macro[0]),
-        "recall_macro": float(macro[1]),
-        "mcc": float(mcc),
-        "loss": float((log_sum - wide[np.arange(len(labels)), labels]).mean()),
-        "num_examples": len(labels),
-        "per_class": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-            for name, p, r, f, n in zip(label_names, *each, strict=True)
-        },
-    }
-
-
-def metric_value(metrics: dict[str, Any], name: str) -> float:
-    """The metric `name`; `f1/CLASS` is the F1 of one class."""
-    if name.startswith("f1/"):
-        word = name.removeprefix("f1/")
-        return float(metrics["per_class"][match_labels([word], metrics["per_class"])[word]]["f1"])
-    return float(metrics[name])
-
-
-def is_better(value: float, best: float | None, name: str) -> bool:
-    """Whether `value` beats `best`; a loss is better when lower; the first value always is, and so is any after NaN."""
-    return best is None or math.isnan(best) or (value < best if name == "loss" else value > best)
-
-
-def confusion(logits: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
-    """Counts, rows true, columns predicted, int64 [C, C]."""
+def confusion(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Counts, rows true and columns predicted, int64 [C, C]."""
     from sklearn.metrics import confusion_matrix
 
-    return np.asarray(confusion_matrix(labels, logits.argmax(axis=1), labels=range(num_labels)))
+    return np.asarray(confusion_matrix(targets, logits.argmax(axis=1), labels=range(logits.shape[1])))
 
 
-def report_text(logits: np.ndarray, labels: np.ndarray, label_names: list[str]) -> str:
+def report_text(logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> str:
     """Precision, recall and F1 of the classes that occur, as scikit-learn prints them."""
     from sklearn.metrics import classification_report
 
     predicted = logits.argmax(axis=1)
-    numbers = np.union1d(labels, predicted)
+    numbers = np.union1d(targets, predicted)
     names = [label_names[number] for number in numbers]
-    text = classification_report(labels, predicted, labels=numbers, target_names=names, digits=4, zero_division=0)
-    return str(text)
+    return str(classification_report(targets, predicted, labels=numbers, target_names=names, digits=4, zero_division=0))
+
+
+def files(logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, str]:
+    """The confusion matrix and scikit-learn's report, by file name."""
+    rows = zip(label_names, confusion(logits, targets).tolist(), strict=True)
+    matrix = [["true \\ predicted", *label_names], *([name, *row] for name, row in rows)]
+    return {
+        "confusion_matrix.csv": csv_text(matrix),
+        "classification_report.txt": report_text(logits, targets, label_names),
+    }
+
+
+def prediction_columns(logits: np.ndarray, label_names: list[str]) -> dict[str, list[Any]]:
+    """The predicted class, its probability, and the probability of each class."""
+    shares = probabilities(logits)
+    return {
+        "prediction": format_targets(logits.argmax(axis=1), label_names),
+        "confidence": shares.max(axis=1).tolist(),
+        **{f"probability:{name}": column.tolist() for name, column in zip(label_names, shares.T, strict=True)},
+    }
+
+
+def format_targets(targets: np.ndarray, label_names: list[str]) -> list[str]:
+    """The class names of class numbers, [N]."""
+    return [label_names[target] for target in targets]
+
+
+TASK = Task(
+    losses=losses,
+    example_weights=example_weights,
+    metrics=METRICS,
+    headline=("accuracy", "f1_macro", "loss"),
+    class_scores=class_scores,
+    confusion=confusion,
+    files=files,
+    prediction_columns=prediction_columns,
+    format_targets=format_targets,
+)

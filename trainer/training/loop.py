@@ -19,7 +19,8 @@ from trainer.batching.plan import Tokenised
 from trainer.compat import peak_memory_bytes
 from trainer.errors import UserError
 from trainer.model.adapter import adapter_tensors
-from trainer.tasks.single_label import METRICS, classification_metrics, confusion, is_better, metric_value
+from trainer.tasks import TASKS
+from trainer.tasks.task import is_better, measure, metric_value
 from trainer.training.memory import fit, in_smaller_parts, plan_in_force, with_less_memory
 from trainer.training.optim import learning_rate, set_learning_rate
 from trainer.training.scoring import score_split
@@ -230,19 +231,19 @@ def _evaluate(
     if run.validation is None:
         return dataclasses.replace(state, evaluated_step=state.step), None
     logits, state = score(run, state, run.validation, "validation")
-    metrics = classification_metrics(logits, run.validation.labels, run.label_names)
-    value = metric_value(metrics, run.config.evaluation.metric)
-    better = is_better(value, state.best_value, run.config.evaluation.metric)
-    scalars = {f"validation/{name}": metrics[name] for name in METRICS}
+    task, metric, targets = TASKS[run.config.task.type], run.config.evaluation.metric, run.validation.labels
+    metrics = measure(task, logits, targets, run.label_names)
+    value = metric_value(metrics, metric)
+    better = is_better(task, metric, value, state.best_value)
+    scalars = {f"validation/{name}": metrics[name] for name in task.metrics}
     scalars |= {f"validation/f1/{name}": numbers["f1"] for name, numbers in metrics["per_class"].items()}
     epoch = state.step / run.plan.steps_per_epoch
     run.log.scalars(scalars, state.step, epoch)
-    counts = confusion(logits, run.validation.labels, len(run.label_names))
-    run.log.confusion_matrix("validation/confusion_matrix", counts, run.label_names, state.step)
-    run.log.say(
-        f"step {state.step:>6}  epoch {epoch:5.2f}  validation: accuracy {metrics['accuracy']:.4f}  "
-        f"F1 {metrics['f1_macro']:.4f}  loss {metrics['loss']:.4f}{'  best' if better else ''}"
-    )
+    if task.confusion is not None:
+        counts = task.confusion(logits, targets)
+        run.log.confusion_matrix("validation/confusion_matrix", counts, run.label_names, state.step)
+    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in task.headline)
+    run.log.say(f"step {state.step:>6}  epoch {epoch:5.2f}  validation: {shown}{'  best' if better else ''}")
     state = dataclasses.replace(state, evaluated_step=state.step)
     if better:
         state = dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0)
@@ -251,6 +252,6 @@ def _evaluate(
     if num_worse == patience:
         run.log.say(
             f"early stopping at step {state.step}: evaluation.patience {patience} is used up; the best "
-            f"{run.config.evaluation.metric} is {state.best_value:.4f}, of step {state.best_step}"
+            f"{metric} is {state.best_value:.4f}, of step {state.best_step}"
         )
     return dataclasses.replace(state, num_worse=num_worse, stopped=num_worse == patience), best

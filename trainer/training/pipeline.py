@@ -46,6 +46,7 @@ from trainer.model.build import (
     COMPUTE_TYPES,
     parameter_table,
 )
+from trainer.tasks import TASKS
 from trainer.training.checkpoint import load_newest, recorded_backbone
 from trainer.training.loop import Interrupted, Stopped, score, train
 from trainer.training.memory import plan_in_force
@@ -256,15 +257,8 @@ def _test(run: Training, inputs: Inputs, state: TrainState) -> dict[str, dict[st
         except Interrupted as interrupted:
             raise Stopped(interrupted.signal, state.step) from None
         if run.accelerator.is_main_process:
-            metrics[name] = write_evaluation(
-                run.folder / "evaluation" / name,
-                logits,
-                examples.labels,
-                run.label_names,
-                split.rows,
-                split.texts,
-                split.text_pairs,
-            )
+            task, folder = TASKS[run.config.task.type], run.folder / "evaluation" / name
+            metrics[name] = write_evaluation(folder, task, logits, examples.labels, run.label_names, split)
     return metrics
 
 
@@ -286,9 +280,8 @@ def _finish(
     tolerance = 0.05 if run.sharded else 1e-3
     check_adapter(folder / "adapter", backbone, batch, expected, COMPUTE_TYPES[inputs.precision], tolerance)
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
-    scores = {
-        f"final/{split}_{name}": m[name] for split, m in metrics.items() for name in ("accuracy", "f1_macro", "loss")
-    }
+    headline = TASKS[run.config.task.type].headline
+    scores = {f"final/{split}_{name}": numbers[name] for split, numbers in metrics.items() for name in headline}
     run.log.finals(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)
     from trainer.reporting.page import build_report  # matplotlib can wait until the first step is done
 
@@ -298,9 +291,9 @@ def _finish(
     except Exception as error:  # a report is never worth a run
         report = f"warning: no report: {error}"
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    for split in metrics:
-        say = f"{split:>10}: accuracy {metrics[split]['accuracy']:.4f}  F1 {metrics[split]['f1_macro']:.4f}"
-        run.log.say(f"{say}  loss {metrics[split]['loss']:.4f}  ({metrics[split]['num_examples']} examples)")
+    for split, numbers in metrics.items():
+        shown = "  ".join(f"{name} {numbers[name]:.4f}" for name in headline)
+        run.log.say(f"{split:>10}: {shown}  ({numbers['num_examples']} examples)")
     best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
     run.log.say(f"{'adapter':>10}: {folder / 'adapter'}  {best_of}")
     run.log.say(report)
@@ -310,7 +303,7 @@ def _finish(
 
 def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
     trainable, total = run.model.get_nb_trainable_parameters()
-    short = ("accuracy", "f1_macro", "loss", "num_examples")
+    short = (*TASKS[run.config.task.type].headline, "num_examples")
     return {
         "status": "finished",
         "recipe": run.config.recipe,

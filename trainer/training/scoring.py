@@ -7,11 +7,9 @@ the logits are equal to the last bit on any number of processes of one kind of d
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +19,11 @@ from tqdm import tqdm
 
 from trainer.batching.plan import Tokenised, collate, split_by_tokens
 from trainer.compat import on_device
+from trainer.data.corpus import TextSplit
 from trainer.errors import UserError, bar_settings
-from trainer.files import write_atomic
+from trainer.files import csv_text, write_atomic
 from trainer.packed.forward import Forward
-from trainer.tasks.single_label import classification_metrics, confusion, probabilities, report_text
+from trainer.tasks.task import Task, measure
 
 
 def refuse_lack_of_memory(out_of_memory: bool) -> None:
@@ -96,52 +95,34 @@ def score_split(
 
 
 def write_evaluation(
-    folder: Path,
-    logits: np.ndarray,
-    labels: np.ndarray,
-    label_names: list[str],
-    rows: np.ndarray,
-    texts: Sequence[str],
-    text_pairs: Sequence[str] | None,
+    folder: Path, task: Task, logits: np.ndarray, targets: np.ndarray, label_names: list[str], split: TextSplit
 ) -> dict[str, Any]:
-    """Writes predictions.csv, metrics.json, confusion_matrix.csv and classification_report.txt; returns the metrics.
+    """Writes predictions.csv, metrics.json and the task's own files; returns the metrics.
 
     Args:
         folder: evaluation/<split>.
+        task: of the run.
         logits: [N, C].
-        labels: class numbers [N].
+        targets: of N examples.
         label_names: [C].
-        rows: row of each example in its source, [N].
-        texts: [N].
-        text_pairs: [N] or None.
+        split: texts and rows of the N examples.
     """
-    metrics = classification_metrics(logits, labels, label_names)
-    counts = confusion(logits, labels, len(label_names))
-    header = ["id", "label", "prediction", "confidence", *(f"probability:{name}" for name in label_names), "text"]
-    named = [label_names[label] for label in labels]
-    table = [header + (["text_pair"] if text_pairs is not None else [])]
-    for i, (prediction, shares) in enumerate(predictions(logits, label_names)):
-        pair = [text_pairs[i]] if text_pairs is not None else []
-        table.append(
-            [rows[i], named[i], prediction, f"{max(shares):.6f}", *(f"{p:.6f}" for p in shares), texts[i], *pair]
-        )
-    write_atomic(folder / "predictions.csv", csv_text(table))
+    columns: dict[str, Iterable[Any]] = {
+        "id": split.rows,
+        "label": task.format_targets(targets, label_names),
+        **task.prediction_columns(logits, label_names),
+        "text": split.texts,
+        **({"text_pair": split.text_pairs} if split.text_pairs is not None else {}),
+    }
+    metrics = measure(task, logits, targets, label_names)
+    write_atomic(folder / "predictions.csv", predictions_csv(columns))
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    matrix = [[name, *row] for name, row in zip(label_names, counts.tolist(), strict=True)]
-    write_atomic(folder / "confusion_matrix.csv", csv_text([["true \\ predicted", *label_names], *matrix]))
-    write_atomic(folder / "classification_report.txt", report_text(logits, labels, label_names))
+    for name, text in task.files(logits, targets, label_names).items():
+        write_atomic(folder / name, text)
     return metrics
 
 
-def predictions(logits: np.ndarray, label_names: list[str]) -> Iterator[tuple[str, list[float]]]:
-    """Per example: the predicted class's name, and the probability of each class [C]."""
-    for shares in probabilities(logits):
-        yield label_names[int(shares.argmax())], shares.tolist()
-
-
-def csv_text(table: Sequence[Sequence[Any]]) -> str:
-    """Rows as csv."""
-    lines: list[str] = []
-    writer: Any = csv.writer(SimpleNamespace(write=lines.append))  # its line end, "\r\n", has a lone "\r" quoted
-    writer.writerows(table)
-    return "".join(f"{line[:-2]}\n" for line in lines)
+def predictions_csv(columns: Mapping[str, Iterable[Any]]) -> str:
+    """Columns of N values as csv, with six decimals."""
+    rows = zip(*columns.values(), strict=True)
+    return csv_text([columns, *([f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in rows)])

@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -28,7 +27,7 @@ from trainer.model.backbone import FP32_ONLY, Backbone, Identity, find_backbone,
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
 from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding, why_not_packed
 from trainer.reporting.tracking import RunLog
-from trainer.tasks.single_label import METRICS
+from trainer.tasks import TASKS
 from trainer.training.optim import build_optimizer
 from trainer.training.start_check import check_start
 from trainer.training.state import Training
@@ -179,7 +178,9 @@ def _plan(inputs: Inputs, max_tokens: int, forward: Forward) -> Plan:
     config, train = inputs.config, inputs.examples["train"]
     return Plan(
         lengths=train.lengths,
-        weights=_example_weights(config, train.labels, inputs.corpus.label_names),
+        weights=TASKS[config.task.type].example_weights(
+            config.optim.class_weights, train.labels, inputs.corpus.label_names
+        ),
         batch_size=config.batch.size,
         seed=config.run.seed,
         max_tokens=max_tokens,
@@ -203,39 +204,17 @@ def _why_padded(config: Config, model: PeftModel, sharded: bool, packs: bool = T
     return because
 
 
-def _example_weights(config: Config, labels: np.ndarray, label_names: list[str]) -> np.ndarray:
-    """Weight of each example in the loss, float64 [N]."""
-    weights = config.optim.class_weights
-    if weights is None:
-        return np.ones(len(labels))
-    if weights == "balanced":
-        counts = np.bincount(labels, minlength=len(label_names))
-        return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[labels]
-    named = {label: weights[word] for word, label in match_labels(weights, label_names).items()}
-    return np.array([float(named.get(name, 1.0)) for name in label_names])[labels]
-
-
 def _check_names(config: Config, corpus: Corpus) -> None:
-    """Classes and metrics named in the configuration must exist.
+    """Checks the names of metrics and classes in the configuration.
 
     Raises:
-        UserError: a name that does not.
+        UserError: a name that does not exist, or class weights that no model can be trained with.
     """
-    metric, weights = config.evaluation.metric, config.optim.class_weights
-    names = corpus.label_names
-    if metric not in METRICS and not (metric.startswith("f1/") and match_labels([metric[3:]], names)):
-        allowed = [*METRICS, *(f"f1/{name}" for name in names)]
+    task, metric, names = TASKS[config.task.type], config.evaluation.metric, corpus.label_names
+    if metric not in task.metrics and not (metric.startswith("f1/") and match_labels([metric[3:]], names)):
+        allowed = [*task.metrics, *(f"f1/{name}" for name in names)]
         hint = describe_look_alikes(metric, allowed)
         raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}{hint}")
-    if isinstance(weights, dict):
-        matched = match_labels(weights, names)
-        unknown = sorted(set(weights) - set(matched))
-        if unknown:
-            hint = describe_look_alikes(unknown[0], names)
-            raise UserError(f"optim.class_weights: {unknown[0]!r} is not a class; classes: {names}{hint}")
-        if len(set(matched.values())) < len(matched):
-            raise UserError(f"optim.class_weights: {list(weights)} name a class twice; classes: {names}")
-        if any(not 0 <= weight < float("inf") for weight in weights.values()):
-            raise UserError("optim.class_weights: weights must be at least 0")
-        if sum(weight > 0 for weight in weights.values()) + len(names) - len(weights) < 2:
-            raise UserError("optim.class_weights: at least two classes need a weight above 0")
+    targets = corpus.splits["train"].labels
+    assert targets is not None
+    task.example_weights(config.optim.class_weights, targets, names)

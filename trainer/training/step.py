@@ -18,6 +18,7 @@ from trainer.batching.plan import Batch, MicroBatch, collate
 from trainer.compat import on_device, on_host
 from trainer.distributed.session import STOPS
 from trainer.errors import UserError
+from trainer.tasks import TASKS, Task
 from trainer.training.optim import skip_if
 from trainer.training.state import Training
 
@@ -141,7 +142,7 @@ def _add_gradient(run: Training, step: int, ids: np.ndarray, weights: np.ndarray
     with run.dropout.micro_batch(step, batch.ids, batch.lengths):
         with run.accelerator.autocast():
             logits = run.forward(batch.inputs, batch.lengths)
-        losses = example_losses(logits, batch, run.config.optim.label_smoothing)
+        losses = example_losses(TASKS[run.config.task.type], logits, batch, run.config.optim.label_smoothing)
         run.accelerator.backward(losses.sum())
     return losses.detach()
 
@@ -157,14 +158,10 @@ def too_large(run: Training, ids: np.ndarray) -> bool:
     return bool(summed(run, [], [out_of_memory]).item())
 
 
-def example_losses(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Weighted cross-entropy of each example, [B], in at least fp32.
-
-    An example's weight multiplies its whole loss, the smoothed part included; `torch.nn.CrossEntropyLoss` with class
-    weights would weigh the smoothed part by the weights of the other classes.
-    """
+def example_losses(task: Task, logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
+    """Weighted loss of each example, [B], in at least fp32."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    losses = torch.nn.functional.cross_entropy(wide, batch.labels, reduction="none", label_smoothing=label_smoothing)
+    losses = task.losses(wide, batch.labels, label_smoothing)
     return losses * batch.weights.to(losses.dtype)
 
 

@@ -1,0 +1,81 @@
+"""What a task is: how labels become targets, and logits become losses, metrics and predictions.
+
+Always holds: a metric is a function of all logits and targets of a split, never of batches. So it is equal on any
+number of processes. To add a task, write a module like single_label.py and add it to `TASKS` and to config/schema.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from trainer.config.labels import match_labels
+
+ClassWeights = Literal["balanced"] | Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that says how well the logits of a split fit its targets."""
+
+    function: Callable[[np.ndarray, np.ndarray], float]
+    """of logits [N, C] and targets"""
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of label. A model has one logit for each label name: C = len(label_names).
+
+    The targets of N examples are an array [N] or [N, C]. Functions that take label names use them in messages and
+    tables.
+    """
+
+    losses: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """(logits [B, C], targets of B examples, label smoothing) -> loss of each example [B], not yet weighted"""
+    example_weights: Callable[[ClassWeights, np.ndarray, list[str]], np.ndarray]
+    """(optim.class_weights, targets, label names) -> weight of each example in the loss, float64 [N]"""
+    metrics: Mapping[str, Metric]
+    """by the names that evaluation.metric accepts; `loss` is one of them"""
+    headline: Sequence[str]
+    """metrics that the console and summary.json show"""
+    class_scores: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, dict[str, Any]]]
+    """(logits, targets, label names) -> {class: {"f1": ..., ...}}; {} if labels are not classes"""
+    confusion: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+    """(logits, targets) -> counts, rows true and columns predicted [C, C]; None if there is no such matrix"""
+    files: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, str]]
+    """(logits, targets, label names) -> {name of a file in evaluation/<split>: its text}"""
+    prediction_columns: Callable[[np.ndarray, list[str]], dict[str, list[Any]]]
+    """(logits, label names) -> {column: N values}; the first column is `prediction`"""
+    format_targets: Callable[[np.ndarray, list[str]], list[Any]]
+    """(targets, label names) -> the `label` column of a predictions table [N]"""
+
+
+def measure(task: Task, logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, Any]:
+    """All numbers of a split: each metric of the task, `num_examples` and `per_class`."""
+    return {
+        **{name: metric.function(logits, targets) for name, metric in task.metrics.items()},
+        "num_examples": len(targets),
+        "per_class": task.class_scores(logits, targets, label_names),
+    }
+
+
+def metric_value(measured: Mapping[str, Any], name: str) -> float:
+    """The metric of a name among the numbers of a split; `f1/CLASS` is the F1 of one class."""
+    if name.startswith("f1/"):
+        word = name.removeprefix("f1/")
+        return float(measured["per_class"][match_labels([word], measured["per_class"])[word]]["f1"])
+    return float(measured[name])
+
+
+def is_better(task: Task, name: str, value: float, best: float | None) -> bool:
+    """Whether a value of a metric beats the best one so far. Any value beats None and NaN."""
+    if best is None or math.isnan(best):
+        return True
+    higher_is_better = name.startswith("f1/") or task.metrics[name].higher_is_better
+    return value > best if higher_is_better else value < best
