@@ -1,10 +1,10 @@
 """What launch.sh becomes: it makes the environment, plans the processes of a run, and starts them.
 
-    python -P trainer/launcher.py active "" <options of launch.sh>         chooses a Python and becomes the next line
-    python -P trainer/launcher.py venv REASON <options of launch.sh>       plans, and becomes the next line
+    python -P trainer/launcher.py active REASON <options of launch.sh>   chooses a Python; plans, or becomes the next line
+    python -P trainer/launcher.py venv REASON <options of launch.sh>     plans, and becomes the next line
     python -P trainer/launcher.py group MAX_RESTARTS 0 <arguments of accelerate launch>
 
-Always true: `plan` starts what --dry-run prints. A signal goes to the ranks, which save and exit; the launcher stays
+Always true: what --dry-run prints is what starts. A signal goes to the ranks, which save and exit; the launcher stays
 until they are gone. The exit code is that of the first rank to fail. If one process is lost, the whole group ends and
 starts again, on each machine by its own launcher, unless somebody asked it to stop.
 """
@@ -53,8 +53,8 @@ RANK_LAUNCHERS = (
     *("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MVP_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "MPI_LOCALNRANKS"),
     *("PMI_SIZE", "FLUX_JOB_SIZE", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM"),
 )
-# Exit codes of a rank: an error in the program, a user's mistake, another rank was lost ("try again").
-CRASHED, MISTAKE, LOST = 1, 2, os.EX_TEMPFAIL
+# Exit codes of a rank: an error in the program, a user's mistake, another rank was lost ("try again"), killed.
+CRASHED, MISTAKE, LOST, KILLED = 1, 2, os.EX_TEMPFAIL, 128 + signal.SIGKILL
 STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PAUSE_SECONDS = 4
 
@@ -92,11 +92,11 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     own, of_run = (argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False) for _ in range(2))
     for name, default in (("--topology", None), ("--processes", None), ("--max-restarts", "0")):
         own.add_argument(name, default=default)
-    for names in (["-h", "--help"], ["--dry-run"], ["--setup-only"]):
-        own.add_argument(*names, action="store_true")
+    for name in ("--help", "--dry-run", "--setup-only"):
+        own.add_argument(name, action="store_true")
     for name, short in (("--recipe", "recipe"), ("--model.name", "backbone"), ("--run.precision", "precision")):
         of_run.add_argument(name, dest=short)
-    options, arguments = own.parse_known_args(words)
+    options, arguments = own.parse_known_args(["--help" if word == "-h" else word for word in words])
     options.max_restarts = parse_number(Choice(options.max_restarts, "--max-restarts"), least=0)
     if not of_run.parse_known_args(arguments, options)[0].recipe:
         options.recipe, arguments = "quickstart", ["--recipe", "quickstart", *arguments]
@@ -134,6 +134,8 @@ def choose_python(mode: str, reason: str, *words: str) -> tuple[Choice, bool]:
 def follow_options(python: Choice, is_ready: bool, words: Sequence[str]) -> int:
     """Does what the options of launch.sh say; returns only if it starts nothing."""
     options, command = parse_options(words), list[str]()
+    if options.help or options.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `head` reads the output
     if options.help:
         print(USAGE, flush=True)
         if not is_ready:
@@ -184,7 +186,10 @@ def make_environment(python: str) -> None:
     """Makes .venv, or brings it up to the pins."""
     _begin_installation(f"requirements.txt into {VENV} (the first time takes some minutes)")
     is_broken = UNFINISHED.exists() or not _output_of(python, "-P", "-c", "print('it starts')")
-    UNFINISHED.touch()
+    try:
+        UNFINISHED.touch()
+    except OSError as error:
+        raise Mistake(f"cannot write {UNFINISHED}: {error.strerror}; set ISOTRAIN_PYTHON to an interpreter") from None
     if is_broken:
         names = ("python3.14", "python3.13", "python3.12", "python3.11", "python3")
         base = next((name for name in names if _output_of(name, "-P", "-c", "import ensurepip, venv; print(1)")), None)
@@ -329,7 +334,7 @@ def _read_srun(environment: Mapping[str, str]) -> dict[str, Choice]:
 
 
 def count_tasks_here(environment: Mapping[str, str]) -> int:
-    """Tasks of srun on this host, by 2(x3),1 for two on each of three hosts, then one; 0 if srun has not several."""
+    """Tasks of srun on this host; 0 if srun has only one. 2(x3),1 means two on each of three hosts, then one."""
     number = _first_set(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS").value
     if not environment.get("SLURM_STEP_ID") or number in ("", "1"):
         return 0
@@ -414,7 +419,7 @@ def count_gpus(environment: Mapping[str, str]) -> int:
 
 
 def count_cores(environment: Mapping[str, str], num_tasks: int) -> int:
-    """The least number of cores that the machine, this process's affinity, a container's quota and Slurm allow."""
+    """The number of cores that the machine, this process's affinity, a container's quota and Slurm all allow."""
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
     with contextlib.suppress(ImportError):  # before the requirements are installed
         import psutil
@@ -431,7 +436,7 @@ def count_cores(environment: Mapping[str, str], num_tasks: int) -> int:
 def _output_of(*command: str) -> str:
     """What a program prints; "" if there is no such program."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -564,11 +569,7 @@ def is_lost(code: int) -> bool:
 
 
 def _describe(code: int) -> str:
-    named = {
-        CRASHED: "a process crashed",
-        LOST: "a process was lost",
-        128 + signal.SIGKILL: "a process was killed (out of memory?)",
-    }
+    named = {CRASHED: "a process crashed", LOST: "a process was lost", KILLED: "a process was killed (out of memory?)"}
     return named.get(code) or f"a process ended by signal {code - 128}"
 
 

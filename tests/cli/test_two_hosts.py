@@ -221,7 +221,7 @@ def parted(cut, hosts):
         pytest.skip(f"no routes by port here: {error.stderr.strip()}")
     script = pair.folder / "meet.py"
     script.write_text(
-        "from trainer.config.schema import main_guard\n"
+        "from trainer.errors import main_guard\n"
         "from trainer.distributed.session import together\n"
         "raise SystemExit(main_guard(lambda: together('no', {}).__enter__()))\n"
     )

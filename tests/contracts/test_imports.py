@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("module", ["config.schema", "config.loading", "reporting.tracking", "reporting.page"])
+@pytest.mark.parametrize(
+    "module", ["launcher", "config.schema", "config.loading", "reporting.tracking", "reporting.page"]
+)
 def test_no_torch_where_an_answer_must_be_quick(module):
     heavy = ("torch", "transformers", "peft", "accelerate", "datasets")
     code = f"import sys, trainer.{module}; print(*[name for name in {heavy} if name in sys.modules])"

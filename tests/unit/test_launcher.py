@@ -120,7 +120,7 @@ def test_an_option_without_its_value_is_named():
 
 
 def test_the_options_of_run_py_pass_unchanged():
-    words = ["--data.train", "a file.csv", "--recipe=mine.yaml", "--optim.learning_rate", "-1", "--top", "x"]
+    words = ["--data.train", "a file.csv", "--recipe=mine.yaml", "--optim.eps", "-1", "--top", "x", "--run.name", "-hi"]
     assert launcher.parse_options([*words, "--dry-run"]).arguments == words
     assert launcher.parse_options(["--run.name", "x"]).arguments == ["--recipe", "quickstart", "--run.name", "x"]
 
