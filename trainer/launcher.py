@@ -1,7 +1,7 @@
 """What launch.sh becomes: it makes the environment, plans the processes of a run, and starts them.
 
-    python -P trainer/launcher.py active REASON <options of launch.sh>   chooses a Python; plans, or becomes the next line
-    python -P trainer/launcher.py venv REASON <options of launch.sh>     plans, and becomes the next line
+    python -P trainer/launcher.py active REASON <options of launch.sh>  chooses a Python; plans or becomes the next line
+    python -P trainer/launcher.py venv REASON <options of launch.sh>    plans, and becomes the next line
     python -P trainer/launcher.py group MAX_RESTARTS 0 <arguments of accelerate launch>
 
 Always true: what --dry-run prints is what starts. A signal goes to the ranks, which save and exit; the launcher stays
