@@ -30,7 +30,8 @@ from benchmarks.workload import (
 )
 from trainer.batching.plan import collate, num_positions, split_by_tokens
 from trainer.config.loading import parse_config
-from trainer.distributed.session import StopRequest, Watch, start_accelerator
+from trainer.distributed.session import StopRequest, start_accelerator
+from trainer.distributed.watch import Watch
 from trainer.model.backbone import silence_libraries
 from trainer.tasks import TASKS
 from trainer.training import loop

@@ -32,7 +32,8 @@ import torch
 
 from benchmarks.dropout_cost import cpu_name
 from trainer.config.loading import parse_config
-from trainer.distributed.session import StopRequest, Watch, choose_precision, start_accelerator
+from trainer.distributed.session import StopRequest, choose_precision, start_accelerator
+from trainer.distributed.watch import Watch
 from trainer.model.backbone import silence_libraries
 from trainer.training import loop
 from trainer.training import setup as building

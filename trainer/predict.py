@@ -165,7 +165,7 @@ def _score(
     options: Options, backbone: Backbone, examples: Examples, padding: Padding, may_pack: bool, num_labels: int
 ) -> tuple[np.ndarray, bool]:
     """Scores the examples on all processes; returns the logits [N, C], and whether this is the main process."""
-    from trainer.distributed.session import choose_precision, together
+    from trainer.distributed.session import choose_precision, join_processes
     from trainer.model.adapter import load_plain
     from trainer.model.build import COMPUTE_TYPES
     from trainer.packed.forward import PackedForward, PaddedForward, why_not_packed
@@ -173,7 +173,7 @@ def _score(
 
     precision = choose_precision(options.precision)
     same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
-    with together(precision, same) as (accelerator, _):
+    with join_processes(precision, same) as (accelerator, _):
         model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
         model.to(accelerator.device)
         logits = score_split(

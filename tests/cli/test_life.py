@@ -67,7 +67,7 @@ def test_a_machine_that_cannot_have_the_precision_says_so(killed):
     folder, arguments = killed
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"precision: .*", "precision: fp16", text))
-    assert "this run has begun with it" in error_of(command("run", changed(arguments, run__precision="auto")))
+    assert "this run began with it" in error_of(command("run", changed(arguments, run__precision="auto")))
 
 
 def test_what_auto_came_to_is_recorded(options, tmp_path):

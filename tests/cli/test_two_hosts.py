@@ -222,8 +222,8 @@ def parted(cut, hosts):
     script = pair.folder / "meet.py"
     script.write_text(
         "from trainer.errors import main_guard\n"
-        "from trainer.distributed.session import together\n"
-        "raise SystemExit(main_guard(lambda: together('no', {}).__enter__()))\n"
+        "from trainer.distributed.session import join_processes\n"
+        "raise SystemExit(main_guard(lambda: join_processes('no', {}).__enter__()))\n"
     )
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "host-a", "MASTER_PORT": PORT, "PYTHONPATH": str(ROOT)}
     return pair.start_both(lambda rank: ([sys.executable, script], {"RANK": str(rank), **group}))
@@ -240,9 +240,7 @@ def test_both_sides_of_a_cut_network_stop(cut, alone, whole, parted):
     for said, peer in zip(
         launched.said(), ("rank 1 on host-b (10.77.0.2)", "rank 0 on host-a (10.77.0.1)"), strict=True
     ):
-        assert re.search(rf"^error: {re.escape(peer)} was lost in .*step \d+: no sign of life for 20 s", said, re.M), (
-            said
-        )
+        assert re.search(rf"^error: {re.escape(peer)} was lost in .*step \d+: no heartbeat for 20 s", said, re.M), said
         assert "Traceback" not in said
     checkpoint, damage = load_newest(pair.run / "checkpoints")
     assert damage == []

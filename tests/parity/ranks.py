@@ -90,7 +90,8 @@ def _rank(end, rank, world_size, port, function, arguments):
 def build(arguments, double=False, precision="no"):
     """What `run.py` with these arguments would train with; in fp64 with `double`."""
     from trainer.config.loading import parse_config
-    from trainer.distributed.session import StopRequest, Watch, start_accelerator
+    from trainer.distributed.session import StopRequest, start_accelerator
+    from trainer.distributed.watch import Watch
     from trainer.model import backbone
     from trainer.training import setup as building
 

@@ -56,7 +56,7 @@ class Ranks:
         self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=PATIENCE), wait_for_workers=False)
 
     def start(self, hosts, only=None, function=None, constants=None, **environment):
-        """Starts `function` (obey) on each rank, or on `only` some, with constants of meeting or processes replaced."""
+        """Starts `function` (obey) on each rank, or on `only` some, with constants of rendezvous or watch replaced."""
         ranks = []
         for rank in range(len(hosts)) if only is None else only:
             variables = {
@@ -91,22 +91,21 @@ def _live(end, errors, host, environment, constants, function):
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(environment)
     socket.gethostname = lambda: host
-    from trainer.distributed import rendezvous as meeting
-    from trainer.distributed import session as processes
+    from trainer.distributed import rendezvous, watch
     from trainer.errors import main_guard
 
     for name, value in constants.items():
-        (module,) = (module for module in (meeting, processes) if hasattr(module, name))
+        (module,) = (module for module in (rendezvous, watch) if hasattr(module, name))
         setattr(module, name, value)
     os._exit(main_guard(lambda: function(end)))
 
 
 def obey(end):
     """Meets the others, then does what it is told, in step 7."""
-    from trainer.distributed.session import together
+    from trainer.distributed.session import join_processes
     from trainer.errors import UserError
 
-    with together("no", {"the seed": os.environ.get("SEED", "1")}) as (_, watch):
+    with join_processes("no", {"the seed": os.environ.get("SEED", "1")}) as (_, watch):
         watch.position = "step 7"
         end.send("here")
         match end.recv():
@@ -145,53 +144,53 @@ def heed_signals(end):
 
 def meet_among_strangers(end):
     """As `obey`; before rank 1 connects to rank 0, three others do: one is silent, one talks, one hangs up."""
-    from trainer.distributed import rendezvous as meeting
+    from trainer.distributed import rendezvous
 
-    check_routes = meeting._check_routes
+    check_routes = rendezvous._check_routes
 
     def strangers_first(store, rank, cards):
         check_routes(store, rank, cards)
         if rank == 1:
-            silent, talking, hasty = (socket.create_connection(cards[0]["at"]) for _ in range(3))
+            silent, talking, hasty = (socket.create_connection(cards[0]["address"]) for _ in range(3))
             talking.sendall(b"GET / HTTP/1.1\r\nHost: isotrain\r\n\r\n")
             hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             hasty.close()
             strangers.extend([silent, talking])
 
     strangers = []
-    meeting._check_routes = strangers_first
+    rendezvous._check_routes = strangers_first
     obey(end)
 
 
 def announce_a_closed_port(end):
     """As `obey`; on host b the others cannot reach what it says its address is."""
-    from trainer.distributed import rendezvous as meeting
+    from trainer.distributed import rendezvous
 
-    exchange = meeting._exchange
+    exchange = rendezvous._exchange
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nowhere = closed.getsockname()
 
-    def wrong_card(store, what, rank, world_size, own):
-        if what == "card" and socket.gethostname() == "host-b":
-            own = {**own, "at": nowhere}
-        return exchange(store, what, rank, world_size, own)
+    def wrong_card(store, topic, rank, world_size, own):
+        if topic == "card" and socket.gethostname() == "host-b":
+            own = {**own, "address": nowhere}
+        return exchange(store, topic, rank, world_size, own)
 
-    meeting._exchange = wrong_card
+    rendezvous._exchange = wrong_card
     obey(end)
 
 
 def die_before_the_line(end):
     """As `obey`; rank 2 dies when all others are about to connect to rank 0."""
-    from trainer.distributed import rendezvous as meeting
+    from trainer.distributed import rendezvous
 
-    check_routes = meeting._check_routes
+    check_routes = rendezvous._check_routes
 
     def die(store, rank, cards):
         check_routes(store, rank, cards)
         if rank == 2:
             os._exit(9)
 
-    meeting._check_routes = die
+    rendezvous._check_routes = die
     obey(end)
 
 

@@ -15,8 +15,8 @@ import torch
 from obedient import announce_a_closed_port, die_before_the_line, heed_signals, meet_among_strangers, ranks_in
 from torch.distributed import HashStore
 
-from trainer.distributed import rendezvous as meeting
-from trainer.distributed.session import STOPS, StopRequest, check_device, choose_precision, start_accelerator
+from trainer.distributed import rendezvous
+from trainer.distributed.session import STOP_SIGNALS, StopRequest, check_device, choose_precision, start_accelerator
 from trainer.errors import UserError
 from trainer.training.step import signal_of
 
@@ -46,25 +46,25 @@ def leave(ranks):
 
 @pytest.mark.parametrize(("lost", "speakers"), [(0, (1, 2)), (2, (0, 3)), (3, (0, 2))])
 def test_a_process_that_dies_is_missed_at_once_and_named_once_a_machine(ranks, lost, speakers):
-    group = ranks.meet("aabb", constants={"SILENCE": 600})
+    group = ranks.meet("aabb", constants={"HEARTBEAT_TIMEOUT_SECONDS": 600})
     group[lost].process.kill()
     others = [rank for rank in range(4) if rank != lost]
     assert [group[rank].code() for rank in others] == [LOST] * 3
     error = (
         f"error: rank {lost} on host-{'aabb'[lost]} (127.0.0.1) was lost in step 7: its process has ended\n"
-        "What was saved is whole; the same command continues the run."
+        "Files on disk are complete. Run the same command again to resume."
     )
     assert errors_of(group) == [error if rank in speakers else "" for rank in range(4)]
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_shows_no_life_is_missed_and_ends_when_it_wakes(ranks, stopped):
-    group = ranks.meet("abc", constants={"SILENCE": 1.0})
+    group = ranks.meet("abc", constants={"HEARTBEAT_TIMEOUT_SECONDS": 1.0})
     os.kill(group[stopped].process.pid, signal.SIGSTOP)
     others = [rank for rank in range(3) if rank != stopped]
     assert [group[rank].code() for rank in others] == [LOST] * 2
     for rank in others:
-        assert f"rank {stopped} on host-{'abc'[stopped]} (127.0.0.1) was lost in step 7: no sign of life for 1 s" in (
+        assert f"rank {stopped} on host-{'abc'[stopped]} (127.0.0.1) was lost in step 7: no heartbeat for 1 s" in (
             group[rank].said()
         )
     os.kill(group[stopped].process.pid, signal.SIGCONT)
@@ -73,7 +73,7 @@ def test_a_process_that_shows_no_life_is_missed_and_ends_when_it_wakes(ranks, st
 
 
 def test_nobody_is_missed_who_only_waits(ranks):
-    group = ranks.meet("ab", constants={"SILENCE": 0.5})
+    group = ranks.meet("ab", constants={"HEARTBEAT_TIMEOUT_SECONDS": 0.5})
     assert wait([rank.process.sentinel for rank in group], 2) == []
     leave(group)
 
@@ -88,7 +88,7 @@ def test_nobody_is_missed_who_only_waits(ranks):
     ],
 )
 def test_an_error_of_one_ends_all_with_its_words_once_a_machine_and_its_code(ranks, failing, order, code, message):
-    group = ranks.meet("aabb", constants={"HEARSAY": 1.0})
+    group = ranks.meet("aabb", constants={"ERROR_GRACE_SECONDS": 1.0})
     group[failing].tell(order)
     assert [rank.code() for rank in group] == [code] * 4
     said = errors_of(group)
@@ -101,7 +101,7 @@ def test_an_error_of_one_ends_all_with_its_words_once_a_machine_and_its_code(ran
 
 @pytest.mark.parametrize("why", ["silence", "paused"])
 def test_who_cannot_say_why_ends_nevertheless(ranks, why):
-    group = ranks.meet("aab", constants={"HEARSAY": 1.0})
+    group = ranks.meet("aab", constants={"ERROR_GRACE_SECONDS": 1.0})
     group[0].tell(why)
     assert group[0].answer() == "silent"
     group[1].process.kill()
@@ -160,27 +160,27 @@ def test_torchruns_own_restarts_are_refused(ranks):
 def test_strangers_do_not_become_ranks_and_hold_nobody_up(ranks):
     began = time.monotonic()
     group = ranks.meet("abc", function=meet_among_strangers)
-    assert time.monotonic() - began < meeting.CONNECTING
+    assert time.monotonic() - began < rendezvous.CONNECT_TIMEOUT_SECONDS
     group[1].process.kill()
     assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
 
 
 def test_a_rank_that_does_not_come_is_named(ranks):
-    here = ranks.start("aabb", only=[0, 2], constants={"GATHERING": 1.0})
+    here = ranks.start("aabb", only=[0, 2], constants={"RENDEZVOUS_TIMEOUT_SECONDS": 1.0})
     assert [rank.code() for rank in here] == [2, 2]
     for rank in here:
         assert rank.said() == (
-            f"error: of 4 processes, rank 1, 3 did not come to 127.0.0.1:{ranks.store.port} within 1 s; "
-            "was the command started on every machine, with the same number of them?\n"
+            f"error: rendezvous at 127.0.0.1:{ranks.store.port} failed: rank 1, 3 of 4 processes did not join within "
+            "1 s\nRun the command on every machine, with the same number of processes.\n"
         )
 
 
 def test_a_rank_says_whom_it_waits_for_and_where_once_a_machine(ranks):
-    here = ranks.start("aab", only=[0, 1], constants={"GATHERING": 3.0, "TELLING": 1.0})
-    assert [rank.code() for rank in here] == [2, 2]
-    line = (
-        rf"waiting for rank 2 of 3 processes, which meet at MASTER_ADDR:MASTER_PORT 127.0.0.1:{ranks.store.port} \(2 s"
+    here = ranks.start(
+        "aab", only=[0, 1], constants={"RENDEZVOUS_TIMEOUT_SECONDS": 3.0, "STATUS_INTERVAL_SECONDS": 1.0}
     )
+    assert [rank.code() for rank in here] == [2, 2]
+    line = rf"waiting for rank 2 of 3 processes at MASTER_ADDR:MASTER_PORT 127.0.0.1:{ranks.store.port} \(2 s"
     assert re.match(line, here[0].said())
     assert here[1].said() == ""  # the first of its machine speaks
 
@@ -192,7 +192,8 @@ def test_a_place_where_no_one_can_meet_is_named(ranks, taken):
         if not taken:
             server.close()
         (rank,) = ranks.start(
-            "ab", only=[0 if taken else 1], constants={"GATHERING": 2.0, "TELLING": 1.0},
+            "ab", only=[0 if taken else 1],
+            constants={"RENDEZVOUS_TIMEOUT_SECONDS": 2.0, "STATUS_INTERVAL_SECONDS": 1.0},
             MASTER_PORT=place.partition(":")[2], TORCHELASTIC_USE_AGENT_STORE="False",
         )  # fmt: skip
         assert rank.code() == 2
@@ -201,11 +202,13 @@ def test_a_place_where_no_one_can_meet_is_named(ranks, taken):
     if taken:
         assert said[-1].endswith("set another MASTER_PORT for all processes")
     else:
-        assert re.match(f"rank 1 waits for rank 0 \\(Connection refused\\) at MASTER_ADDR:MASTER_PORT {place}", said[0])
+        assert re.match(
+            f"rank 1 is waiting for rank 0 \\(Connection refused\\) at MASTER_ADDR:MASTER_PORT {place}", said[0]
+        )
 
 
 def test_a_rank_that_is_lost_on_the_way_is_named(ranks):
-    group = ranks.start("abc", function=die_before_the_line, constants={"CONNECTING": 1.0})
+    group = ranks.start("abc", function=die_before_the_line, constants={"CONNECT_TIMEOUT_SECONDS": 1.0})
     assert [rank.code() for rank in group] == [2, LOST, 9]
     assert group[0].said() == "error: rank 2 on host-c (127.0.0.1) did not connect within 1 s\n"
     assert "rank 0 on host-a (127.0.0.1) was lost" in group[1].said()
@@ -232,13 +235,13 @@ def test_hosts_that_cannot_reach_each_other_are_named(ranks):
     assert [rank.code() for rank in group] == [2] * 3
     error = (
         "error: host-a (127.0.0.1) cannot reach host-b (127.0.0.1): Connection refused\n"
-        "Open the firewall between them for all ports; MASTER_ADDR must be in the network they share."
+        "Open all ports of the firewall between them. MASTER_ADDR must be in the network that they share."
     )
     assert errors_of(group) == [error, "", error]
 
 
 def test_a_first_collective_that_fails_says_which_setting_helps(ranks):
-    group = ranks.start("ab", constants={"HEARSAY": 1.0}, GLOO_SOCKET_IFNAME="no-such-interface")
+    group = ranks.start("ab", constants={"ERROR_GRACE_SECONDS": 1.0}, GLOO_SOCKET_IFNAME="no-such-interface")
     assert [rank.code() for rank in group] == [2, 2]
     for rank in group:
         assert "the first all-reduce failed: " in rank.said()
@@ -247,9 +250,9 @@ def test_a_first_collective_that_fails_says_which_setting_helps(ranks):
 
 def test_the_interface_of_an_address():
     loopback = [name for name, all in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in all)]
-    assert [meeting._interface("127.0.0.1")] == loopback
+    assert [rendezvous._find_interface("127.0.0.1")] == loopback
     with pytest.raises(ValueError, match=r"no network interface has the address 192\.0\.2\.1"):
-        meeting._interface("192.0.2.1")
+        rendezvous._find_interface("192.0.2.1")
 
 
 @pytest.mark.parametrize(
@@ -262,15 +265,15 @@ def test_the_interface_of_an_address():
 def test_the_host_of_the_rendezvous_gives_the_address_that_others_reach(monkeypatch, ways, address):
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setenv("MASTER_PORT", "1234")
-    monkeypatch.setattr(meeting, "_way_to", lambda host, port: ways[host])
+    monkeypatch.setattr(rendezvous, "_find_source_address", lambda host, port: ways[host])
     store = HashStore()
-    for key, value in (("address/1", '"10.0.0.2"'), ("address/1 has read", "")):
+    for key, value in (("address/1", '"10.0.0.2"'), ("address/1/read", "")):
         store.set(key, value)
-    assert meeting._own_address(store, 0, 2) == address
+    assert rendezvous._find_own_address(store, 0, 2) == address
 
 
 def test_a_way_to_this_host_begins_at_its_own_address():
-    assert meeting._way_to("127.0.1.1", 1) == "127.0.0.1"
+    assert rendezvous._find_source_address("127.0.1.1", 1) == "127.0.0.1"
 
 
 # --- signals ---
@@ -279,13 +282,13 @@ def test_a_way_to_this_host_begins_at_its_own_address():
 @pytest.fixture
 def handlers():
     """Puts the handlers of signals back."""
-    before = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_counted_over_ranks_and_named(handlers, number):
     first, second = StopRequest(), StopRequest()
     for stop in (first, second):
@@ -298,7 +301,7 @@ def test_a_signal_is_counted_over_ranks_and_named(handlers, number):
     assert signal_of(sums) == number
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_before_the_training_a_signal_ends_the_program(handlers, number):
     StopRequest().listen()
     with pytest.raises(SystemExit) as ended:
@@ -345,7 +348,7 @@ def test_fp16_on_a_cpu_is_refused(unlaunched, wanted, launched_with):
     unlaunched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
     with pytest.raises(UserError, match="fp16 on a CPU is dozens of times slower"):
         choose_precision(wanted)
-    with pytest.raises(UserError, match="this run has begun with it"):
+    with pytest.raises(UserError, match="this run began with it"):
         choose_precision("fp16", begun=True)
 
 
@@ -366,9 +369,9 @@ def test_precision_on_a_gpu(unlaunched, has_bf16, chosen):
     [
         (None, False, None, "", "nvidia-smi lists 2 GPUs that torch .* cannot use: .*\n.* ./launch.sh --topology cpu"),
         ("cuda", False, "0,1", "", "nvidia-smi lists 2 GPUs"),
-        ("cuda", False, None, "true", "launch.sh planned for cuda \\(ISOTRAIN_DEVICE\\), and torch found cpu"),
-        ("cuda", False, "", "false", "launch.sh planned for cuda \\(ISOTRAIN_DEVICE\\), and torch found cpu"),
-        ("cpu", True, None, "false", "launch.sh planned for cpu \\(ISOTRAIN_DEVICE\\), and torch found cuda"),
+        ("cuda", False, None, "true", "launch.sh planned for cuda \\(ISOTRAIN_DEVICE\\), but torch found cpu"),
+        ("cuda", False, "", "false", "launch.sh planned for cuda \\(ISOTRAIN_DEVICE\\), but torch found cpu"),
+        ("cpu", True, None, "false", "launch.sh planned for cpu \\(ISOTRAIN_DEVICE\\), but torch found cuda"),
         (None, False, "", "", None),
         (None, False, "-1", "", None),
         (None, False, None, "yes", None),
@@ -408,12 +411,12 @@ def test_more_processes_than_gpus_are_refused(unlaunched):
 def test_another_precision_than_planned_is_refused(unlaunched):
     unlaunched.setenv("ISOTRAIN_PRECISION", "bf16")
     assert choose_precision("bf16") == "bf16"
-    with pytest.raises(UserError, match=r"run\.precision is no, and launch\.sh planned bf16"):
+    with pytest.raises(UserError, match=r"run\.precision is no, but launch\.sh planned bf16"):
         choose_precision("no")
     assert choose_precision("no", begun=True) == "no"  # launch.sh does not know what the run has begun with
 
 
 def test_another_number_of_processes_than_asked_for_is_refused(unlaunched):
     unlaunched.setenv("ISOTRAIN_NUM_PROCESSES", "2")
-    with pytest.raises(UserError, match=r"2 processes were asked for \(ISOTRAIN_NUM_PROCESSES\), 1 came up"):
+    with pytest.raises(UserError, match=r"2 processes were requested \(ISOTRAIN_NUM_PROCESSES\), but 1 started"):
         start_accelerator("no")

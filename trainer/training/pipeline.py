@@ -30,7 +30,14 @@ from trainer.batching.plan import collate, split_by_tokens
 from trainer.compat import peak_memory_bytes
 from trainer.config.loading import config_text, load_config
 from trainer.config.schema import Config, as_dict
-from trainer.distributed.session import StopRequest, Watch, agree, check_device, choose_precision, together
+from trainer.distributed.session import (
+    StopRequest,
+    check_agreement,
+    check_device,
+    choose_precision,
+    join_processes,
+)
+from trainer.distributed.watch import Watch
 from trainer.errors import UserError, quoted
 from trainer.files import held, remove_unfinished, write_atomic
 from trainer.model.adapter import (
@@ -76,7 +83,7 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
         notes.append(f"run.precision: auto stays {kept}, as when the run began; this machine would choose {alone}")
     _check_trackers(config.tracking.backends)
     same = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
-    with together(precision, same) as (accelerator, watch):
+    with join_processes(precision, same) as (accelerator, watch):
         if is_finished is not None and accelerator.is_main_process and is_finished():
             sys.exit(0)  # on all ranks: see `together`
         precision = accelerator.mixed_precision
@@ -126,7 +133,7 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
     config, folder = inputs.config, inputs.folder
     watch.position = "the making of the model"
     run = build(inputs, accelerator, stop, watch)
-    agree(run.fingerprints)
+    check_agreement(run.fingerprints)
     is_main = accelerator.is_main_process
     state, best = TrainState(), None
     if is_main:

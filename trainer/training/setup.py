@@ -19,7 +19,8 @@ from trainer.config.labels import describe_look_alikes, match_labels
 from trainer.config.schema import Config
 from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.tokens import Examples, tokenise
-from trainer.distributed.session import StopRequest, Watch
+from trainer.distributed.session import StopRequest
+from trainer.distributed.watch import Watch
 from trainer.dropout import sites as dropout
 from trainer.errors import UserError
 from trainer.model.adapter import Start, read_start

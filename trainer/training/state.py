@@ -19,7 +19,8 @@ from peft import PeftModel
 
 from trainer.batching.plan import Plan, Tokenised
 from trainer.config.schema import Config, as_dict
-from trainer.distributed.session import StopRequest, Watch
+from trainer.distributed.session import StopRequest
+from trainer.distributed.watch import Watch
 from trainer.dropout.sites import DropoutKeys
 from trainer.errors import UserError
 from trainer.model.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from trainer.batching.plan import Batch, MicroBatch, collate
 from trainer.compat import on_device, on_host
-from trainer.distributed.session import STOPS
+from trainer.distributed.session import STOP_SIGNALS
 from trainer.errors import UserError
 from trainer.tasks import TASKS, Task
 from trainer.training.optim import skip_if
@@ -174,8 +174,8 @@ def summed(run: Training, found: list[torch.Tensor], known: list[int]) -> torch.
 
 
 def signal_of(counts: list[float]) -> int:
-    """The signal that stops the run, from the numbers of ranks that received each of `STOPS`; 0 where none did."""
-    return next((number for number, count in zip(STOPS, counts, strict=True) if count), 0)
+    """Returns the signal that stops the run, or 0, from the number of ranks that received each of `STOP_SIGNALS`."""
+    return next((number for number, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0)
 
 
 def _seed_other_random_operations(run: Training, step: int) -> None:
