@@ -1,12 +1,8 @@
 """The token budget that is found before the first step: the longest examples fit, on every rank."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import fitted, on_ranks
+from tests.parity.ranks import fitted, on_ranks
 
 ABOVE = 130
 

@@ -1,13 +1,9 @@
 """Steps in flight: what is asked for before the step before it is known counts only if it is to."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import flights, looped, on_ranks, stopped, whole_run
+from tests.parity.ranks import flights, looped, on_ranks, stopped, whole_run
 
 SETTINGS = ("--batch.size", "20", "--batch.max_tokens", "60")
 SAYS = {

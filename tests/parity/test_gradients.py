@@ -1,14 +1,11 @@
 """The gradient of a step is the same however its global batch is shared out; wrong ways to do it are told apart."""
 
 import functools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import gradients, on_ranks, plain_gradient
+from tests.parity.ranks import gradients, on_ranks, plain_gradient
 
 WORLDS = (1, 2, 3, 4)
 DROPOUT = (0.0, 0.1)

@@ -11,7 +11,7 @@ from peft import TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig, XLMRobertaConfig
 
-from tests.unit.test_model import METHODS
+from tests.unit.model.test_build import METHODS
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
 from trainer.model.build import set_precision

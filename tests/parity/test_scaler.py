@@ -1,12 +1,8 @@
 """The fp16 scaler: a scaled step is the plain one, and one that overflows changes nothing but the scale."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import on_ranks, scaled_steps
+from tests.parity.ranks import on_ranks, scaled_steps
 
 SETTINGS = ("--batch.size", "20", "--batch.max_tokens", "45", "--optim.weight_decay", "0")
 SCALE = 2.0**30

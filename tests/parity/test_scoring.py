@@ -1,14 +1,9 @@
 """Scoring counts each example once and gives the same bits on any number of ranks."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import on_ranks, scores
-
+from tests.parity.ranks import on_ranks, scores
 from trainer.tasks.single_label import TASK, confusion
 from trainer.tasks.task import measure
 

@@ -1,10 +1,6 @@
 """What crosses the network in a step: the gradient of what trains, once, and a few numbers."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import on_ranks, traffic
+from tests.parity.ranks import on_ranks, traffic
 
 SETTINGS = (
     "--optim.max_steps", "4", "--batch.size", "20", "--batch.max_tokens", "45", "--evaluation.every_steps", "2",

@@ -1,14 +1,11 @@
 """A whole run through the real loop ends in the same adapter on any number of ranks and with any micro-batches."""
 
 import functools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import on_ranks, raw_run, sharded_run, whole_run, whole_runs
+from tests.parity.ranks import on_ranks, raw_run, sharded_run, whole_run, whole_runs
 
 # 61 examples in batches of 20: the fourth step is the epoch's tail, one example, fewer than there are ranks
 SETTINGS = (

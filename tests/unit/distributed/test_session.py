@@ -12,9 +12,15 @@ from multiprocessing.connection import wait
 import psutil
 import pytest
 import torch
-from obedient import announce_a_closed_port, die_before_the_line, heed_signals, meet_among_strangers, ranks_in
 from torch.distributed import HashStore
 
+from tests.unit.distributed.obedient import (
+    announce_a_closed_port,
+    die_before_the_line,
+    heed_signals,
+    meet_among_strangers,
+    ranks_in,
+)
 from trainer.distributed import rendezvous
 from trainer.distributed.session import STOP_SIGNALS, StopRequest, check_device, choose_precision, start_accelerator
 from trainer.errors import UserError

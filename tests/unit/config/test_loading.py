@@ -20,7 +20,7 @@ from trainer.config.schema import Config, DataConfig, Source, as_dict, identity,
 from trainer.distributed.environment import set_environment
 from trainer.errors import UserError, main_guard
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TRAIN = ["--data.train", "train.csv"]
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: each step once, and no tracker stops a run. (Figures: test_report.py.)"""
+"""metrics.jsonl and TensorBoard: each step once, and no tracker stops a run. (Figures: test_page.py.)"""
 
 import contextlib
 import io

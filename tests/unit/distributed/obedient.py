@@ -1,4 +1,4 @@
-"""Ranks that meet as those of a run do and then do as test_processes.py says, each a process of its own.
+"""Ranks that meet as those of a run do and then do as test_session.py says, each a process of its own.
 
 The processes come from the fork server of tests/parity, so one starts in a fraction of a second. Host names are given
 out here: ranks of two machines live on this one.

@@ -20,7 +20,7 @@ from trainer.errors import UserError
 from trainer.reporting.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, series, smooth
 from trainer.reporting.page import build_report, confident_errors, read_records
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NEWS = ["World", "Sports", "Business", "Sci/Tech"]
 HOSTILE = [
     "<script>alert(1)</script>",
