@@ -16,7 +16,7 @@ import os
 from trainer.config.loading import load_config, parse_config
 from trainer.config.schema import Config, as_dict, identity, run_name
 from trainer.distributed.environment import read_environment, set_environment
-from trainer.errors import UserError, main_guard, quoted
+from trainer.errors import UserError, main_guard, quote_path
 
 
 def main() -> int:
@@ -80,11 +80,11 @@ def _is_finished(folder: Path, config: Config) -> bool:
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         hint = "For a new run: --run.name NAME"
         if finished:
-            hint += f"; to train this adapter on: --run.name NAME --model.adapter {quoted(folder / 'adapter')}"
+            hint += f"; to train this adapter on: --run.name NAME --model.adapter {quote_path(folder / 'adapter')}"
         raise UserError(f"{folder} holds a run of another configuration: {shown}\n{hint}")
     if finished and os.environ.get("RANK", "0") == "0" and not config.run.quiet:
         done = "is finished; nothing to do, and its data was not looked at"
-        print(f"{quoted(folder)} {done}. For another run: --run.name NAME", file=sys.stderr)
+        print(f"{quote_path(folder)} {done}. For another run: --run.name NAME", file=sys.stderr)
     return finished
 
 

@@ -13,7 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from tests.conftest import ROOT
-from trainer.errors import bar_settings, quoted
+from trainer.errors import bar_settings, quote_path
 from trainer.files import writing
 
 # A command that tells much in every way that a run does, and then leaves a file: whatever became of its words.
@@ -133,8 +133,8 @@ def test_a_short_bar_says_nothing_in_a_log_file(capsys):
     ],
 )
 def test_a_path_as_a_shell_reads_it(path, typed):
-    assert quoted(path) == quoted(Path(path)) == typed
-    assert os.path.normpath(*shlex.split(quoted(path))) == path
+    assert quote_path(path) == quote_path(Path(path)) == typed
+    assert os.path.normpath(*shlex.split(quote_path(path))) == path
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from trainer import files as locks
 from trainer.config.loading import parse_config
 from trainer.errors import UserError
-from trainer.files import held, share, taking_turns
+from trainer.files import hold_run_folder, lock_cache_entry, share
 from trainer.run import execute
 
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
@@ -39,7 +39,7 @@ def other_command(code):
 
 
 def test_a_run_folder_is_held_by_one_and_says_by_whom(tmp_path):
-    with held(tmp_path / "run"), pytest.raises(UserError) as refused, held(tmp_path / "run"):
+    with hold_run_folder(tmp_path / "run"), pytest.raises(UserError) as refused, hold_run_folder(tmp_path / "run"):
         pass
     message = str(refused.value)
     assert f"{tmp_path}/run is in use by another running command (process {os.getpid()} on {socket.gethostname()})" in (
@@ -51,11 +51,14 @@ def test_a_run_folder_is_held_by_one_and_says_by_whom(tmp_path):
 @pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
 def test_without_locks_of_the_file_system_a_run_folder_is_held_by_one(tmp_path, no_locks):
     folder = tmp_path / "run"
-    with held(folder):
+    with hold_run_folder(folder):
         (folder / "config.yaml").touch()
-        with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"), held(folder):
+        with (
+            pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"),
+            hold_run_folder(folder),
+        ):
             pass
-    with held(folder):
+    with hold_run_folder(folder):
         pass
     assert (folder / "config.yaml").exists()
 
@@ -66,7 +69,7 @@ def test_a_lock_left_by_a_dead_process_of_this_machine_frees_itself(tmp_path, no
         f"import os; lock = SoftFileLock({str(tmp_path / '.lock-file')!r}); lock.acquire(); os._exit(9)"
     )
     assert done.returncode == 9 and (tmp_path / ".lock-file").exists(), done.stderr
-    with held(tmp_path):
+    with hold_run_folder(tmp_path):
         pass
 
 
@@ -74,19 +77,19 @@ def test_a_lock_left_by_a_dead_process_of_this_machine_frees_itself(tmp_path, no
 def test_a_lock_left_by_a_dead_machine_says_which_and_how_to_free_the_folder(tmp_path, no_locks):
     (tmp_path / ".lock").touch()  # as from a start on a machine where locks work
     (tmp_path / ".lock-file").write_text("4711\nnode-17\n")
-    with pytest.raises(UserError, match=r"\(process 4711 on node-17\)") as refused, held(tmp_path):
+    with pytest.raises(UserError, match=r"\(process 4711 on node-17\)") as refused, hold_run_folder(tmp_path):
         pass
     os.remove(str(refused.value).rpartition("rm ")[2])
-    with held(tmp_path):
+    with hold_run_folder(tmp_path):
         pass
 
 
 def test_a_folder_made_for_a_refused_run_goes_with_it(tmp_path):
-    with pytest.raises(UserError, match="no such file"), held(tmp_path / "runs" / "x"):
+    with pytest.raises(UserError, match="no such file"), hold_run_folder(tmp_path / "runs" / "x"):
         raise UserError("no such file")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "runs").mkdir()
-    with held(tmp_path / "runs" / "x"):
+    with hold_run_folder(tmp_path / "runs" / "x"):
         pass
     assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
 
@@ -96,7 +99,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, place):
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=f"run.output_dir: {tmp_path}/{place} cannot be written: "),
-        held(tmp_path / place),
+        hold_run_folder(tmp_path / place),
     ):
         pass
 
@@ -115,7 +118,10 @@ def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(UserError, match=f"{tmp_path}/run cannot be written: No space left"), held(tmp_path / "run"):
+    with (
+        pytest.raises(UserError, match=f"{tmp_path}/run cannot be written: No space left"),
+        hold_run_folder(tmp_path / "run"),
+    ):
         pass
 
 
@@ -124,7 +130,7 @@ def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
 
 def test_a_part_of_a_cache_is_prepared_by_one_at_a_time(tmp_path):
     entry = tmp_path / "x"
-    with taking_turns(entry, True) as part:
+    with lock_cache_entry(entry, True) as part:
         assert part == tmp_path / "x.part"
         other = other_command(f"print(FileLock({str(entry) + '.lock'!r}).acquire(timeout=0))")
         assert "Timeout" in other.stderr
@@ -133,17 +139,17 @@ def test_a_part_of_a_cache_is_prepared_by_one_at_a_time(tmp_path):
 @pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
 def test_without_locks_each_process_prepares_its_own(tmp_path, no_locks):
     (tmp_path / "x.lock").touch()  # filelock leaves it
-    with taking_turns(tmp_path / "x", True) as one, taking_turns(tmp_path / "x", True) as other:
+    with lock_cache_entry(tmp_path / "x", True) as one, lock_cache_entry(tmp_path / "x", True) as other:
         assert len({one, other, tmp_path / "x.part"}) == 3
 
 
 def test_a_holder_that_does_not_end_is_named_and_not_waited_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    monkeypatch.setattr(locks, "SOON", 0.1)
+    monkeypatch.setattr(locks, "LOCK_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "MESSAGE_SECONDS", 0.1)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with open(tmp_path / "x.lock", "w") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        with taking_turns(tmp_path / "x", False) as part:
+        with lock_cache_entry(tmp_path / "x", False) as part:
             assert part != tmp_path / "x.part"
     assert f"waiting for another process that prepares the same data (it holds {tmp_path}/x.lock)" in (
         capsys.readouterr().err
@@ -159,7 +165,7 @@ def test_in_a_shared_folder_all_may_use_what_one_has_put_there(tmp_path, folder,
     tmp_path.chmod(folder)
     before = os.umask(0o077)
     try:
-        with taking_turns(tmp_path / "x", True) as part:
+        with lock_cache_entry(tmp_path / "x", True) as part:
             part.mkdir()
             (part / "tokens").touch()
             share(part)
@@ -173,7 +179,7 @@ def test_in_a_private_folder_the_umask_counts(tmp_path):
     tmp_path.chmod(0o755)
     before = os.umask(0o077)
     try:
-        with taking_turns(tmp_path / "x", True) as part:
+        with lock_cache_entry(tmp_path / "x", True) as part:
             part.touch()
             share(part)
     finally:
@@ -195,7 +201,7 @@ def test_a_lock_of_another_user_that_may_not_be_opened_stops_nobody(tmp_path):
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-            with taking_turns(tmp_path / "x", True) as part:
+            with lock_cache_entry(tmp_path / "x", True) as part:
                 part.touch()
                 os._exit(0 if part.exists() else 3)
         finally:

@@ -31,8 +31,8 @@ from trainer.config.labels import describe_look_alikes, label_text
 from trainer.config.schema import NO_COLUMN, Source
 from trainer.data.formats import SPILLED, Chunk, kind_of
 from trainer.data.sources import Origin, find_origin, option_prefix
-from trainer.errors import UserError, bar_settings, say_once, speaks_for_its_machine
-from trainer.files import publish, share, taking_turns
+from trainer.errors import UserError, bar_settings, is_first_on_machine, print_once
+from trainer.files import lock_cache_entry, publish, share
 
 SHOWN = 5  # how many rows an error names
 LARGE = 2**26  # bytes of a source from which on its rows are kept in the cache
@@ -153,7 +153,7 @@ def cache_folder(quiet: bool) -> Path | None:
 
 def say_without_cache(folder: Path, error: OSError, quiet: bool) -> None:
     """Says once that there is no cache: everything works, and the next start prepares the data again."""
-    say_once(f"note: going on without the cache {folder} (HF_DATASETS_CACHE): {error.strerror or error}", quiet)
+    print_once(f"note: going on without the cache {folder} (HF_DATASETS_CACHE): {error.strerror or error}", quiet)
 
 
 def progress(name: str, unit: str, total: int | None, quiet: bool) -> Any:
@@ -163,7 +163,7 @@ def progress(name: str, unit: str, total: int | None, quiet: bool) -> Any:
         unit=f" {unit}",
         unit_scale=True,
         total=total,
-        disable=quiet or not speaks_for_its_machine(),
+        disable=quiet or not is_first_on_machine(),
         leave=False,
         **bar_settings(60),
     )
@@ -196,7 +196,7 @@ def _kept_table(folder: Path, origin: Origin, labels_required: bool, extra: str 
     place = list(map(kind_of, origin.paths)) if origin.hub is None else path
     key = json.dumps([LAYOUT, source, place, extra, content], sort_keys=True)
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.rows"
-    with taking_turns(path, quiet) as part:
+    with lock_cache_entry(path, quiet) as part:
         found = _opened(path)
         if found is not None:
             table = _table(origin, *found, None)

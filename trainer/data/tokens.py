@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data.corpus import TextSplit
 from trainer.data.rows import cache_folder, forget, progress, say_without_cache
-from trainer.files import publish, share, taking_turns
+from trainer.files import lock_cache_entry, publish, share
 
 HASH = "sha256"  # file beside the arrays
 AT_ONCE = 256  # texts a worker takes at a time: their tokens fit a processor's cache
@@ -94,7 +94,7 @@ def tokenise(
     if folder is not None:
         path = folder / _cache_key(split, tokenizer, max_length)
         try:
-            with taking_turns(path, quiet) as part:
+            with lock_cache_entry(path, quiet) as part:
                 arrays = _kept(path, names) or _keep(path, part, names, parts())
         except OSError as error:
             say_without_cache(folder, error, quiet)

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from torch.distributed import PrefixStore, TCPStore
 
-from trainer.errors import UserError, speaks_for_its_machine
+from trainer.errors import UserError, is_first_on_machine
 
 RENDEZVOUS_TIMEOUT_SECONDS = 300.0
 """how long the ranks wait for each other at the start"""
@@ -138,7 +138,7 @@ def _wait_until(is_ready: Callable[[], bool], describe: Callable[[], str], secon
         elapsed = time.monotonic() - start
         if elapsed > seconds:
             return False
-        if elapsed > report_at and speaks_for_its_machine():
+        if elapsed > report_at and is_first_on_machine():
             left = f"({seconds - elapsed:.0f} s left)"
             print(f"{describe()} at MASTER_ADDR:MASTER_PORT {_endpoint()} {left}", file=sys.stderr, flush=True)
             report_at += STATUS_INTERVAL_SECONDS

@@ -38,8 +38,8 @@ from trainer.distributed.session import (
     join_processes,
 )
 from trainer.distributed.watch import Watch
-from trainer.errors import UserError, quoted
-from trainer.files import held, remove_unfinished, write_atomic
+from trainer.errors import UserError, quote_path
+from trainer.files import hold_run_folder, remove_unfinished, write_atomic
 from trainer.model.adapter import (
     Start,
     adapter_config_json,
@@ -89,7 +89,7 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
         precision = accelerator.mixed_precision
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
         watch.position = "the preparation of the data"
-        with held(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        with hold_run_folder(folder) if accelerator.is_main_process else contextlib.nullcontext():
             # read by one process for all: the others may be on machines that do not see the folder
             known = recorded_backbone(folder / "checkpoints") if accelerator.is_main_process else None
             (known,) = broadcast_object_list([known])
@@ -304,7 +304,7 @@ def _finish(
     best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
     run.log.say(f"{'adapter':>10}: {folder / 'adapter'}  {best_of}")
     run.log.say(report)
-    predict = f"python trainer/predict.py --run {quoted(folder)} --input FILE.csv --output PREDICTIONS.csv"
+    predict = f"python trainer/predict.py --run {quote_path(folder)} --input FILE.csv --output PREDICTIONS.csv"
     run.log.say(f"{'next':>10}: {predict}")
 
 

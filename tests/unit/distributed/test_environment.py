@@ -5,7 +5,7 @@ import os
 import pytest
 
 from trainer.distributed.environment import read_environment
-from trainer.errors import UserError, main_guard, speaks_for_its_machine
+from trainer.errors import UserError, is_first_on_machine, main_guard
 
 MASTER = {"MASTER_ADDR": "host-0", "MASTER_PORT": "29500"}
 SECOND_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -133,7 +133,7 @@ def test_what_is_not_understood_is_refused_in_one_line(monkeypatch, variables, m
     with pytest.raises(UserError, match=message) as refusal:
         said(monkeypatch, variables)
     assert "\n" not in str(refusal.value)
-    assert "RANK=" not in str(refusal.value) or speaks_for_its_machine()  # nobody else has this mistake
+    assert "RANK=" not in str(refusal.value) or is_first_on_machine()  # nobody else has this mistake
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_what_accelerate_sets_by_itself_passes(monkeypatch, variables):
 )
 def test_an_error_is_said_once_a_machine_and_always_by_a_single_process(monkeypatch, capsys, variables, speaks):
     monkeypatch.setattr(os, "environ", dict(variables))
-    assert speaks_for_its_machine() == speaks
+    assert is_first_on_machine() == speaks
 
     def mistake():
         raise UserError("no such file")
