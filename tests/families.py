@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from trainer.data.tokens import Examples
 from trainer.errors import UserError
-from trainer.model.build import _wrap
+from trainer.model.peft_options import add_adapter
 from trainer.packed.forward import PaddedForward, why_not_packed
 from trainer.training.scoring import score_split
 from trainer.training.start_check import check_start
@@ -115,7 +115,7 @@ def tiny(family, **settings):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
     targets = "all-linear" if family != "phimoe" else ["q_proj"]
-    return _wrap(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets), set())
+    return add_adapter(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets), set())
 
 
 def verdict_of(family):

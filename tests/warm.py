@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, RobertaForSequenceC
 
 import trainer.training.pipeline  # noqa: F401
 from trainer.config.loading import parse_config
-from trainer.model.build import adapter_config
+from trainer.model.peft_options import adapter_config
 
 torch.set_num_threads(1)
 config = parse_config(["--data.train", "none.csv", "--peft.r", "4", "--peft.target_modules", "[query,value]"])

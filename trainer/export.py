@@ -65,14 +65,13 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
     from transformers import AutoModelForSequenceClassification
 
     from trainer.files import UNFINISHED, publish, writing
-    from trainer.model.adapter import find_trained_backbone, load_plain, save_tokenizer
+    from trainer.model.adapter import find_trained_backbone, load_trained_model
     from trainer.model.backbone import silence_libraries
+    from trainer.model.tokenizer import save_tokenizer
 
     silence_libraries()
-    backbone, unverified = find_trained_backbone(run, config.model, label_names)
-    for line in unverified:
-        print(f"warning: {line}", file=sys.stderr)
-    model = load_plain(backbone, run / "adapter")
+    backbone = find_trained_backbone(run, config.model, label_names)
+    model = load_trained_model(backbone, run / "adapter")
     wanted = _logits(model, backbone.tokenizer)
     temporary = output.with_name(f"{UNFINISHED}{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -142,7 +142,7 @@ def predict(options: Options) -> int:
     labels, what_labels = labels_to_write(options, config, summary, label_names)
     id_column, what_ids = _id_column(options, id_columns(source, config.data) if options.id_column is None else [])
     split, ids, warnings = load_for_prediction(source, config.data, label_names, id_column, options.quiet)
-    backbone, unverified = find_trained_backbone(Path(options.run), config.model, label_names)
+    backbone = find_trained_backbone(Path(options.run), config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
     padding = Padding(**summary.get("padding", {}))
     may_pack = config.model.packed is not False and padding.packs
@@ -154,7 +154,7 @@ def predict(options: Options) -> int:
         id_field, label_field = HEADERS[options.layout]
         told = [f"{len(ids)} predictions: {output}", f"{id_field} {what_ids}; {label_field} {what_labels}"]
         if not options.quiet:
-            print(*(f"warning: {line}" for line in [*warnings, *unverified]), *told, sep="\n", file=sys.stderr)
+            print(*(f"warning: {line}" for line in warnings), *told, sep="\n", file=sys.stderr)
         if split.labels is not None:
             scores = measure(TASKS[config.task.type], logits, split.labels, label_names)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
@@ -166,7 +166,7 @@ def _score(
 ) -> tuple[np.ndarray, bool]:
     """Scores the examples on all processes; returns the logits [N, C], and whether this is the main process."""
     from trainer.distributed.session import choose_precision, join_processes
-    from trainer.model.adapter import load_plain
+    from trainer.model.adapter import load_trained_model
     from trainer.model.build import COMPUTE_TYPES
     from trainer.packed.forward import PackedForward, PaddedForward, why_not_packed
     from trainer.training.scoring import score_split
@@ -174,7 +174,7 @@ def _score(
     precision = choose_precision(options.precision)
     same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
     with join_processes(precision, same) as (accelerator, _):
-        model = load_plain(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
+        model = load_trained_model(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
         model.to(accelerator.device)
         logits = score_split(
             PackedForward(model, None) if may_pack and why_not_packed(model) is None else PaddedForward(model, padding),

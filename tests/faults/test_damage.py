@@ -127,7 +127,7 @@ def test_another_backbone_is_refused(killed, tiny_backbone, tmp_path):
     before = contents(folder)
     ended = command("run", changed(arguments, model__name=other), [LESS])
     assert ended.code == 2
-    assert "begun with another backbone" in ended.stderr
+    assert "trained on another backbone" in ended.stderr
     assert contents(folder) == before
 
 
@@ -138,7 +138,7 @@ def test_a_backbone_that_computes_otherwise_is_refused(killed, tiny_backbone, tm
     (other / "config.json").write_text(json.dumps({**settings, "hidden_act": "relu"}))
     ended = command("run", changed(arguments, model__name=other), [LESS])
     assert ended.code == 2
-    assert "begun with another backbone" in ended.stderr
+    assert "trained on another backbone" in ended.stderr
 
 
 def test_a_split_left_out_is_refused(killed):

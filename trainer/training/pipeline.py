@@ -41,18 +41,17 @@ from trainer.distributed.watch import Watch
 from trainer.errors import UserError, quote_path
 from trainer.files import hold_run_folder, remove_unfinished, write_atomic
 from trainer.model.adapter import (
-    Start,
+    SavedAdapter,
     adapter_config_json,
     check_adapter,
     load_adapter_tensors,
-    model_card,
     save_adapter,
 )
-from trainer.model.backbone import Identity, silence_libraries
-from trainer.model.build import (
-    COMPUTE_TYPES,
-    parameter_table,
-)
+from trainer.model.backbone import silence_libraries
+from trainer.model.build import COMPUTE_TYPES
+from trainer.model.card import model_card
+from trainer.model.identity import Identity
+from trainer.model.peft_options import parameter_table
 from trainer.tasks import TASKS
 from trainer.training.checkpoint import load_newest, recorded_backbone
 from trainer.training.loop import Interrupted, Stopped, score, train
@@ -166,7 +165,7 @@ def _train(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: W
         run.log.close()
 
 
-def _start_from(run: Training, start: Start) -> None:
+def _start_from(run: Training, start: SavedAdapter) -> None:
     """Puts in place the adapter and head of another run.
 
     Raises:

@@ -23,9 +23,10 @@ from trainer.distributed.session import StopRequest
 from trainer.distributed.watch import Watch
 from trainer.dropout import sites as dropout
 from trainer.errors import UserError
-from trainer.model.adapter import Start, read_start
-from trainer.model.backbone import FP32_ONLY, Backbone, Identity, find_backbone, refuse_another
+from trainer.model.adapter import SavedAdapter, read_adapter
+from trainer.model.backbone import FP32_ONLY_FAMILIES, Backbone, find_backbone
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
+from trainer.model.identity import Identity, check_same_backbone
 from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding, why_not_packed
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import TASKS
@@ -52,7 +53,7 @@ class Inputs:
     """the corpus, tokenised, by split"""
     precision: str
     """no, bf16 or fp16"""
-    start: Start | None = None
+    start: SavedAdapter | None = None
     """the adapter it starts from; None = a new one"""
 
 
@@ -64,21 +65,21 @@ def prepare(config: Config, folder: Path, precision: str, recorded: Identity | N
     Raises:
         UserError: they do not, or are not there.
     """
-    start = read_start(Path(config.model.adapter)) if config.model.adapter is not None else None
+    start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
     _check_names(config, corpus)
     if start is not None and start.label_names != corpus.label_names:
         classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
         raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
     backbone = find_backbone(config.model, corpus.label_names, recorded)
-    if precision != "no" and backbone.config.model_type in FP32_ONLY:
+    if precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
     pairs = corpus.splits["train"].text_pairs is not None
     _why_padded(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
     if recorded is not None:
-        refuse_another(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
+        check_same_backbone(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
     if start is not None:
-        refuse_another(start.recorded, backbone.identity, start.folder)
+        check_same_backbone(start.backbone, backbone.identity, start.folder)
     examples = {
         name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
         for name, split in corpus.splits.items()

@@ -24,7 +24,7 @@ from trainer.distributed.watch import Watch
 from trainer.dropout.sites import DropoutKeys
 from trainer.errors import UserError
 from trainer.model.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors
-from trainer.model.backbone import Identity
+from trainer.model.identity import Identity
 from trainer.packed.forward import Forward
 from trainer.reporting.tracking import RunLog
 from trainer.training.checkpoint import (

@@ -27,9 +27,9 @@ from tests.families import tiny
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.errors import UserError
 from trainer.export import _unshare, _unwrap_head
-from trainer.model.adapter import save_tokenizer
-from trainer.model.backbone import OFFSET_POSITIONS, Backbone, _set_dropout, find_backbone, load_weights
+from trainer.model.backbone import Backbone, find_backbone, load_weights, set_dropout
 from trainer.model.build import build_model, check_fit
+from trainer.model.tokenizer import OFFSET_POSITION_FAMILIES, save_tokenizer
 
 NAMES = list(TOPICS)
 BERT = {
@@ -71,9 +71,9 @@ def rewritten(folder, change):
         (lambda name: None if "layer.1." in name else name, r"lack 16 tensors .* first bert\.encoder\.layer\.1\."),
         (lambda name: None if "word_embeddings" in name else name, r"lack 1 tensors .*word_embeddings\.weight"),
         (lambda name: None if name.endswith("key.bias") else name, r"lack 2 tensors .*key\.bias"),
-        (lambda name: f"module.{name}", r"lack 37 tensors .* names them otherwise, as module\.bert\."),
-        (lambda name: f"_orig_mod.{name}", r"names them otherwise, as _orig_mod\.bert\."),
-        (lambda name: f"0.auto_model.{name.removeprefix('bert.')}", r"names them otherwise, as 0\.auto_model\."),
+        (lambda name: f"module.{name}", r"lack 37 tensors .* The file has a similar name: module\.bert\."),
+        (lambda name: f"_orig_mod.{name}", r"a similar name: _orig_mod\.bert\."),
+        (lambda name: f"0.auto_model.{name.removeprefix('bert.')}", r"a similar name: 0\.auto_model\."),
     ],
 )
 def test_weights_that_lack_a_part_of_the_backbone_are_refused(bert, change, message):
@@ -108,8 +108,16 @@ def test_a_head_and_a_pooler_may_be_new(bert, prefix):
 @pytest.mark.parametrize(
     ("layers", "extra", "notes"),
     [
-        (1, None, ["16 have no place in this backbone, first bert.encoder.layer.1.attention.output.LayerNorm.bias"]),
-        (2, "encoder.layer.0.attention.self.distance_embedding.weight", ["1 have no place in this backbone, first "]),
+        (
+            1,
+            None,
+            ["16 are not used: config.json has no place for bert.encoder.layer.1."],
+        ),
+        (
+            2,
+            "encoder.layer.0.attention.self.distance_embedding.weight",
+            ["1 are not used: "],
+        ),
         (2, "encoder.layer.0.attention.self.inv_freq", []),
         (2, "pooler.dense.weight", []),
     ],
@@ -149,7 +157,7 @@ def test_what_config_json_has_from_another_use_changes_nothing(bert, tmp_path, l
     backbone.config.save_pretrained(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("family", OFFSET_POSITIONS)
+@pytest.mark.parametrize("family", OFFSET_POSITION_FAMILIES)
 def test_positions_that_start_behind_the_padding_id(family):
     """The longest example that fits is computed, and one more token is not."""
     model = tiny(family, max_position_embeddings=16).get_base_model().eval()
@@ -164,7 +172,7 @@ def test_positions_that_start_behind_the_padding_id(family):
 @pytest.mark.parametrize("family", ["bert", "bart", "gpt2", "t5gemma", "xlnet"])
 def test_the_dropout_that_is_asked_for_is_everywhere(family):
     config = tiny(family).get_base_model().config
-    _set_dropout(config, 0.37)
+    set_dropout(config, 0.37)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.37}
@@ -172,9 +180,9 @@ def test_the_dropout_that_is_asked_for_is_everywhere(family):
 
 def test_dropout_that_a_backbone_does_not_take_is_refused():
     config = tiny("mpt").get_base_model().config
-    _set_dropout(config, 0.0)
-    with pytest.raises(UserError, match=r"model\.dropout: this backbone does not take 0\.37: .*attn_pdrop"):
-        _set_dropout(config, 0.37)
+    set_dropout(config, 0.0)
+    with pytest.raises(UserError, match=r"model\.dropout: this backbone does not accept 0\.37: .*attn_pdrop"):
+        set_dropout(config, 0.37)
 
 
 # --- padding ---
@@ -212,7 +220,7 @@ def test_without_a_token_to_pad_with_it_is_refused(tmp_path, llama_tokenizer):
     tokenizer = llama_tokenizer(bos_token="<s>")
     LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=len(tokenizer))).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"has no padding and no end token; name one of its tokens as pad_token"):
+    with pytest.raises(UserError, match=r"has no padding token and no end token; name one of its tokens as pad_token"):
         find(tmp_path)
 
 
@@ -300,7 +308,10 @@ def test_attention_that_needs_remote_code_is_refused(tmp_path, tiny_tokenizer):
     [
         ({"target_modules": ["query", "classifier.dense"]}, r"'classifier\.dense' is only in classifier, which trains"),
         ({"target_modules": ["out_proj", "query"]}, "'out_proj' is only in classifier"),
-        ({"target_modules": ["query"], "modules_to_save": ["pooled"]}, r"has no module 'pooled'"),
+        (
+            {"target_modules": ["query"], "modules_to_save": ["pooled"]},
+            r"modules_to_save: 'pooled' matches no module",
+        ),
         ({"target_modules": ["query"], "rank_pattern": {"value": 2}}, r"peft\.rank_pattern: 'value' matches no module"),
         ({"target_modules": ["query"], "alpha_pattern": {"lay": 2}}, r"peft\.alpha_pattern: 'lay' matches no module"),
     ],

@@ -13,8 +13,10 @@ from transformers import AutoModelForMaskedLM
 
 from trainer.config.schema import ModelConfig
 from trainer.errors import UserError
-from trainer.model.adapter import IDENTITY, loading_lines, read_start
-from trainer.model.backbone import Backbone, Identity, find_backbone, load_weights, refuse_another
+from trainer.model.adapter import IDENTITY, read_adapter
+from trainer.model.backbone import Backbone, find_backbone, load_weights
+from trainer.model.card import loading_lines
+from trainer.model.identity import Identity, check_same_backbone
 
 LABELS = ["a", "b"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -88,10 +90,10 @@ def test_what_makes_another_backbone(tiny_backbone, folder, what, tmp_path):
     {**CHANGES, **NO_CHANGES}[what](folder)
     there = identity(folder)
     if what in CHANGES:
-        with pytest.raises(UserError, match=f"{tmp_path} was begun with another backbone: SHA-256 of"):
-            refuse_another(was, there, tmp_path)
+        with pytest.raises(UserError, match=f"{tmp_path} was trained on another backbone: SHA-256 of"):
+            check_same_backbone(was, there, tmp_path)
     else:
-        refuse_another(was, there, tmp_path)
+        check_same_backbone(was, there, tmp_path)
 
 
 @pytest.mark.parametrize("what", ["a shard", "another number of shards"])
@@ -108,7 +110,7 @@ def test_every_shard_counts(sharded, what, tmp_path):
         kept = {name: file for name, file in content["weight_map"].items() if file != files[1]}
         index.write_text(json.dumps({**content, "weight_map": kept}))
     with pytest.raises(UserError, match="another backbone"):
-        refuse_another(was, identity(sharded), tmp_path)
+        check_same_backbone(was, identity(sharded), tmp_path)
 
 
 @pytest.mark.parametrize("what", ["shard", "index", "weights"])
@@ -125,7 +127,7 @@ def test_missing_weights_are_refused(sharded, what):
 
 def test_weights_that_an_adapter_changes_are_refused(folder):
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="an adapter lies beside them"):
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
         identity(folder)
 
 
@@ -163,7 +165,7 @@ def test_large_files_of_the_cache_are_not_read(hub, tiny_backbone):
 
 def test_a_hub_model_without_its_weights(hub):
     (hub / "snapshots" / COMMIT / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"files of acme/tiny cannot be read: model\.safetensors is missing, or not"):
+    with pytest.raises(UserError, match=r"files of acme/tiny cannot be read: model\.safetensors is missing, not"):
         identity("acme/tiny", COMMIT)
 
 
@@ -198,8 +200,8 @@ def test_a_damaged_adapter_to_start_from_is_one_line(tmp_path, name, damage):
     identity = {field.name: None for field in dataclasses.fields(Identity)}
     for file, value in {"labels.json": ["a"], "adapter_config.json": {}, IDENTITY: identity}.items():
         (tmp_path / file).write_text(json.dumps(value))
-    assert read_start(tmp_path).label_names == ["a"]
+    assert read_adapter(tmp_path).label_names == ["a"]
     (tmp_path / name).write_bytes(damage)
-    with pytest.raises(UserError, match="is no adapter folder of a finished run") as refusal:
-        read_start(tmp_path)
+    with pytest.raises(UserError, match="is not the adapter of a finished run") as refusal:
+        read_adapter(tmp_path)
     assert "\n" not in str(refusal.value)

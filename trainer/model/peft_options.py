@@ -1,0 +1,239 @@
+"""PEFT's options: checked against PEFT's own classes and against the model, then applied.
+
+Always holds: an option that PEFT would ignore is refused. The head is every module outside the backbone proper, plus
+whatever the weights file lacks, so no new layer stays untrained or unsaved.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jsonargparse
+import peft
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from trainer.compat import path_in_model, plain_owner
+from trainer.config.schema import PeftConfig
+from trainer.errors import UserError, one_line
+
+# Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
+PEFT_TYPES = (
+    "LORA", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA"
+)  # fmt: skip
+RESERVED_OPTIONS = {
+    "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"
+}  # fmt: skip
+# These initializations change backbone weights, so the saved adapter would not fit the backbone that it names.
+BACKBONE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "eva", "lora_ga")
+
+
+def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
+    """PEFT's configuration of the adapter, names and types checked against PEFT's class.
+
+    Raises:
+        UserError: unknown method or option (names the nearest), wrong type, or values PEFT refuses; all at once.
+    """
+    if settings.peft_type not in PEFT_TYPES:
+        raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported; supported: {', '.join(PEFT_TYPES)}")
+    options, problems = _parse_options(settings)
+    problems += _find_unsupported(settings, options)
+    if problems:
+        raise UserError("\n".join(problems))
+    if settings.peft_type == "IA3" and options.get("target_modules"):
+        # without it, PEFT would fill it in on loading with modules that may not be targets
+        options.setdefault("feedforward_modules", [])
+    try:
+        kind = _config_class(settings.peft_type)
+        return kind(task_type=peft.TaskType.SEQ_CLS, base_model_name_or_path=path, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"peft: {one_line(error)}") from None
+
+
+def _config_class(peft_type: str) -> type[peft.PeftConfig]:
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
+
+
+def _option_names(peft_type: str) -> set[str]:
+    return {item.name for item in dataclasses.fields(_config_class(peft_type))} - RESERVED_OPTIONS
+
+
+@functools.cache
+def _parser(peft_type: str) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(_config_class(peft_type), "peft")
+    return parser
+
+
+def _parse_options(settings: PeftConfig) -> tuple[dict[str, Any], list[str]]:
+    """Options with the types of PEFT's class, and a line for each that does not fit it."""
+    known = _option_names(settings.peft_type)
+    problems, options = [], {}
+    for name, value in settings.options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; nearest: peft.{near[0]}" if near else f"; it has {', '.join(sorted(known))}"
+            if any(name in _option_names(other) for other in PEFT_TYPES):  # perhaps from a recipe for another method
+                hint += f"; --peft.{name} null leaves it out"
+            problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}{hint}")
+            continue
+        try:
+            parsed = _parser(settings.peft_type).parse_object({"peft": {name: value}})
+            options[name] = parsed["peft"][name]
+        except jsonargparse.ArgumentError:
+            kind = _config_class(settings.peft_type).__annotations__.get(name, "another type")
+            problems.append(f"peft.{name}: {value!r} does not fit; PEFT takes {kind}")
+    return options, problems
+
+
+def _find_unsupported(settings: PeftConfig, options: dict[str, Any]) -> list[str]:
+    """A line for each option that PEFT has and that cannot train here."""
+    problems = []
+    init = settings.options.get("init_lora_weights")  # PEFT lists no pissa_niter_4 among its values
+    if isinstance(init, str) and init.lower().startswith(BACKBONE_CHANGING_INITS):
+        problems.append(f"peft.init_lora_weights: {init!r} changes the frozen backbone; use true or gaussian")
+    for name, value in options.items():
+        if name.endswith("dropout") and isinstance(value, int | float) and not 0 <= value < 1:
+            problems.append(f"peft.{name}: {value} must be at least 0 and below 1")
+    if settings.peft_type in ("LOHA", "LOKR") and options.get("module_dropout"):
+        problems.append("peft.module_dropout: must be 0; it drops whole adapters, which then get no gradient")
+    if options.get("alora_invocation_tokens"):
+        problems.append("peft.alora_invocation_tokens: must be null; the adapter acts only after these tokens")
+    return problems
+
+
+def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]) -> PeftModel:
+    """Wraps the model by PEFT; the head and `new_modules`, which no weights file filled, train and are saved whole.
+
+    Raises:
+        UserError: PEFT cannot adapt the model.
+    """
+    prefix = str(model.base_model_prefix)
+    head = {name for name, child in model.named_children() if name != prefix and _has_parameters(child)}
+    config = copy.deepcopy(config)
+    # a new module inside the backbone (BERT's pooler) is named by its path below the model, a head by its name
+    inside = {name for name in new_modules if name.split(".")[0] == prefix}
+    # PEFT itself adds "classifier" and "score" for sequence classification
+    extra = {*head, *inside, *(config.modules_to_save or [])} - {"classifier", "score"}  # type: ignore[attr-defined]
+    config.modules_to_save = sorted(extra) or None  # type: ignore[attr-defined]
+    try:
+        return peft.get_peft_model(model, config)
+    except Exception as error:  # its methods raise many kinds at modules that they do not support
+        if "No modules were targeted" in str(error):
+            raise UserError(
+                "peft.target_modules: no module gets an adapter. The head and peft.modules_to_save train whole; "
+                "peft.exclude_modules and peft.layers_to_transform leave others out"
+            ) from None
+        raise UserError(f"peft: {one_line(error)}") from None
+
+
+def check_module_names(model: nn.Module, settings: PeftConfig) -> None:
+    """Refuses options that name modules or parameters which the model lacks; PEFT ignores them.
+
+    Raises:
+        UserError: names the option, the name, and the model's linear layers.
+    """
+    modules = dict(model.named_modules())
+    kinds = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
+    for option in ("modules_to_save", "exclude_modules", "target_modules"):
+        value = settings.options.get(option)
+        if value is None or value == "all-linear":
+            continue
+        if value == [] and option == "target_modules":
+            raise UserError(f"peft.target_modules: [] names no module; this backbone has {', '.join(kinds)}")
+        for wanted in [value] if isinstance(value, str) else value:
+            found = _find_matches(option, modules, wanted, is_regex=isinstance(value, str))
+            if not found:
+                raise UserError(f"peft.{option}: {wanted!r} matches no module; this backbone has {', '.join(kinds)}")
+            empty = [name for name in found if not _has_parameters(modules[name])]
+            if empty and option == "target_modules":
+                raise UserError(f"peft.target_modules: {empty[0]} has no parameters that an adapter could change")
+    parameters = [name for name, _ in model.named_parameters()]
+    for wanted in settings.options.get("target_parameters") or []:
+        if not _find_matches("target_parameters", parameters, wanted, is_regex=False):
+            raise UserError(f"peft.target_parameters: {wanted!r} matches no parameter, as {parameters[0]}")
+
+
+def check_adapted_modules(model: PeftModel, settings: PeftConfig) -> None:
+    """Refuses names that led to no adapter; PEFT ignores those inside modules that are saved whole.
+
+    Raises:
+        UserError: names the option and the name.
+    """
+    modules = {path_in_model(name): module for name, module in model.named_modules()}
+    adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
+    whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
+    targets = settings.options.get("target_modules")
+    for target in targets if isinstance(targets, list) else []:
+        found = _find_matches("target_modules", modules, target, is_regex=False)
+        if all(any(f"{name}.".startswith(f"{module}.") for module in whole) for name in found):
+            raise UserError(
+                f"peft.target_modules: {target!r} is only in {', '.join(whole)}, which trains and is saved whole; "
+                "leave it out"
+            )
+    layers = settings.options.get("layers_to_transform")
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if layer is not None and not any(f".{layer}." in name for name in adapted):
+            raise UserError(f"peft.layers_to_transform: layer {layer} has no module that gets an adapter")
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in settings.options.get(option) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                raise UserError(f"peft.{option}: {pattern!r} matches no module that has an adapter")
+
+
+def _find_matches(option: str, names: Iterable[str], wanted: str, is_regex: bool) -> list[str]:
+    """Names that PEFT selects: by a regular expression for the whole name, or by the last parts of the name."""
+    try:
+        return [n for n in names if (re.fullmatch(wanted, n) if is_regex else f".{n}".endswith(f".{wanted}"))]
+    except re.error as error:
+        raise UserError(f"peft.{option}: {wanted!r} is not a regular expression: {error}") from None
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def parameter_table(model: PeftModel) -> list[dict[str, Any]]:
+    """Parameters by module, layers of one kind together: [{module, trainable, total}], most trained first.
+
+    PEFT keeps a frozen original beside the trained copy of the head. As in PEFT's own count, both are in `total`.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        owner = re.sub(r"\.\d+(?=\.|$)", ".*", plain_owner(name))
+        row = rows.setdefault(owner, {"module": owner, "trainable": 0, "total": 0})
+        row["total"] += parameter.numel()
+        row["trainable"] += parameter.numel() if parameter.requires_grad else 0
+    return sorted(rows.values(), key=lambda row: -row["trainable"])
+
+
+def check_parameter_budget(model: PeftModel, settings: PeftConfig) -> None:
+    """Refuses a model that trains more parameters than `peft.max_trainable_parameters`.
+
+    Raises:
+        UserError: with the table per module, and for LoRA the largest rank that fits.
+    """
+    budget = settings.max_trainable_parameters
+    trainable, _ = model.get_nb_trainable_parameters()
+    if budget is None or trainable <= budget:
+        return
+    lines = [f"peft.max_trainable_parameters: {trainable:,} parameters would train, the budget is {budget:,}:"]
+    lines += [f"{row['trainable']:>12,}  {row['module']}" for row in parameter_table(model) if row["trainable"]]
+    rank = settings.options.get("r", getattr(model.peft_config["default"], "r", None))
+    if settings.peft_type == "LORA" and isinstance(rank, int):
+        adapter = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n)
+        largest = (budget - (trainable - adapter)) * rank // adapter if adapter else 0
+        lines.append(
+            f"largest rank that fits: --peft.r {largest}"
+            if largest >= 1
+            else f"no rank fits: the head alone has {trainable - adapter:,}; choose a smaller backbone"
+        )
+    raise UserError("\n".join(lines))
