@@ -13,6 +13,7 @@ import inspect
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trainer.dropout.masks import Mask, Masks, Site, dropped, unkeyed_mask
+from trainer.dropout.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
 # Keywords that change what SDPA attention computes and that `keyed_attention` passes through without keying dropout.
@@ -52,7 +53,10 @@ class DropoutKeys:
         self._calls: Counter[Hashable] = Counter()
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-        self._masks: Masks | None = None
+        self._masks: HostMasks | DeviceMasks | None = None
+        # of the host's units, kept: fresh memory costs as much as drawing
+        self._memory = torch.zeros(0, dtype=torch.bool)
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
@@ -99,14 +103,22 @@ class DropoutKeys:
         self._calls[caller] += first == 0
         return caller, self._calls[caller]
 
-    def _masks_on(self, device: torch.device) -> Masks:
-        """The masks of the micro-batch."""
+    def _masks_on(self, device: torch.device) -> HostMasks | DeviceMasks:
+        """The masks of the micro-batch, where they are wanted."""
         if self._masks is None:
-            found = {key: site for key, site in self.sites.items() if site is not None}
-            self._numbers = {key: number for number, key in enumerate(found)}
-            step, ids, lengths = self._micro_batch
-            self._masks = Masks(list(found.values()), self.seed, step, ids, lengths, device)
+            self._masks = self._drawn_on(device)
         return self._masks
+
+    def _drawn_on(self, device: torch.device) -> HostMasks | DeviceMasks:
+        step, ids, lengths = self._micro_batch
+        found = {key: site for key, site in self.sites.items() if site is not None}
+        self._numbers = {key: number for number, key in enumerate(found)}
+        draw = Draw(list(found.values()), (self.seed, step), ids, lengths)
+        if device.type != "cpu":
+            return DeviceMasks(draw, device)
+        masks = HostMasks(draw, self._memory, self._pool)
+        self._memory = masks.memory
+        return masks
 
     @contextlib.contextmanager
     def dropping_nothing(self) -> Iterator[None]:
