@@ -119,17 +119,20 @@ def measure_repeat(chosen):
     """Fills the cache with the tokens of the first examples, over and over."""
     import numpy as np
 
-    from trainer.data import tokens as tokenising
+    from trainer.data.cache import load_or_create
+    from trainer.data.tokens import cache_name, tokenise, write_parts
 
     tokenizer, corpus = tokenizer_of(chosen), load(chosen)
     with timed() as seconds:
         for name, split in corpus.splits.items():
             few = split.take(name, np.arange(min(len(split), chosen["tokenise_max"])))
-            some = tokenising.tokenise(few, tokenizer, MAX_LENGTH, quiet=True)
-
-            path = tokenising.cache_folder(quiet=True) / tokenising._cache_key(split, tokenizer, MAX_LENGTH)
+            some = tokenise(few, tokenizer, MAX_LENGTH, quiet=True)
             parts = repeated(some, len(split))
-            tokenising._keep(path, path.with_suffix(".part"), ["tokens", "lengths"], parts)
+            load_or_create(
+                cache_name(split, tokenizer, MAX_LENGTH),
+                lambda folder, parts=parts: write_parts(folder, ["tokens", "lengths"], parts),
+                quiet=True,
+            )
     return {"seconds": seconds[0]}
 
 
@@ -286,7 +289,7 @@ def measure_all(num_examples, place, chosen):
         rows = [in_a_process("read", *same)]
         if num_examples <= chosen.tokenise_max:
             for workers in (1, 2):
-                for tokens in filter(Path.is_dir, list((cache / "isotrain").glob("*"))):  # the rows stay
+                for tokens in list((cache / "isotrain").glob("*.tokens")):  # the rows stay
                     shutil.rmtree(tokens)
                 rows.append(in_a_process("tokenise", *same, workers=workers))
         else:

@@ -26,7 +26,7 @@ from jsonargparse.typing import PositiveInt
 
 from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
 from trainer.config.loading import load_finished_run, parse_label_names
-from trainer.config.schema import NO_COLUMN, Config, Source, completed, find_format_problems
+from trainer.config.schema import Config, Source, find_format_problems, resolve
 from trainer.distributed.environment import read_environment, set_environment
 from trainer.errors import UserError, main_guard
 
@@ -141,7 +141,9 @@ def predict(options: Options) -> int:
     summary = _summary(Path(options.run))
     labels, what_labels = labels_to_write(options, config, summary, label_names)
     id_column, what_ids = _id_column(options, id_columns(source, config.data) if options.id_column is None else [])
-    split, ids, warnings = load_for_prediction(source, config.data, label_names, id_column, options.quiet)
+    split, ids, warnings = load_for_prediction(
+        source, config.data, label_names, id_column, options.ignore_labels, options.quiet
+    )
     backbone = find_trained_backbone(Path(options.run), config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
     padding = Padding(**summary.get("padding", {}))
@@ -202,7 +204,7 @@ def _output(options: Options, config: Config) -> Path:
     splits = (config.data.train, config.data.validation, config.data.test)
     from trainer.data.sources import files_of
 
-    used = [completed(split, config.data).path for split in splits if split]
+    used = [resolve(split, config.data).path for split in splits if split]
     for what, patterns in (("the input", [options.input]), ("data of the run", used)):
         paths: list[str] = []
         for pattern in patterns:
@@ -223,7 +225,7 @@ def _source(options: Options) -> Source:
         quoting=options.quoting,
         text_columns=options.text_columns,
         text_pair_columns=options.text_pair_columns,
-        label_column=NO_COLUMN if options.ignore_labels else options.label_column,
+        label_column=options.label_column,
         label_names=parse_label_names(options.label_names) if options.label_names is not None else None,
     )
 
@@ -285,7 +287,7 @@ def _label_values(
     options: Options, config: Config, summary: dict[str, Any], label_names: list[str]
 ) -> tuple[dict[str, str], str]:
     """{label: class name} with every class, and where it is from; empty where nothing says it."""
-    configured = completed(config.data.train or "", config.data).label_names
+    configured = resolve(config.data.train or "", config.data).label_names
     mappings: dict[str, Any] = {
         "--label_names": parse_label_names(options.label_names) if options.label_names is not None else None,
         "the training data": summary.get("label_values"),

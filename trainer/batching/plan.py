@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from trainer.compat import on_device
+from trainer.config.splitmix import mix
 
 AT_ONCE = 64  # batches whose examples are drawn together: it takes hardly longer than for one
 ROUNDS = 24
-MIX = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)
 
 
 class Tokenised(Protocol):
@@ -161,10 +161,8 @@ def _permuted(x: np.ndarray, num_bits: int, keys: np.ndarray) -> np.ndarray:
     sizes = num_bits - num_bits // 2, num_bits // 2
     left, right = x >> sizes[1], x & ((1 << sizes[1]) - 1)
     for i, key in enumerate(keys):
-        mixed = right + key
-        mixed = (mixed ^ (mixed >> 30)) * MIX[0]
-        mixed = (mixed ^ (mixed >> 27)) * MIX[1]
-        left, right = right, left ^ ((mixed ^ (mixed >> 31)) & ((1 << sizes[i % 2]) - 1))
+        mixed = mix((right + key).view(np.int64)).view(np.uint64)
+        left, right = right, left ^ (mixed & ((1 << sizes[i % 2]) - 1))
     return (left << sizes[1]) | right
 
 

@@ -51,9 +51,6 @@ class RunConfig:
     """true = print errors only"""
 
 
-NO_COLUMN = "\0none"  # no file has a column of this name
-
-
 @dataclass(frozen=True)
 class Source:
     """A split with settings of its own; null = the setting of the data group."""
@@ -78,6 +75,26 @@ class Source:
     """column with the label"""
     label_names: list[str] | dict[str, str] | None = None
     """class names in order, or {value in the file: class name}"""
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """Where one split is and how it is read, with nothing left to another default."""
+
+    path: str
+    column_names: list[str] | None
+    """None: the first row is the header"""
+    delimiter: str | None
+    """None: by the type of the file"""
+    encoding: str
+    quoting: Literal["single_line", "multi_line", "none"]
+    empty_text: Literal["refuse", "skip", "keep"]
+    text_columns: list[str]
+    text_pair_columns: list[str]
+    """empty for single texts"""
+    label_column: str | None
+    """None: no labels are read"""
+    label_names: list[str] | dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -280,11 +297,13 @@ def identity(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
-def completed(source: str | Source, default: DataConfig | Source) -> Source:
-    """Returns a split's settings, with those of `default` in place of null."""
+def resolve(source: str | Source, default: DataConfig | ResolvedSource) -> ResolvedSource:
+    """Fills the null fields of a split from a default."""
     split = source if isinstance(source, Source) else Source(path=source)
-    missing = {name: getattr(default, name) for name, value in vars(split).items() if value is None}
-    return dataclasses.replace(split, **missing)
+    values = {name: getattr(default, name) if value is None else value for name, value in vars(split).items()}
+    values["column_names"] = values["column_names"] or None
+    values["text_pair_columns"] = values["text_pair_columns"] or []
+    return ResolvedSource(**values)
 
 
 def run_name(config: Config) -> str:
@@ -302,13 +321,13 @@ def find_problems(config: Config) -> Iterator[str]:
         yield "optim.name sgd with run.precision fp16: small gradients are lost; use bf16 or adamw"
     if not data.train:
         yield "data.train is missing: --data.train FILE (csv, tsv, json, jsonl, parquet) or hub id, or a --recipe"
-    yield from _find_source_problems("data", data)
+    yield from _find_source_problems("data", resolve("", data))
     for key in SPLITS:
         source = getattr(data, key.partition(".")[2])
         if source == "" and key != "data.train":
             yield f"{key} is empty; use null for no split"
         if isinstance(source, Source):
-            yield from _find_source_problems(key, completed(source, data))
+            yield from _find_source_problems(key, resolve(source, data))
     if data.validation is None and data.validation_fraction == 0 and config.evaluation.patience is not None:
         yield "evaluation.patience needs a validation split, but data.validation_fraction is 0"
     name = run_name(config)
@@ -333,10 +352,10 @@ def _find_values_out_of_range(config: Config) -> Iterator[str]:
                 yield f"{group}.{item.name}: {shown} must be {item.metadata['range']}"
 
 
-def _find_source_problems(key: str, source: DataConfig | Source) -> Iterator[str]:
+def _find_source_problems(key: str, source: ResolvedSource) -> Iterator[str]:
     if source.text_columns == []:
         yield f"{key}.text_columns is empty: name at least one column"
-    if source.label_column in [*(source.text_columns or []), *(source.text_pair_columns or [])]:
+    if source.label_column in [*source.text_columns, *source.text_pair_columns]:
         yield f"{key}.label_column {source.label_column!r} is also a text column"
     yield from find_format_problems(f"{key}.", source.delimiter, source.encoding)
     names = source.label_names

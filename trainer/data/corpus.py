@@ -7,13 +7,12 @@ loaded. Nothing is removed: duplicates are counted and reported, and a hold-out 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -27,12 +26,12 @@ from trainer.config.labels import (
     quoted,
     short,
 )
-from trainer.config.schema import NO_COLUMN, DataConfig, Source, completed
+from trainer.config.schema import DataConfig, ResolvedSource, Source, resolve
+from trainer.data.formats import Columns
 from trainer.data.rows import Table, Texts, read_table
-from trainer.data.sources import find_origin, option_name
+from trainer.data.sources import find_origin, for_each, option_name
 from trainer.errors import UserError
 
-_Part = TypeVar("_Part")
 MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}  # as libraries write a value that is missing
 
 
@@ -61,11 +60,11 @@ class TextSplit:
     def take(self, name: str, positions: np.ndarray) -> TextSplit:
         """The examples at `positions`, as a split of its own."""
         rows = self.rows[positions]
-        return dataclasses.replace(
+        return replace(
             self,
             name=name,
-            texts=dataclasses.replace(self.texts, rows=rows),
-            text_pairs=self.text_pairs and dataclasses.replace(self.text_pairs, rows=rows),
+            texts=replace(self.texts, rows=rows),
+            text_pairs=self.text_pairs and replace(self.text_pairs, rows=rows),
             labels=self.labels[positions] if self.labels is not None else None,
             rows=rows,
             digests=self.digests[positions],
@@ -115,12 +114,12 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     """
     warnings: list[str] = []
     named = [name for name in ("train", "validation", "test") if getattr(config, name) is not None]
-    sources = {name: completed(getattr(config, name), config) for name in named}
+    sources = {name: resolve(getattr(config, name), config) for name in named}
     _refuse_mixed_pairs(sources)
-    tables = _for_each(named, lambda name: read_table(name, sources[name], quiet=quiet))
+    tables = for_each(named, lambda name: read_table(name, sources[name], quiet=quiet))
     label_names, doubt = _label_names(tables["train"])
     try:
-        splits = _for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
+        splits = for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
         _refuse_single_class(splits["train"], label_names)
         equal_texts = _equal_texts(splits)
         first = _first_of_equals(equal_texts["train"])
@@ -149,7 +148,12 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
 
 
 def load_for_prediction(
-    source: Source, config: DataConfig, label_names: list[str], id_column: str | None, quiet: bool = False
+    source: Source,
+    config: DataConfig,
+    label_names: list[str],
+    id_column: str | None,
+    ignore_labels: bool = False,
+    quiet: bool = False,
 ) -> tuple[TextSplit, list[str], list[str]]:
     """Reads one file with a finished run's classes; labels may be absent.
 
@@ -159,15 +163,15 @@ def load_for_prediction(
     Raises:
         UserError: as `load_corpus`.
     """
-    trained = completed(config.train or "", config)
-    full = completed(source, trained)
+    trained = resolve(config.train or "", config)
+    full = resolve(source, trained)
     if bool(full.text_pair_columns) != bool(trained.text_pair_columns):
         has, lacks = ("the run", "--input") if trained.text_pair_columns else ("--input", "the run")
         raise UserError(f"--text_pair_columns: {has} has pairs of texts and {lacks} has single texts; both must agree")
-    full = dataclasses.replace(full, empty_text="keep")  # each row of the input gets its prediction
-    # a column of labels that was asked for by name must be there
-    labels_required = source.label_column not in (None, NO_COLUMN)
-    table = read_table("input", full, labels_required, extra=id_column, quiet=quiet)
+    # each row of the input gets its prediction
+    full = replace(full, empty_text="keep", label_column=None if ignore_labels else full.label_column)
+    labels_required = source.label_column is not None and not ignore_labels
+    table = read_table("input", full, labels_required, id_column, quiet)
     warnings: list[str] = []
     split = _checked(table, label_names, warnings)
     if table.ids is None:
@@ -181,28 +185,13 @@ def id_columns(source: Source, config: DataConfig) -> list[str]:
     Raises:
         UserError: an input that cannot be read.
     """
-    full = completed(source, completed(config.train or "", config))
-    used = {*(full.text_columns or []), *(full.text_pair_columns or []), full.label_column}
-    chunks = find_origin("input", full).chunks([])
-    columns: dict[str, list[Any]] = next((columns for _, (_, columns) in chunks if columns), {})
+    full = resolve(source, resolve(config.train or "", config))
+    used = {*full.text_columns, *full.text_pair_columns, full.label_column}
+    columns: Columns = next((columns for _, (_, columns) in find_origin("input", full).read_chunks([]) if columns), {})
     return [column for column in columns if column.strip().casefold() == "id" and column not in used]
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
-
-
-def _for_each(names: Iterable[str], part: Callable[[str], _Part]) -> dict[str, _Part]:
-    """{name: part(name)}; what is wrong with several is said together."""
-    parts: dict[str, _Part] = {}
-    problems: list[str] = []
-    for name in names:
-        try:
-            parts[name] = part(name)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return parts
 
 
 def _as_text(value: Any) -> str:
@@ -239,7 +228,7 @@ def _label_values(train: Table, label_names: list[str]) -> dict[str, str]:
     return {value: label_names[number] for value, number in values.items()}
 
 
-def _refuse_mixed_pairs(sources: dict[str, Source]) -> None:
+def _refuse_mixed_pairs(sources: dict[str, ResolvedSource]) -> None:
     """All splits hold pairs of texts, or none does."""
     pairs = [name for name, source in sources.items() if source.text_pair_columns]
     single = [name for name in sources if name not in pairs]

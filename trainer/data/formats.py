@@ -1,8 +1,8 @@
-"""One file of a known type -> its columns, a chunk of rows at a time.
+"""A file of any known type -> its columns, a chunk of rows at a time.
 
-Always holds: each record of the file is one row, in its order, and its text stays as it is ("NA" and "null" too). What
-cannot be read exactly is refused. A message says "line" for a line of the file, and "row" for a data row; both count
-from 1, and a header is no row. Nothing pickled is opened. No more than a chunk is in memory, except of a .json file.
+Always holds: each record of the file is one row, in order, and its text is unchanged ("NA" and "null" too). What cannot
+be read exactly is refused. In a message a "line" is a line of the file, and a "row" is a row of data. Both count from
+1, and a header is no row. Nothing pickled is opened. Only a chunk is in memory, except of a .json file.
 """
 
 from __future__ import annotations
@@ -17,33 +17,44 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TextIO, TypeVar
+from typing import IO, Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from trainer.config.schema import Source
+from trainer.config.schema import ResolvedSource
 
 LINES = (".jsonl", ".ndjson")
 TEXT_TYPES = (".csv", ".tsv", ".json", *LINES)
 PARQUET, ARROW = (".parquet", ".pq"), (".arrow", ".feather")
 FILE_TYPES = (*TEXT_TYPES, *PARQUET, *ARROW, ".xlsx")
 PACKED = (".gz", ".zip")
-CHUNK = 10_000  # rows
-HEAD = 2**16  # bytes that tell an encoding
-MOST_UNPACKED, MOST_GROWTH = 2**28, 100  # bytes, and how many times the archive's size
-DELIMITERS = {",": ",", ";": ";", "|": "|", "\t": "\\t"}  # and how they are typed
+CHUNK = 10_000
+"""rows read at a time"""
+HEAD_BYTES = 2**16
+"""bytes of a file that are searched for signs of its type and encoding"""
+MAX_UNPACKED_BYTES, MAX_GROWTH = 2**28, 100
+"""limits of an archive's content: its size, or how many times the archive's size"""
+DELIMITERS = {",": ",", ";": ";", "|": "|", "\t": "\\t"}
+"""{delimiter: how it is typed}"""
+TRAILING_TEXT = "text behind the last named column"
+"""key in the columns of a chunk: whether each row has such text"""
+EXACT_BELOW = {pa.float16(): 2**11, pa.float32(): 2**24}
+"""whole numbers below are exact in these types"""
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, RuntimeError, OverflowError),
+    *(zlib.error, zipfile.BadZipFile, pa.ArrowException),
+)
+"""what libraries raise for damaged files (RuntimeError: an archive that needs a newer program)"""
 
-SPILLED = "text behind the last named column"  # beside the columns of a chunk: whether each row has it
-_UNNAMED = re.compile(r"\s*|Unnamed: \d+")  # the second is how pandas names a column without a name
-
-# Files that are not text, by their first bytes.
-_SIGNS = {
+_UNNAMED = re.compile(r"\s*|Unnamed: \d+")  # pandas writes the second for a column without a name
+# files that are not text, by their first bytes
+_SIGNATURES = {
     b"\x1f\x8b": "is packed by gzip; add .gz to its name",
     b"PK\x03\x04": "is a zip archive or a spreadsheet; name it .zip or .xlsx",
     b"PAR1": "is a parquet file; name it .parquet",
@@ -52,34 +63,27 @@ _SIGNS = {
 
 csv.field_size_limit(2**31 - 1)
 
-Chunk = tuple[int, dict[str, list[Any]]]
-"""number of rows, and the columns that these rows have"""
-_Item = TypeVar("_Item")
+Columns = dict[str, list[Any]]
+Chunk = tuple[int, Columns]
+"""number of rows, and the values of their columns"""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is read of a file, and how."""
+    """What is read from a file, and how."""
 
-    source: Source
+    source: ResolvedSource
     wanted: list[str]
-    """columns; others are named, and have no values"""
+    """columns to read; of others only the names are read"""
     prefix: str
-    """what the options of this split begin with, for messages"""
-
-
-# What the readers raise for a file that is not as it should be (RuntimeError: an archive that needs more than we have).
-UNREADABLE = (
-    *(OSError, ValueError, EOFError, RuntimeError, OverflowError),
-    *(zlib.error, zipfile.BadZipFile, pa.ArrowException),
-)
+    """begins the options of this split in messages"""
 
 
 def kind_of(path: str) -> str:
-    """The type of a file by its name, in lower case: .csv of x.csv, of x.csv.gz, and of a zip with x.csv in it.
+    """Returns the type of a file by its name: .csv for x.csv, for X.CSV.gz, and for a zip that holds x.csv.
 
     Raises:
-        ValueError: an archive that is not read.
+        ValueError: an archive that is not supported.
     """
     outer = Path(path).suffix.lower()
     if outer not in PACKED:
@@ -95,7 +99,7 @@ def kind_of(path: str) -> str:
 
 
 def read_file(path: str, request: Request) -> Iterator[Chunk]:
-    """All rows of a file in their order; its columns are named also where it has no rows.
+    """Reads all rows of a file in order. The names of its columns come even if it has no rows.
 
     Raises:
         ValueError: what is wrong, and where. Libraries raise others of UNREADABLE.
@@ -103,13 +107,33 @@ def read_file(path: str, request: Request) -> Iterator[Chunk]:
     return _READERS[kind_of(path)](path, request)
 
 
-def stored_class_names(path: str, label_column: str) -> list[str] | None:
-    """The names that `datasets` has stored with a parquet or Arrow file for the numbers of a ClassLabel column."""
+def read_batches(
+    names: list[str], wanted: list[str], batches_of: Callable[[list[str]], Iterable[Any]]
+) -> Iterator[Chunk]:
+    """Reads the wanted columns of Arrow batches or tables.
+
+    Args:
+        names: of all columns.
+        wanted: columns to read.
+        batches_of: the wanted columns that exist -> batches that hold them.
+    """
+    used = _refuse_repeated([name for name in names if name in wanted])
+    yield 0, {name: [] for name in names}
+    first = 0
+    for batch in batches_of(used):
+        for start in range(0, batch.num_rows, CHUNK):
+            part = batch.slice(start, CHUNK)
+            yield part.num_rows, {name: _values(part.column(name), name, first + start) for name in used}
+        first += batch.num_rows
+
+
+def stored_class_names(path: str, label_column: str | None) -> list[str] | None:
+    """Reads the names that `datasets` stored in a parquet or Arrow file for the numbers of a ClassLabel column."""
     kind = kind_of(path)
     if kind in PARQUET:
         schema = pyarrow.parquet.read_schema(path)
     elif kind in ARROW:
-        with _arrow_reader(path) as reader:
+        with _open_arrow(path) as reader:
             schema = reader.schema
     else:
         return None
@@ -120,40 +144,45 @@ def stored_class_names(path: str, label_column: str) -> list[str] | None:
         return None
 
 
-def in_chunks(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    """The items in lists of CHUNK."""
+def _refuse_repeated(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have the same name {max(names, key=names.count)!r}")
+    return names
+
+
+def _in_chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
     remaining = iter(items)
     while chunk := list(islice(remaining, CHUNK)):
         yield chunk
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text and archives ------------------------------------------------------------------------------------------------
 
 
 def _lines(path: str, request: Request) -> Iterator[str]:
-    r"""The lines of a text file with their ends. They end with \n, or with \r in a file that has no \n."""
-    encoding = request.source.encoding or "utf-8"
+    r"""Reads the lines of a text file with their ends: \n, or \r in a file without \n."""
+    encoding = request.source.encoding
     try:
-        with _opened(path, encoding, request.prefix) as file:
+        with _open_text(path, encoding, request.prefix) as file:
             first = file.readline().removeprefix("\ufeff")
             yield from [first] if first.endswith("\n") else [f"{line}\n" for line in first.split("\r")]
             yield from file
     except UnicodeDecodeError:
-        raise ValueError(_undecodable(path, encoding, request.prefix)) from None
+        raise ValueError(_describe_undecodable(path, encoding, request.prefix)) from None
 
 
 @contextlib.contextmanager
-def _opened(path: str, encoding: str, prefix: str, errors: str = "strict") -> Iterator[TextIO]:
-    with _unpacked(path) as file, io.BufferedReader(file, HEAD) as buffered:
+def _open_text(path: str, encoding: str, prefix: str, errors: str = "strict") -> Iterator[TextIO]:
+    with _open_unpacked(path) as file, io.BufferedReader(file, HEAD_BYTES) as buffered:
         _check_head(buffered.peek(), encoding, prefix)
         yield io.TextIOWrapper(buffered, encoding, errors, newline="\n")
 
 
 def _check_head(head: bytes, encoding: str, prefix: str) -> None:
-    """Refuses a file that is visibly of another type or encoding, which would be read as other words."""
-    for sign, told in _SIGNS.items():
-        if head.startswith(sign):
-            raise ValueError(told)
+    """Refuses a file that is visibly of another type or encoding, and would be read as other words."""
+    for signature, reason in _SIGNATURES.items():
+        if head.startswith(signature):
+            raise ValueError(reason)
     name = codecs.lookup(encoding).name.removesuffix("-sig")
     is_marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if name.startswith(("utf-16", "utf-32")):
@@ -171,14 +200,14 @@ def _check_head(head: bytes, encoding: str, prefix: str) -> None:
 
 def _is_utf8(head: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may be cut off at the end
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut off
     except UnicodeDecodeError:
         return False
     return True
 
 
-def _undecodable(path: str, encoding: str, prefix: str) -> str:
-    """Where the first byte is that has no meaning in an encoding."""
+def _describe_undecodable(path: str, encoding: str, prefix: str) -> str:
+    """Finds the first byte that has no meaning in an encoding."""
     bad: list[str] = []
 
     def mark(error: UnicodeError) -> tuple[str, int]:
@@ -187,7 +216,7 @@ def _undecodable(path: str, encoding: str, prefix: str) -> str:
         return "\ud800", error.end  # no text holds half a character
 
     codecs.register_error("isotrain-mark", mark)
-    with _opened(path, encoding, prefix, "isotrain-mark") as file:
+    with _open_text(path, encoding, prefix, "isotrain-mark") as file:
         for number, line in enumerate(file, start=1):
             if "\ud800" in line:
                 place = f"0x{bad[0]}, character {line.index(chr(0xD800)) + 1}"
@@ -196,33 +225,30 @@ def _undecodable(path: str, encoding: str, prefix: str) -> str:
     return f"is not {encoding.upper()}"
 
 
-# --- archives ---------------------------------------------------------------------------------------------------------
-
-
 class _Unpacked(io.RawIOBase):
-    """The content of an archive. A small one that becomes far larger is refused."""
+    """The content of an archive; refuses a small archive that becomes far larger."""
 
-    def __init__(self, file: IO[bytes] | gzip.GzipFile, packed: int):
-        self._file, self._packed, self._unpacked = file, packed, 0
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, packed_bytes: int):
+        self._file, self._packed_bytes, self._num_bytes = file, packed_bytes, 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         data = self._file.read(len(buffer))
-        self._unpacked += len(data)
-        _check_growth(self._packed, self._unpacked)
+        self._num_bytes += len(data)
+        _check_growth(self._packed_bytes, self._num_bytes)
         buffer[: len(data)] = data
         return len(data)
 
 
-def _check_growth(packed: int, unpacked: int) -> None:
-    if unpacked > max(MOST_UNPACKED, MOST_GROWTH * packed):
-        raise ValueError(f"unpacks to more than {MOST_GROWTH} times its size; unpack it yourself if that is right")
+def _check_growth(packed_bytes: int, unpacked_bytes: int) -> None:
+    if unpacked_bytes > max(MAX_UNPACKED_BYTES, MAX_GROWTH * packed_bytes):
+        raise ValueError(f"unpacks to more than {MAX_GROWTH} times its size; unpack it yourself if that is right")
 
 
 @contextlib.contextmanager
-def _unpacked(path: str) -> Iterator[io.RawIOBase]:
+def _open_unpacked(path: str) -> Iterator[io.RawIOBase]:
     kind = Path(path).suffix.lower()
     if kind == ".gz":
         with gzip.open(path) as file:
@@ -236,9 +262,7 @@ def _unpacked(path: str) -> Iterator[io.RawIOBase]:
 
 
 def _only_member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    members = [
-        member for member in archive.infolist() if not member.is_dir() and not member.filename.startswith("__MACOSX/")
-    ]
+    members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
     if len(members) != 1:
         names = ", ".join(member.filename for member in members[:3]) + (", ..." if len(members) > 3 else "")
         raise ValueError(f"holds {len(members)} files ({names}); unpack it and name the one that is meant")
@@ -247,27 +271,27 @@ def _only_member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     return members[0]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- csv, tsv and xlsx ------------------------------------------------------------------------------------------------
 
 
-class _Records:
+class _CsvReader:
     """The records of a csv or tsv file, each as a list of fields; a blank line is an empty list."""
 
     def __init__(self, lines: Iterator[str], delimiter: str, request: Request):
         self.line = 1
-        """line in which the record begins that was read last"""
+        """line where the record begins that was read last"""
         self._prefix, self._quoting = request.prefix, request.source.quoting
-        self._plain = f"if quotes are plain characters: {request.prefix}quoting none"
+        self._no_quotes = f"if quotes are plain characters: {request.prefix}quoting none"
         quoting: Any = csv.QUOTE_NONE if self._quoting == "none" else csv.QUOTE_MINIMAL
         self._reader = csv.reader(self._checked(lines), delimiter=delimiter, quoting=quoting, strict=True)
 
     def _checked(self, lines: Iterator[str]) -> Iterator[str]:
-        """The lines, until one would continue a record that may not: csv.reader asks for it to close a quote."""
+        """Refuses a line that continues a record, unless records may span lines."""
         one_line = self._quoting != "multi_line"
         for number, line in enumerate(lines, start=1):
             if one_line:
-                if number > self.line:
-                    raise ValueError(self._open_quote())
+                if number > self.line:  # csv.reader reads on to find the closing quote
+                    raise ValueError(self._describe_open_quote())
                 if line.find("\r", 0, -2) >= 0 and "\r" in line.rstrip("\r\n"):
                     raise ValueError(
                         f"line {number} has a carriage return (\\r) inside, which would split a row in other programs; "
@@ -281,40 +305,62 @@ class _Records:
                 yield fields
                 self.line = self._reader.line_num + 1
         except csv.Error as error:
-            if str(error).startswith("unexpected end"):
-                raise ValueError(self._open_quote()) from None
-            if str(error).startswith("new-line"):
+            reason = str(error)
+            if reason.startswith("unexpected end"):
+                raise ValueError(self._describe_open_quote()) from None
+            if reason.startswith("new-line"):
                 raise ValueError(f"line {self._reader.line_num} has a carriage return (\\r) outside quotes") from None
-            told = "text follows a quote that closes; a quote inside quotes is doubled"
-            told = told if "expected after" in str(error) else str(error)
-            raise ValueError(f"line {self.line}: {told}; {self._plain}") from None
+            if "expected after" in reason:
+                reason = "text follows a quote that closes; a quote inside quotes is doubled"
+            raise ValueError(f"line {self.line}: {reason}; {self._no_quotes}") from None
 
-    def _open_quote(self) -> str:
+    def _describe_open_quote(self) -> str:
         if self._quoting == "multi_line":
-            return f"line {self.line}: the row that begins here has a quote that never closes; {self._plain}"
+            return f"line {self.line}: the row that begins here has a quote that never closes; {self._no_quotes}"
         return (
             f"line {self.line}: a quote opens here and does not close in this line; if texts may span lines: "
-            f"{self._prefix}quoting multi_line; {self._plain}"
+            f"{self._prefix}quoting multi_line; {self._no_quotes}"
         )
 
 
 def _read_csv(path: str, request: Request) -> Iterator[Chunk]:
     lines = filter(str.strip, _lines(path, request))
     first = next(lines, "")
-    noted = re.fullmatch(r'("?)sep=(.)\1', first.rstrip("\r\n"))  # a line for Excel
-    noted = noted if len(request.source.column_names or ()) != 1 else None  # where it may be a text
-    delimiter = request.source.delimiter or (noted and noted[2]) or ("\t" if kind_of(path) == ".tsv" else ",")
-    delimiter = {typed: meant for meant, typed in DELIMITERS.items()}.get(delimiter, delimiter)
-    _check_delimiter(next(lines, "") if noted else first, delimiter, request)
-    records = _Records(_lines(path, request), delimiter, request)
-    rows = iter(records)
-    if noted:
-        next(filter(None, rows))
-    return _table(rows, lambda: f"line {records.line}", request)
+    excel = re.fullmatch(r'("?)sep=(.)\1', first.rstrip("\r\n"))  # Excel's note of the delimiter
+    excel = excel if len(request.source.column_names or ()) != 1 else None  # there it may be a text
+    delimiter = request.source.delimiter or (excel and excel[2]) or ("\t" if kind_of(path) == ".tsv" else ",")
+    delimiter = "\t" if delimiter == "\\t" else delimiter
+    _check_delimiter(next(lines, "") if excel else first, delimiter, request)
+    reader = _CsvReader(_lines(path, request), delimiter, request)
+    records = iter(reader)
+    if excel:
+        next(filter(None, records))
+    return _read_records(records, lambda: f"line {reader.line}", request)
+
+
+def _check_delimiter(line: str, delimiter: str, request: Request) -> None:
+    """Refuses a first line that fits another delimiter than the one it is read with."""
+    names = request.source.column_names
+    texts = {*request.source.text_columns, *request.source.text_pair_columns}
+
+    def split_by(separator: str) -> list[str]:
+        return [field.strip() for field in next(csv.reader([line.replace("\r", "")], delimiter=separator), [])]
+
+    def fits(fields: list[str]) -> bool:
+        return len(fields) == len(names) if names else texts <= set(fields)
+
+    own = split_by(delimiter)
+    if fits(own):
+        return
+    for other, typed in DELIMITERS.items():
+        fields = split_by(other)
+        if len(fields) > 1 and other != delimiter and (fits(fields) or (not names and len(own) == 1)):
+            shown, fix = DELIMITERS.get(delimiter, delimiter), f"{request.prefix}delimiter '{typed}'"
+            raise ValueError(f"its first line is separated by '{typed}', not by '{shown}': {fix}")
 
 
 def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
-    """The only sheet that holds something."""
+    """Reads the only sheet with cells."""
     try:
         import openpyxl
     except ImportError:
@@ -323,7 +369,7 @@ def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
         _check_growth(Path(path).stat().st_size, sum(part.file_size for part in archive.infolist()))
     number = 0
 
-    def rows(sheet: Any) -> Iterator[list[Any]]:
+    def records(sheet: Any) -> Iterator[list[Any]]:
         nonlocal number
         width = len(request.source.column_names or [])
         sheet.reset_dimensions()  # some programs write a smaller one than the sheet has
@@ -335,48 +381,45 @@ def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
             yield [] if all(cell is None for cell in cells) else cells + [None] * (width - len(cells))
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what a sheet has beside its cells
+        with warnings.catch_warnings(action="ignore"):  # about what a sheet has beside its cells
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         with contextlib.closing(book):
-            sheets = [sheet for sheet in book.worksheets if any(rows(sheet))]
+            sheets = [sheet for sheet in book.worksheets if any(records(sheet))]
             if len(sheets) > 1:
                 names = ", ".join(repr(sheet.title) for sheet in sheets[:4])
                 raise ValueError(f"has {len(sheets)} sheets with cells ({names}); save the one you mean as csv")
             for sheet in sheets:
-                yield from _table(rows(sheet), lambda: f"line {number} of the sheet", request)
+                yield from _read_records(records(sheet), lambda: f"line {number} of the sheet", request)
     except UNREADABLE:
         raise
-    except Exception as error:  # whatever a damaged book makes openpyxl or its XML parser raise
+    except Exception as error:  # a damaged book makes openpyxl or its XML parser raise anything
         raise ValueError(f"cannot be read: {error}") from None
 
 
-def _table(records: Iterable[list[Any]], place: Callable[[], str], request: Request) -> Iterator[Chunk]:
-    rows, source = iter(records), request.source
-    header = source.column_names or next(filter(None, rows), [])
+def _read_records(records: Iterator[list[Any]], place: Callable[[], str], request: Request) -> Iterator[Chunk]:
+    """Makes columns of records, the first of which is the header unless the columns were named."""
+    header = request.source.column_names or next(filter(None, records), [])
     names = [str(name) if name is not None else "" for name in header]
-    used = {name: i for i, name in enumerate(names) if name in request.wanted}
-    repeated = [name for name in used if names.count(name) > 1]
-    if repeated:
-        raise ValueError(f"two columns have the same name {repeated[0]!r}")
+    used = _refuse_repeated([name for name in names if name in request.wanted])
+    index = {name: names.index(name) for name in used}
     yield 0, {name: [] for name in names if name.strip() or name in used}
-    named = [i for i, name in enumerate(names, start=1) if name in used or not _UNNAMED.fullmatch(name)]
-    end = max(named, default=0)
-    for chunk in in_chunks(_whole_rows(rows, names, place, request)):
-        columns = {name: [row[i] for row in chunk] for name, i in used.items()}
+    end = max((i for i, name in enumerate(names, 1) if name in used or not _UNNAMED.fullmatch(name)), default=0)
+    for chunk in _in_chunks(_checked_records(records, names, place, request)):
+        columns: Columns = {name: [row[i] for row in chunk] for name, i in index.items()}
         if end < len(names):
-            columns[SPILLED] = [any(c is not None and str(c).strip() for c in row[end:]) for row in chunk]
+            columns[TRAILING_TEXT] = [any(c is not None and str(c).strip() for c in row[end:]) for row in chunk]
         yield len(chunk), columns
 
 
-def _whole_rows(
-    rows: Iterator[list[Any]], names: list[str], place: Callable[[], str], request: Request
+def _checked_records(
+    records: Iterator[list[Any]], names: list[str], place: Callable[[], str], request: Request
 ) -> Iterator[list[Any]]:
-    num_blank, may_be_header = 0, bool(request.source.column_names)
-    for row in rows:
+    num_blank, may_be_header = 0, request.source.column_names is not None
+    for row in records:
         if not row:
             num_blank += 1
             continue
-        if num_blank and len(names) == 1:  # a blank line before others is a cell that is empty
+        if num_blank and len(names) == 1:  # in one column, a blank line before others is an empty cell
             yield from [[""]] * num_blank
         num_blank = 0
         if len(row) != len(names):
@@ -389,94 +432,66 @@ def _whole_rows(
         yield row
 
 
-def _refuse_header(row: list[Any], names: list[str], where: str, prefix: str) -> None:
-    """Refuses a first row of which half of the cells or more are names of columns."""
+def _refuse_header(row: list[Any], names: list[str], place: str, prefix: str) -> None:
+    """Refuses a first row if at least half of its cells are names of columns."""
     known = {name.strip().casefold() for name in names}
     if 2 * sum(str(cell).strip().casefold() in known for cell in row) >= len(names):
-        shown = ", ".join(map(str, row))[:80]
         raise ValueError(
-            f"{where} is a header ({shown}), and column_names is for files without one: {prefix}column_names "
-            f"{'[]' if prefix != '--data.' else 'null'} (if it is a row, give the columns other names)"
+            f"{place} is a header ({', '.join(map(str, row))[:80]}), and column_names is for files without one: "
+            f"{prefix}column_names [] (if it is a row, give the columns other names)"
         )
-
-
-def _check_delimiter(line: str, delimiter: str, request: Request) -> None:
-    """Refuses a first line that fits with another delimiter than the one it is read with."""
-    names = request.source.column_names
-    texts = {*(request.source.text_columns or []), *(request.source.text_pair_columns or [])}
-
-    def fields(separator: str) -> list[str]:
-        return [field.strip() for field in next(csv.reader([line.replace("\r", "")], delimiter=separator), [])]
-
-    def fits(found: list[str]) -> bool:
-        return len(found) == len(names) if names else texts <= set(found)
-
-    own = fields(delimiter)
-    if fits(own):
-        return
-    for other, typed in DELIMITERS.items():
-        found = fields(other)
-        if len(found) > 1 and other != delimiter and (fits(found) or (not names and len(own) == 1)):
-            shown, fix = DELIMITERS.get(delimiter, delimiter), f"{request.prefix}delimiter '{typed}'"
-            raise ValueError(f"its first line is separated by '{typed}', not by '{shown}': {fix}")
 
 
 # --- json -------------------------------------------------------------------------------------------------------------
 
 
 def _read_json(path: str, request: Request) -> Iterator[Chunk]:
+    """Reads one object a line, or in a .json file also a list of objects."""
     lines: Iterable[str] = _lines(path, request)
-    records: Iterable[Any]
-    parse = json.JSONDecoder(object_pairs_hook=partial(_object, request.wanted)).decode
+    parse = json.JSONDecoder(object_pairs_hook=partial(_make_object, request.wanted)).decode
     if kind_of(path) in LINES:
-        records = _json_lines(lines, parse)
+        records = _parse_lines(lines, parse)
     else:
         text = "".join(lines)
         try:
             value = parse(text) if text.strip() else []
             if isinstance(value, dict) and set(value) & set(request.wanted):
-                value = [value]  # a shard of one line
+                value = [value]  # a file of one line
             if not isinstance(value, list):
                 raise ValueError("must hold objects: a list of them, or one a line")
-            records = _objects(value)
+            records = (_checked_object(item, f"row {row}") for row, item in enumerate(value, start=1))
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":
                 raise
-            records = _json_lines(text.split("\n"), parse)  # one object a line, as Spark and others write it
-    for chunk in in_chunks(records):
+            records = _parse_lines(text.split("\n"), parse)  # Spark and others write one object a line
+    for chunk in _in_chunks(records):
         names = dict.fromkeys(name for record in chunk for name in record)
         yield len(chunk), {n: [r.get(n) for r in chunk] if n in request.wanted else [] for n in names}
 
 
-def _objects(values: list[Any]) -> Iterator[dict[str, Any]]:
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise ValueError(f"row {number} is a {type(value).__name__}, not an object")
-        yield value
-
-
-def _object(wanted: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        for name in wanted:
-            if names.count(name) > 1:
-                raise ValueError(f"two values have the same name {name!r}")
-    return found
-
-
-def _json_lines(lines: Iterable[str], parse: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+def _parse_lines(lines: Iterable[str], parse: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 value = parse(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg} (character {error.pos + 1})") from None
-            except ValueError as error:  # a number of too many digits
+            except ValueError as error:  # a number with too many digits, or a repeated name
                 raise ValueError(f"line {number}: {error}") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"line {number} is a {type(value).__name__}, not an object")
-            yield value
+            yield _checked_object(value, f"line {number}")
+
+
+def _checked_object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is a {type(value).__name__}, not an object")
+    return value
+
+
+def _make_object(wanted: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        _refuse_repeated([name for name, _ in pairs if name in wanted])
+    return made
 
 
 # --- arrow ------------------------------------------------------------------------------------------------------------
@@ -485,22 +500,21 @@ def _json_lines(lines: Iterable[str], parse: Callable[[str], Any]) -> Iterator[d
 def _read_parquet(path: str, request: Request) -> Iterator[Chunk]:
     # not read_table, which would make a column of a folder called label=1
     with pyarrow.parquet.ParquetFile(path) as file:
-        used = yield from _named(file.schema_arrow.names, request)
-        yield from arrow_chunks(file.iter_batches(CHUNK, columns=used), used)
+        yield from read_batches(
+            file.schema_arrow.names, request.wanted, lambda used: file.iter_batches(CHUNK, columns=used)
+        )
 
 
 def _read_arrow(path: str, request: Request) -> Iterator[Chunk]:
-    with _arrow_reader(path) as reader:
-        used = yield from _named(reader.schema.names, request)
-        if isinstance(reader, pa.ipc.RecordBatchFileReader):
-            yield from arrow_chunks(map(reader.get_batch, range(reader.num_record_batches)), used)
-        else:
-            yield from arrow_chunks(reader, used)
+    with _open_arrow(path) as reader:
+        is_file = isinstance(reader, pa.ipc.RecordBatchFileReader)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        yield from read_batches(reader.schema.names, request.wanted, lambda _: batches)
 
 
 @contextlib.contextmanager
-def _arrow_reader(path: str) -> Iterator[Any]:
-    """A reader of an Arrow file, or of an Arrow stream, which `datasets` writes under the same suffix."""
+def _open_arrow(path: str) -> Iterator[Any]:
+    """Opens an Arrow file, or an Arrow stream, which `datasets` writes under the same suffix."""
     with pa.memory_map(path) as source:
         try:
             reader = pa.ipc.open_file(source)
@@ -511,34 +525,13 @@ def _arrow_reader(path: str) -> Iterator[Any]:
             yield reader
 
 
-def _named(names: list[str], request: Request) -> Generator[Chunk, None, list[str]]:
-    """Names all columns; returns those that are wanted."""
-    used = [name for name in names if name in request.wanted]
-    if len(set(used)) < len(used):
-        raise ValueError(f"two columns have the same name {max(used, key=used.count)!r}")
-    yield 0, {name: [] for name in names}
-    return used
-
-
-def arrow_chunks(batches: Iterable[Any], used: list[str]) -> Iterator[Chunk]:
-    """The used columns of Arrow batches or tables."""
-    first = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, CHUNK):
-            part = batch.slice(start, CHUNK)
-            yield part.num_rows, {name: _values(part.column(name), name, first + start) for name in used}
-        first += batch.num_rows
-
-
-WHOLE_UP_TO = {pa.float16(): 2**11, pa.float32(): 2**24}  # whole numbers below are exact
-
-
 def _values(column: Any, name: str, first: int) -> list[Any]:
+    """Converts a column whose first value is that of row `first`, counted from 0."""
     try:
         values: list[Any] = column.to_pylist()
-        exact = WHOLE_UP_TO.get(column.type)
-        for row, value in enumerate(values if exact else (), start=first + 1):
-            if value is not None and abs(value) >= exact and value.is_integer():
+        limit = EXACT_BELOW.get(column.type)
+        for row, value in enumerate(values if limit else (), start=first + 1):
+            if value is not None and abs(value) >= limit and value.is_integer():
                 raise ValueError(
                     f"row {row}: column {name!r} is {column.type}, in which {value:.0f} may have lost digits"
                 )

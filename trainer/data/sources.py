@@ -1,24 +1,23 @@
-"""Where a split is read from: files, folders of part files, or a hub data set -> columns, a chunk of rows at a time.
+"""Where a split is read from: files, folders of part files, or a hub data set.
 
-Always holds: what is read is what the path names, in the order of the names. No other place is searched: a path that
+Always holds: what is read is what the path names, in the order of the names. No other place is searched. A path that
 does not exist is an error at once, and only `owner/name` is looked up on the hub.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from trainer.config.schema import Source
+from trainer.config.schema import ResolvedSource, Source
 from trainer.data.formats import (
     CHUNK,
     FILE_TYPES,
@@ -27,36 +26,37 @@ from trainer.data.formats import (
     UNREADABLE,
     Chunk,
     Request,
-    arrow_chunks,
     kind_of,
+    read_batches,
     read_file,
     stored_class_names,
 )  # fmt: skip
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
-if TYPE_CHECKING:  # importing it takes most of a second, and files need none of it
+if TYPE_CHECKING:  # its import takes most of a second, and files do not need it
     import datasets
 
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
-
 LFS_POINTER = b"version https://git-lfs.github.com"
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/\w[\w.-]*(/\w[^/\\:]*)?(:\w[\w.+-]*)?")
-_FILE_NAME = re.compile(r".*\.[A-Za-z]{3,7}")  # a hub name of this form is written with its split: owner/name.abc:train
-_PART = re.compile(r"part[-_.]?\d.*")  # of Spark, Dask and others
+_FILE_NAME = re.compile(r".*\.[A-Za-z]{3,7}")  # a hub name like this needs its split: owner/name.abc:train
+_PART = re.compile(r"part[-_.]?\d.*")  # written by Spark, Dask and others
+_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a split is read from; its files are there, and nothing of them is read but the names of classes."""
+    """The files or the hub data set of a split. They exist; only the names of classes were read."""
 
     name: str
-    source: Source
+    """train, validation, test, or input when predicting"""
+    source: ResolvedSource
     paths: list[str]
-    """its files in their order; of a hub data set those of its cache"""
+    """its files in order; for a hub data set those of its cache"""
     hub: datasets.Dataset | None = None
     class_names: list[str] | None = None
-    """names that a data set stores for its class numbers"""
+    """names that the data set stores for its class numbers"""
 
     @property
     def option(self) -> str:
@@ -64,16 +64,21 @@ class Origin:
         return option_name(self.name)
 
     @property
+    def num_files(self) -> int:
+        """Files whose rows are counted separately; a hub data set counts as one."""
+        return len(self.paths) if self.hub is None else 1
+
+    @property
     def num_bytes(self) -> int:
         """Size of its files."""
         return sum(Path(path).stat().st_size for path in self.paths)
 
-    def content(self) -> list[str]:
+    def hash_files(self) -> list[str]:
         """SHA-256 of each file."""
-        return [_hash_of(path) for path in self.paths]
+        return [_hash_file(path) for path in self.paths]
 
-    def chunks(self, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
-        """All rows in order, with the position of their file in `paths` (0 for a hub data set).
+    def read_chunks(self, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
+        """Reads all rows in order, each chunk with the position of its file in `paths` (0 for a hub data set).
 
         Columns that are not wanted may be empty or absent, but are named once.
 
@@ -81,9 +86,14 @@ class Origin:
             UserError: what cannot be read.
         """
         if self.hub is None:
-            yield from _file_chunks(self, wanted)
-        else:
-            yield from ((0, chunk) for chunk in _hub_chunks(self, wanted))
+            yield from _read_files(self, wanted)
+            return
+        hub = self.hub
+        with _refusals(self.option, self.source.path):
+            for chunk in read_batches(
+                hub.column_names, wanted, lambda used: hub.select_columns(used).with_format("arrow").iter(CHUNK)
+            ):
+                yield 0, chunk
 
 
 def option_name(name: str) -> str:
@@ -92,38 +102,65 @@ def option_name(name: str) -> str:
 
 
 def option_prefix(name: str) -> str:
-    """What the options of a split's own source begin with."""
+    """What a split's own options begin with."""
     return {"input": "--", "train": "--data."}.get(name, f"--data.{name}.")
 
 
+def for_each(names: Iterable[str], work: Callable[[str], _Part]) -> dict[str, _Part]:
+    """Returns {name: work(name)}.
+
+    Raises:
+        UserError: all mistakes together.
+    """
+    parts: dict[str, _Part] = {}
+    problems: list[str] = []
+    for name in names:
+        try:
+            parts[name] = work(name)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return parts
+
+
 def is_hub_id(path: str) -> bool:
-    """Whether a `data` entry is `owner/name[/config][:split]`, and nothing here has that name."""
+    """Whether a path is `owner/name[/config][:split]`, and no file or folder here has that name."""
     match = _HUB_ID.fullmatch(path)
     if match is None or os.path.exists(path) or os.path.exists(match[1]):
         return False
     return match[3] is not None or not (_FILE_NAME.fullmatch(path) or _has_file_type(path))
 
 
-def _has_file_type(path: str) -> bool:
-    return Path(path).suffix.lower() in (*FILE_TYPES, *PACKED, *PICKLED)
+def check_places(sources: dict[str, str | Source | None]) -> None:
+    """Refuses all paths that name no file; reads no rows and no hub.
+
+    Raises:
+        UserError: all mistakes together.
+    """
+    paths = {name: source.path if isinstance(source, Source) else source or "" for name, source in sources.items()}
+    for_each(
+        [name for name, path in paths.items() if path and not is_hub_id(path)],
+        lambda name: find_files(name, paths[name]),
+    )
 
 
 def files_of(path: str, name: str = "input") -> list[str]:
-    """The files that a path, a glob or a folder of part files names, in the order of their names; [] = none.
+    """Lists the files that a path, a glob or a folder of part files names, in the order of their names.
 
     Raises:
         ValueError: a folder that is no single table, or a file that is named twice.
     """
-    if os.path.isdir(path):  # not Path's, which raises where a name is too long
+    if os.path.isdir(path):  # Path.is_dir raises if a name is too long
         return _files_in(Path(path), name)
-    if os.path.isfile(path) or not glob.has_magic(path):  # a file may really be called [a].csv
+    if os.path.isfile(path) or not glob.has_magic(path):  # a file may be called [a].csv
         return [path] if os.path.exists(path) else []
     found: list[str] = []
     for match in sorted(set(glob.glob(path, recursive=True))):
         if not Path(match).is_dir():
-            if Path(match).suffix or not Path(match).name.startswith("_"):  # not _SUCCESS of Spark
+            if Path(match).suffix or not Path(match).name.startswith("_"):  # Spark writes _SUCCESS
                 found.append(match)
-        elif "**" not in path:  # ** has matched what is in the folder, too
+        elif "**" not in path:  # ** matches the files in the folder too
             found += _files_in(Path(match), name)
     same = {os.path.realpath(file): file for file in found}
     if len(same) < len(found):
@@ -133,76 +170,70 @@ def files_of(path: str, name: str = "input") -> list[str]:
 
 
 def find_files(name: str, path: str) -> list[str]:
-    """The files that a split's path names, all of types that can be read.
+    """Lists the files that a split's path names.
 
     Raises:
-        UserError: there are none, or of no known type.
+        UserError: there is no file, or one of a type that is not supported.
     """
-    where = option_name(name)
-    try:
+    with _refusals(option_name(name)):
         paths = files_of(path, name)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
     if not paths:
-        if glob.has_magic(path):
-            raise UserError(f"{where}: no file matches {path!r}")
-        hub = f"owner/name, and with its split where the name ends like a file: {path}:train"
-        hub = hub if _HUB_ID.fullmatch(path) and _FILE_NAME.fullmatch(path) else "owner/name"
-        hint = "" if _has_file_type(path) or Path(path).is_absolute() else f"; a hub data set is written {hub}"
-        raise UserError(f"{where}: no file {path!r}{hint}")
+        raise UserError(f"{option_name(name)}: {_describe_no_files(path)}")
     for file in paths:
-        if Path(file).suffix.lower() in PICKLED:
-            raise UserError(f"{where}: {file} is a pickled file, which can run code when read; refused. Save it as csv")
-        try:
-            kind = kind_of(file)
-        except UNREADABLE as error:
-            raise UserError(f"{where}: {file}: {_one_line(error)}") from None
-        if kind not in FILE_TYPES:
-            raise UserError(f"{where}: {file} is of no known type ({', '.join((*FILE_TYPES, *PACKED))})")
-        if not Path(file).is_file():
-            raise UserError(f"{where}: {file} is not a file")
-        with open(file, "rb") as content:
-            if content.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"{where}: {file} is a Git LFS pointer, not the data; fetch it with git lfs pull")
+        with _refusals(option_name(name), file):
+            reason = _why_unsupported(file)
+        if reason is not None:
+            raise UserError(f"{option_name(name)}: {file} {reason}")
     return paths
 
 
-def check_places(sources: dict[str, str | Source | None]) -> None:
-    """Refuses paths that name no file, all of them at once; reads no rows and asks no hub."""
-    problems = []
-    for name, source in sources.items():
-        path = source.path if isinstance(source, Source) else source
-        try:
-            if path and not is_hub_id(path):
-                find_files(name, path)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def find_origin(name: str, source: Source) -> Origin:
-    """The files or the hub data set that a source names.
+def find_origin(name: str, source: ResolvedSource) -> Origin:
+    """Finds the files or the hub data set of a source.
 
     Raises:
-        UserError: it is not there, or cannot be read.
+        UserError: it does not exist, or cannot be read.
     """
     if is_hub_id(source.path):
         return _find_hub(name, source)
     paths = find_files(name, source.path)
-    origin = Origin(name, source, paths)
-    names: list[str] | None = None
+    stored: list[list[str] | None] = []
     for path in paths:
-        with _refusals(origin, path):
-            stored = stored_class_names(path, source.label_column or "")
-            if path != paths[0] and stored != names:
+        with _refusals(option_name(name), path):
+            stored.append(stored_class_names(path, source.label_column))
+            if stored[-1] != stored[0]:
                 raise ValueError(f"the stored class names of {source.label_column!r} are not those of {paths[0]}")
-            names = stored
-    return dataclasses.replace(origin, class_names=names)
+    return Origin(name, source, paths, class_names=stored[0])
+
+
+def _has_file_type(path: str) -> bool:
+    return Path(path).suffix.lower() in (*FILE_TYPES, *PACKED, *PICKLED)
+
+
+def _describe_no_files(path: str) -> str:
+    if glob.has_magic(path):
+        return f"no file matches {path!r}"
+    if _has_file_type(path) or Path(path).is_absolute():
+        return f"no file {path!r}"
+    hub = "owner/name"
+    if _HUB_ID.fullmatch(path) and _FILE_NAME.fullmatch(path):
+        hub += f", and with its split where the name ends like a file: {path}:train"
+    return f"no file {path!r}; a hub data set is written {hub}"
+
+
+def _why_unsupported(file: str) -> str | None:
+    if Path(file).suffix.lower() in PICKLED:
+        return "is a pickled file, which can run code when read; refused. Save it as csv"
+    if kind_of(file) not in FILE_TYPES:
+        return f"is of no known type ({', '.join((*FILE_TYPES, *PACKED))})"
+    if not Path(file).is_file():
+        return "is not a file"
+    with open(file, "rb") as content:
+        is_pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
+    return "is a Git LFS pointer, not the data; fetch it with git lfs pull" if is_pointer else None
 
 
 def _files_in(folder: Path, name: str) -> list[str]:
-    """The files of a folder that one table was saved to: by `save_to_disk`, or as part files."""
+    """Lists the files of a folder that holds one table: written by `save_to_disk`, or as part files."""
     if (folder / "dataset_dict.json").is_file():
         splits = _saved_names(folder / "dataset_dict.json")
         if name not in splits:
@@ -220,7 +251,7 @@ def _files_in(folder: Path, name: str) -> list[str]:
 
 
 def _saved_names(path: Path) -> list[str]:
-    """What `save_to_disk` notes in a file: the splits of a DatasetDict, or the files of a data set."""
+    """Reads the splits of a DatasetDict, or the files of a data set, that `save_to_disk` wrote."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         return [str(name) for name in saved.get("splits") or [file["filename"] for file in saved["_data_files"]]]
@@ -228,33 +259,31 @@ def _saved_names(path: Path) -> list[str]:
         raise ValueError(f"{path} is not as save_to_disk writes it") from None
 
 
-def _hash_of(path: str) -> str:
+def _hash_file(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def _refusals(origin: Origin, path: str) -> Iterator[None]:
+def _refusals(option: str, path: str | None = None) -> Iterator[None]:
+    """Names the option and the path in errors of files."""
     try:
         yield
     except UNREADABLE as error:
-        raise UserError(f"{origin.option}: {path}: {_one_line(error)}") from None
+        place = option if path is None else f"{option}: {path}"
+        raise UserError(f"{place}: {one_line(error)}") from None
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _file_chunks(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
+def _read_files(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
     request = Request(origin.source, wanted, option_prefix(origin.name))
     first: tuple[str, set[str]] | None = None
     for index, path in enumerate(origin.paths):
         columns: set[str] = set()
-        with _refusals(origin, path):
-            may_lack = kind_of(path) in (".json", *LINES)
+        with _refusals(origin.option, path):
+            may_lack_columns = kind_of(path) in (".json", *LINES)
             for count, chunk in read_file(path, request):
                 columns.update(set(chunk) & set(wanted))
-                if chunk and not may_lack:  # also of a file without rows: its header may be a row of a headerless file
+                if chunk and not may_lack_columns:  # also without rows: its header may be a row of a file without one
                     first = first or (path, columns)
                     for column in sorted(columns ^ first[1]):
                         lacks, has = (path, first[0]) if column in first[1] else (first[0], path)
@@ -262,29 +291,21 @@ def _file_chunks(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk
                 yield index, (count, chunk)
 
 
-def _find_hub(name: str, source: Source) -> Origin:
-    """`owner/name[/config][:split]` from the hub or its cache."""
+def _find_hub(name: str, source: ResolvedSource) -> Origin:
+    """Loads `owner/name[/config][:split]` from the hub or its cache."""
     import datasets
 
     path, _, split = source.path.partition(":")
     owner, repository, *settings = path.split("/")
     try:
         table = datasets.load_dataset(f"{owner}/{repository}", *settings, split=split or name)
-    except Exception as error:  # as its loaders and builders raise them
+    except Exception as error:  # its loaders raise anything
+        option, reason = option_name(name), one_line(error.__cause__ or error)[:160]  # type: ignore[arg-type]
         raise UserError(
-            f"{option_name(name)}: {source.path!r} was not found as a local file, in the cache, or on the hub "
-            f"({_one_line(error.__cause__ or error)[:160]})\n"
-            f"Use local files: --{option_name(name).removeprefix('--')} FILE.csv (csv, tsv, json, jsonl, parquet), "
+            f"{option}: {source.path!r} was not found as a local file, in the cache, or on the hub ({reason})\n"
+            f"Use local files: --{option.removeprefix('--')} FILE.csv (csv, tsv, json, jsonl, parquet), "
             "or run once where the hub answers."
         ) from None
     feature = table.features.get(source.label_column)
-    files = [file["filename"] for file in table.cache_files]
-    return Origin(name, source, files, table, feature.names if isinstance(feature, datasets.ClassLabel) else None)
-
-
-def _hub_chunks(origin: Origin, wanted: list[str]) -> Iterator[Chunk]:
-    assert origin.hub is not None
-    yield 0, {name: [] for name in origin.hub.column_names}
-    used = [name for name in origin.hub.column_names if name in wanted]
-    with _refusals(origin, origin.source.path):
-        yield from arrow_chunks(origin.hub.select_columns(used).with_format("arrow").iter(CHUNK), used)
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return Origin(name, source, [file["filename"] for file in table.cache_files], table, names)

@@ -13,7 +13,6 @@ import inspect
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trainer.dropout.masks import DeviceMasks, Draw, HostMasks, Mask, Site, dropped, unkeyed_mask
+from trainer.dropout.masks import Mask, Masks, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
 # Keywords that change what SDPA attention computes and that `keyed_attention` passes through without keying dropout.
@@ -53,10 +52,7 @@ class DropoutKeys:
         self._calls: Counter[Hashable] = Counter()
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-        self._masks: HostMasks | DeviceMasks | None = None
-        # of the host's units, kept: fresh memory costs as much as drawing
-        self._memory = torch.zeros(0, dtype=torch.bool)
-        self._pool = ThreadPoolExecutor(torch.get_num_threads())  # numpy draws without the interpreter's lock
+        self._masks: Masks | None = None
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
@@ -103,22 +99,14 @@ class DropoutKeys:
         self._calls[caller] += first == 0
         return caller, self._calls[caller]
 
-    def _masks_on(self, device: torch.device) -> HostMasks | DeviceMasks:
-        """The masks of the micro-batch, where they are wanted."""
+    def _masks_on(self, device: torch.device) -> Masks:
+        """The masks of the micro-batch."""
         if self._masks is None:
-            self._masks = self._drawn_on(device)
+            found = {key: site for key, site in self.sites.items() if site is not None}
+            self._numbers = {key: number for number, key in enumerate(found)}
+            step, ids, lengths = self._micro_batch
+            self._masks = Masks(list(found.values()), self.seed, step, ids, lengths, device)
         return self._masks
-
-    def _drawn_on(self, device: torch.device) -> HostMasks | DeviceMasks:
-        step, ids, lengths = self._micro_batch
-        found = {key: site for key, site in self.sites.items() if site is not None}
-        self._numbers = {key: number for number, key in enumerate(found)}
-        draw = Draw(list(found.values()), (self.seed, step), ids, lengths)
-        if device.type != "cpu":
-            return DeviceMasks(draw, device)
-        masks = HostMasks(draw, self._memory, self._pool)
-        self._memory = masks.memory
-        return masks
 
     @contextlib.contextmanager
     def dropping_nothing(self) -> Iterator[None]:

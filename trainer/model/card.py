@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from trainer.config.schema import Config, completed
+from trainer.config.schema import Config, resolve
 from trainer.model.backbone import Backbone
 
 
@@ -40,7 +40,7 @@ Classes by number (also in labels.json):
 
 These lines classify a text:
 
-{loading_lines(backbone, pairs=bool(completed(config.data.train or "", config.data).text_pair_columns))}"""
+{loading_lines(backbone, pairs=bool(resolve(config.data.train or "", config.data).text_pair_columns))}"""
 
 
 def loading_lines(backbone: Backbone, pairs: bool) -> str:

@@ -37,7 +37,7 @@ from trainer.training.state import Training
 # Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
 # GPU more than most hold: there it is tried what fits (see memory.py).
 CPU_TOKENS, GPU_TOKENS = 2048, 65536
-DRAWN = "2"  # changes when the batches or the masks of a (seed, step) do: such a run is not to be continued
+DRAW_FORMAT = "3"  # changes with the batches or masks of a (seed, step): a run of another format is refused
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Wa
 def _fingerprints(inputs: Inputs) -> dict[str, str]:
     """What a run must find again to be continued, by name."""
     return {
-        "way of drawing batches and masks": DRAWN,
+        "draw format": DRAW_FORMAT,
         "backbone": inputs.backbone.fingerprint,
         **{f"{name} split": split.fingerprint() for name, split in inputs.examples.items()},
         **({"adapter to start from": inputs.start.fingerprint()} if inputs.start is not None else {}),

@@ -163,6 +163,11 @@ def restore(run: Training, checkpoint: Checkpoint) -> TrainState:
     for what in dict.fromkeys([*run.fingerprints, *state["fingerprints"]]):
         if (what, state["fingerprints"].get(what)) == ("backbone", "None"):  # so were hub models once recorded
             run.log.say(f"warning: whether {run.backbone} is the backbone this run began with is not verified")
+        elif what == "draw format" and state["fingerprints"].get(what) != run.fingerprints[what]:
+            raise UserError(
+                f"{run.folder} was begun by a version that draws other dropout masks; finish it with that version, or "
+                "start a new run: --run.name NAME"
+            )
         elif state["fingerprints"].get(what) != run.fingerprints.get(what):
             hint = " (texts, labels, or tokens of another tokenizer)" if what.endswith(" split") else ""
             raise UserError(

@@ -483,8 +483,8 @@ def test_a_class_for_each_row_is_warned_of_where_it_can_be_trained(tmp_path):
 def test_no_row_is_lost_between_reader_and_output(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('ID,text,label\n1,"a\n\nb",x\n\n2,c,\n\n3,"",y\n4,d,zzz\n\n')
-    source = Source(str(path), label_column="\0none", quoting="multi_line")
-    split, ids, warnings = load_for_prediction(source, DataConfig(train="x"), ["a", "b"], "ID")
+    source = Source(str(path), quoting="multi_line")
+    split, ids, warnings = load_for_prediction(source, DataConfig(train="x"), ["a", "b"], "ID", ignore_labels=True)
     assert (split.texts, ids, split.labels) == (["a\n\nb", "c", "", "d"], ["1", "2", "3", "4"], None)
     assert len(warnings) == 1 and "row 3" in warnings[0]
 

@@ -28,7 +28,7 @@ ROWS = [("goal one", "b"), ("goal two", "a"), ("win", "b"), ("bank", "a")]
 def large(request, cache, monkeypatch):
     """Each test with its own cache, and twice: its files are small, and as if they were large, in small chunks."""
     if request.param == "kept":
-        monkeypatch.setattr("trainer.data.rows.LARGE", 0)
+        monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", 0)
         monkeypatch.setattr("trainer.data.formats.CHUNK", 3)
 
 

@@ -150,7 +150,7 @@ def test_rows_without_text_are_refused_skipped_or_kept(monkeypatch):
     said = "x.csv: 2 rows have an empty or missing text (text): row 2, 4"
     assert refused(path) == f"{said}; --data.empty_text skip leaves them out"
     for large in (2**26, 0, 0):  # read, then cached, then from the cache
-        monkeypatch.setattr("trainer.data.rows.LARGE", large)
+        monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", large)
         corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), 1, quiet=True)
         split = corpus.splits["train"]
         assert (list(split.texts), split.labels.tolist(), split.rows.tolist()) == (["a", "b"], [0, 1], [0, 2])
@@ -245,7 +245,7 @@ def test_a_last_column_without_a_name_may_be_asked_for():
 def test_a_header_is_not_read_as_a_row(header):
     path = write("x.csv", f"{header}\na,x\nb,y\n")
     said = refused(path, column_names=["text", "label"])
-    assert " is a header (" in said and "without one: --data.column_names null (if it is a row" in said
+    assert " is a header (" in said and "without one: --data.column_names [] (if it is a row" in said
     with pytest.raises(UserError, match=r"is a header .* --column_names \[\]"):
         predicted(path, column_names=["text", "label"])
 
@@ -388,7 +388,7 @@ def test_archives_that_are_damaged_or_grow_too_much(monkeypatch):
     assert "ended before the end-of-stream" in refused(write("x.csv.gz", packed(CSV.encode() * 99)[:-12]))
     assert refused(write("y.csv.gz", CSV)) == "y.csv.gz: Not a gzipped file (b'te')"
     assert "packed files are read where they hold" in refused(write("x.parquet.gz", packed(b"x")))
-    monkeypatch.setattr("trainer.data.formats.MOST_UNPACKED", 2**20)
+    monkeypatch.setattr("trainer.data.formats.MAX_UNPACKED_BYTES", 2**20)
     for path in (write("z.csv.gz", packed(b"a" * 2**24)), zipped("z.zip", a__csv=b"\n" * 2**24)):
         assert "unpacks to more than 100 times its size" in refused(path)
 
@@ -579,7 +579,7 @@ def test_shards_may_differ_in_what_is_not_asked_for():
 
 def test_a_key_that_an_object_has_twice_is_refused_where_it_is_asked_for():
     two = '{"text": "a", "label": "x", "n": 1, "n": 2}\n{"text": "b", "label": "y", "text": "c"}\n'
-    assert refused(write("x.jsonl", two)) == "x.jsonl: line 2: two values have the same name 'text'"
+    assert refused(write("x.jsonl", two)) == "x.jsonl: line 2: two columns have the same name 'text'"
     assert rows(write("y.jsonl", two.replace(', "text": "c"', ""))) == ROWS
 
 
@@ -595,7 +595,7 @@ def test_messages_name_the_shard_and_its_row(monkeypatch):
     write("b.csv", "text,label\n" + "b,y\n" * 4 + ",y\n" * 2)
     write("c.csv", "text,label\n,y\n")
     for large in (2**26, 0):
-        monkeypatch.setattr("trainer.data.rows.LARGE", large)
+        monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", large)
         assert "(text): row 5, 6 of b.csv; row 1 of c.csv; --data" in refused("[abc].csv")
     write("b.jsonl", '{"text": "b", "label": "y"}\n{"text": ["b"], "label": "y"}\n')
     assert refused("[ab].*").endswith("row 2 of b.jsonl: column 'text' holds a list, no text")

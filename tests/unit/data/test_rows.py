@@ -40,7 +40,7 @@ AWKWARD = [
 @pytest.fixture(autouse=True)
 def keep_all(cache, monkeypatch):
     """Keeps the rows of small sources too, and reads them in chunks that divide by nothing."""
-    monkeypatch.setattr("trainer.data.rows.LARGE", 0)
+    monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", 0)
     monkeypatch.setattr("trainer.data.formats.CHUNK", 7)
 
 
@@ -50,7 +50,7 @@ def load(train, seed=1, **settings):
 
 def in_memory(*arguments, **settings):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.data.rows.LARGE", 2**40)
+        patch.setattr("trainer.data.rows.MIN_CACHED_BYTES", 2**40)
         return load(*arguments, **settings)
 
 
@@ -126,7 +126,7 @@ def test_text_that_spills_behind_the_named_columns_is_told_again(tmp_path, cache
 def test_rows_are_read_once(tmp_path, cache, monkeypatch):
     path = write_csv(tmp_path / "x.csv", ROWS)
     first = content(load(path))
-    monkeypatch.setattr(Origin, "chunks", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(Origin, "read_chunks", lambda *_: pytest.fail("read again"))
     assert content(load(path)) == first
     path.rename(tmp_path / "moved.csv")  # neither name nor time counts
     assert content(load(tmp_path / "moved.csv")) == first
@@ -186,22 +186,21 @@ def test_files_in_another_order_are_another_source(tmp_path):
     assert first == [text for text, _ in ROWS] and second == [text for text, _ in ROWS[50:] + ROWS[:50]]
 
 
-@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "absent", "other words", "no hash"])
-def test_damaged_rows_are_made_again(tmp_path, cache, damage):
+@pytest.mark.parametrize("name", ["rows.arrow", "about.json"])
+@pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "absent", "other words"])
+def test_damaged_rows_are_read_again(tmp_path, cache, name, damage):
     path = write_csv(tmp_path / "x.csv", ROWS)
     before = content(load(path))
-    (file,) = kept_rows(cache)
-    whole = file.read_bytes()
-    file.unlink()  # not in place: the first corpus still has it mapped
-    if damage == "no hash":
-        file.write_bytes(whole)
-        file.with_suffix(".json").unlink()
-    elif damage != "absent":
+    (entry,) = kept_rows(cache)
+    whole = (entry / name).read_bytes()
+    (entry / name).unlink()  # not in place: the first corpus still has it mapped
+    if damage != "absent":
         cut = {"cut": whole[: len(whole) // 2], "cut late": whole[:-3], "empty": b"", "foreign": b"x" * 5000}
-        cut["other words"] = whole.replace(b"goal", b"loss", 1)
-        file.write_bytes(cut[damage])
+        cut["other words"] = whole.replace(b"goal", b"loss", 1).replace(b"100", b"101", 1)
+        assert cut[damage] != whole
+        (entry / name).write_bytes(cut[damage])
     assert content(load(path)) == before
-    assert kept_rows(cache) == [file] and file.read_bytes() == whole
+    assert kept_rows(cache) == [entry] and (entry / name).read_bytes() == whole
 
 
 @pytest.mark.parametrize("what", ["full disk", "no folder", "unknown locks"])
@@ -217,7 +216,7 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
         (tmp_path / "file").touch()
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     elif what == "full disk":
-        monkeypatch.setattr("trainer.data.rows.publish", fails)
+        monkeypatch.setattr("trainer.data.cache.publish", fails)
     else:
         monkeypatch.setattr(fcntl, "flock", fails)
     corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), 1, quiet=False)
@@ -232,11 +231,12 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
 def test_what_a_killed_process_left_is_overwritten(tmp_path, cache):
     path = write_csv(tmp_path / "x.csv", ROWS)
     before = content(load(path))
-    (file,) = kept_rows(cache)
-    file.rename(file.with_suffix(".part"))
-    file.with_suffix(".part").write_bytes(whole := b"half")
-    assert whole and content(load(path)) == before
-    assert kept_rows(cache) == [file] and not file.with_suffix(".part").exists()
+    (entry,) = kept_rows(cache)
+    entry.rename(entry.with_suffix(".part"))
+    (entry.with_suffix(".part") / "rows.arrow").unlink()
+    (entry.with_suffix(".part") / "rows.arrow").write_bytes(b"half")
+    assert content(load(path)) == before
+    assert kept_rows(cache) == [entry] and not entry.with_suffix(".part").exists()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_what_is_wrong_far_into_a_file(tmp_path):
 def test_file_that_changes_while_it_is_read(tmp_path, cache, monkeypatch):
     path = write_csv(tmp_path / "x.csv", ROWS)
     contents = iter([["before"], ["after"]])
-    monkeypatch.setattr(Origin, "content", lambda _: next(contents))
+    monkeypatch.setattr(Origin, "hash_files", lambda _: next(contents))
     with pytest.raises(UserError, match=rf"^data.train: {path} was changed while it was read$"):
         load(path)
     assert kept_rows(cache) == []
@@ -445,7 +445,7 @@ def load(path):
         assert text
 
 path, cache, limit = sys.argv[1:]
-datasets.config.HF_DATASETS_CACHE, rows.LARGE = Path(cache), int(limit)
+datasets.config.HF_DATASETS_CACHE, rows.MIN_CACHED_BYTES = Path(cache), int(limit)
 before, most, done = held(), [0], threading.Event()
 
 def watch():

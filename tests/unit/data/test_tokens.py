@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import mmap
 import shutil
 
 import datasets
@@ -93,14 +94,14 @@ def test_tokenise_unlabelled(tiny_tokenizer):
 
 
 def kept_arrays(cache):
-    return sorted(path for path in cache.iterdir() if path.is_dir())
+    return sorted(cache.glob("*.tokens"))
 
 
 def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
     split = split_of(words(50))
     first = tokenise(split, tiny_tokenizer, 16, quiet=True)
     (folder,) = kept_arrays(cache)
-    monkeypatch.setattr("trainer.data.tokens._encoded", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("trainer.data.tokens._encode", lambda *_: pytest.fail("tokenised again"))
     # truncation and padding of earlier calls are no part of the tokenizer
     tiny_tokenizer(["goal"], truncation=True, max_length=3, padding="max_length")
     second = tokenise(split, tiny_tokenizer, 16, quiet=True)
@@ -140,7 +141,7 @@ def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, c
     assert after.fingerprint() != before.fingerprint()
 
 
-@pytest.mark.parametrize("name", ["tokens", "lengths", "token_types", "sha256"])
+@pytest.mark.parametrize("name", ["tokens", "lengths", "token_types", "about.json"])
 @pytest.mark.parametrize("damage", ["one bit", "cut", "cut late", "empty", "foreign", "longer", "absent"])
 def test_damaged_array_is_made_again(bert_tokenizer, cache, name, damage):
     split = split_of(words(2500), words(2500, seed=1))
@@ -180,8 +181,8 @@ def test_what_a_killed_process_left_is_removed(tiny_tokenizer, cache):
     split = split_of(words(50))
     tokenise(split, tiny_tokenizer, 16, quiet=True)
     (folder,) = kept_arrays(cache)
-    folder.rename(f"{folder}.part")
-    (cache / f"{folder.name}.part" / "tokens").write_bytes(b"half")
+    folder.rename(folder.with_suffix(".part"))
+    (folder.with_suffix(".part") / "tokens").write_bytes(b"half")
     examples = tokenise(split, tiny_tokenizer, 16, quiet=True)
     assert kept_arrays(cache) == [folder] and len(examples) == 50
 
@@ -189,7 +190,7 @@ def test_what_a_killed_process_left_is_removed(tiny_tokenizer, cache):
 def test_a_full_disk_leaves_nothing_in_the_cache_and_stops_nothing(tiny_tokenizer, cache, monkeypatch, capsys):
     expected = tokenise(split_of(words(50)), tiny_tokenizer, 16, quiet=True).fingerprint()
     shutil.rmtree(cache)
-    monkeypatch.setattr("trainer.data.tokens.publish", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    monkeypatch.setattr("trainer.data.cache.publish", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
     assert tokenise(split_of(words(50)), tiny_tokenizer, 16).fingerprint() == expected
     assert kept_arrays(cache) == []
     assert f"note: going on without the cache {cache} (HF_DATASETS_CACHE): disk full\n" in capsys.readouterr().err
@@ -206,11 +207,11 @@ def test_any_number_of_workers_gives_the_same_in_the_same_order(tiny_tokenizer, 
 
 def test_kept_arrays_are_mapped_and_equal_those_in_memory(bert_tokenizer, cache, monkeypatch):
     split = split_of(words(1203, seed=1), words(1203, seed=2))
-    monkeypatch.setattr("trainer.data.tokens.cache_folder", lambda quiet: None)
+    monkeypatch.setattr("trainer.data.tokens.load_or_create", lambda *_: None)
     loaded = tokenise(split, bert_tokenizer, 20, quiet=True)
     monkeypatch.undo()
     mapped = tokenise(split, bert_tokenizer, 20, quiet=True)
-    assert isinstance(mapped.tokens, np.memmap) and not isinstance(loaded.tokens, np.memmap)
+    assert isinstance(mapped.tokens.base.obj, mmap.mmap) and loaded.tokens.base is None
     assert mapped.fingerprint() == loaded.fingerprint()
     assert [array.dtype for array in (mapped.tokens, mapped.token_types)] == [np.int32, np.int8]
 
@@ -237,7 +238,7 @@ def test_awkward_texts_equal_the_tokenizers_own_call(bert_tokenizer, tiny_tokeni
 
 
 def test_fingerprint_is_that_of_the_whole_arrays(tiny_tokenizer, cache, monkeypatch):
-    monkeypatch.setattr("trainer.data.tokens.BLOCK", 7)
+    monkeypatch.setattr("trainer.data.tokens.HASHED_NUMBERS", 7)
     examples = tokenise(split_of(words(100)), tiny_tokenizer, 16, quiet=True)
     arrays = (examples.tokens, examples.offsets, examples.labels)
     assert examples.fingerprint() == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

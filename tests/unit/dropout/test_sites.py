@@ -24,7 +24,7 @@ from transformers import (
 
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
-from trainer.dropout.masks import DeviceMasks, Draw, Site, stream_of
+from trainer.dropout.masks import Masks, Site
 from trainer.dropout.sites import DropoutKeys, KeyedDropout, install
 
 PAD, END, SEED = 1, 2, 7
@@ -228,67 +228,60 @@ def test_installing_changes_no_weight_and_no_mode():
     assert not any(type(module) is nn.Dropout for module in model.modules())
 
 
-# --- drawn by the device that drops ---
+# --- a mask, unit by unit ---
 
 CPU = torch.device("cpu")
-DRAWN = {
+KINDS = {
     "tokens": (Site("tokens", 32, 0.3), [(18, 32), (4, 9, 32), (4, 11, 32), (4, 1, 32)]),
-    "tokens, not in whole blocks": (Site("tokens", 5, 0.3), [(18, 5), (4, 9, 5), (4, 1, 5)]),
-    "attention": (Site("attention", 3, 0.3), [(4, 3, 9, 9), (4, 3, 1, 9)]),
-    "pooled": (Site("pooled", 10, 0.3), [(4, 10)]),
+    "tokens, not in whole words": (Site("tokens", 5, 0.3), [(18, 5), (4, 9, 5), (4, 1, 5)]),
+    "attention": (Site("attention", 3, 0.3), [(4, 3, 9, 9), (4, 3, 1, 9), (2, 3, 9, 9)]),
+    "pooled": (Site("pooled", 10, 0.3), [(4, 10), (2, 10)]),
+    "most are dropped": (Site("pooled", 10, 0.9), [(4, 10)]),
 }
+IDS, IDS_LENGTHS = [0, 7, 3, 10**9], [5, 3, 9, 1]
 
 
-def real_units(site, shape, lengths):
-    """Where a shape holds units, rather than padding."""
-    real = torch.zeros(shape, dtype=torch.bool)
-    for row, length in zip(real, lengths, strict=True) if len(shape) != 2 or site.kind == "pooled" else [(real, 99)]:
-        row[tuple(map(slice, site.shape(length)))] = True
-    return real
+def word(key, index):
+    """SplitMix64 with Python's own integers."""
+    x = (key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
 
 
-@pytest.mark.parametrize("kind", DRAWN)
+def stays(p, seed, step, example, site, position):
+    """Whether a unit stays; `position`: its axes within the example."""
+    key = word(word(word(word(0, seed), step), example), site)
+    threshold = (round(p * 2**56) + (word(key, -1) >> 16)) >> 48
+    *rows, unit = (0, 0, *position)
+    row = sum(number << 20 * axis for axis, number in enumerate(reversed(rows)))
+    return (word(key, (row << 20) + unit // 8) >> 8 * (unit % 8)) % 256 >= threshold
+
+
+def position_of(place, shape, first):
+    """The number of the example in the micro-batch that a place of a mask is of, and the place's axes within it."""
+    if len(shape) != 2 or shape[0] != sum(IDS_LENGTHS):
+        return first + place[0], place[1:]
+    example = int(np.searchsorted(np.cumsum(IDS_LENGTHS), place[0], side="right"))
+    return example, (place[0] - sum(IDS_LENGTHS[:example]), place[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [SEED, 2**63 - 1])
-@pytest.mark.parametrize("at_once", [1, 30, 2**23])
-def test_a_device_draws_the_masks_that_the_host_draws(kind, seed, at_once, monkeypatch):
-    """Run on the CPU: it stands for the device, whose integers are the same."""
-    site, shapes = DRAWN[kind]
-    sites = [Site("pooled", 3, 0.5), site, Site("tokens", 7, 0.1), site, Site("attention", 2, 0.2)]
-    lengths = np.array([5, 3, 9, 1])
-    keys = DropoutKeys(seed)
-    keys.sites = {(number, 1): each for number, each in enumerate(sites)}
-    monkeypatch.setattr(masks, "DEVICE_AT_ONCE", at_once)
-    monkeypatch.setattr(masks, "UNITS_AT_ONCE", 64 * at_once)
-    with keys.micro_batch(2**40, np.array([0, 7, 3, 10**9]), lengths):
-        host = keys._masks_on(CPU)
-        device = DeviceMasks(Draw(sites, (seed, 2**40), *keys._micro_batch[1:]), CPU)
-        for number, shape in itertools.product([1, 3, 1], shapes):  # forward, and back once more
-            parts = {0: shape}
-            if len(shape) > 2 or kind == "pooled":  # a group of examples
-                parts[1] = (2, *shape[1:])
-            for first, part in parts.items():
-                real = real_units(site, part, lengths[first:][: part[0]])
-                expected, found = (drawn.keep(number, part, first) for drawn in (host, device))
-                assert torch.equal(expected[real], found[real]), part
-                assert len(expected[real].unique()) == 2
-                assert not expected[~real].any()
-
-
-def test_training_with_masks_drawn_by_the_device_is_the_same(texts, monkeypatch):
-    model, keys = build("roberta")
-    expected = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
-    drawn = []
-
-    def on_device(where):
-        step, ids, lengths = keys._micro_batch
-        host(where)  # numbers the sites
-        drawn.append(DeviceMasks(Draw([*filter(None, keys.sites.values())], (SEED, step), ids, lengths), where))
-        return drawn[-1]
-
-    host = keys._drawn_on
-    monkeypatch.setattr(keys, "_drawn_on", on_device)
-    assert difference(expected, logits_and_gradients(model, keys, texts, [[0, 2], [1, 3, 4]])) < 1e-12
-    assert len(drawn) == 2
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_a_mask_is_a_function_of_seed_step_example_site_and_position(kind, seed, at_once, monkeypatch):
+    """At any place of a mask, whatever else is drawn with it and whichever the first example is."""
+    site, shapes = KINDS[kind]
+    sites = [Site("pooled", 3, 0.5), site, Site("tokens", 7, 0.1), site]
+    monkeypatch.setattr(masks, "AT_ONCE", at_once)
+    drawn = Masks(sites, seed, 2**40, np.array(IDS), np.array(IDS_LENGTHS), CPU)
+    for number, shape in itertools.product([1, 3, 1], shapes):
+        first = 2 if shape[0] == 2 else 0
+        keep = drawn.keep(number, shape, first)
+        assert keep.shape == shape
+        for place in itertools.product(*map(range, shape)):
+            example, position = position_of(place, shape, first)
+            assert bool(keep[place]) == stays(site.p, seed, 2**40, IDS[example], number, position), place
 
 
 # --- evaluation, and outside of a keyed micro-batch ---
@@ -435,10 +428,6 @@ def test_the_expectation_is_kept(p):
     assert ((dropped.mean(dim=0) / x - 1).abs() < 5.5 * spread).all()
 
 
-def drawn(seed, step, example, num_words):
-    return stream_of((seed, step), example).random_raw(num_words)
-
-
 def correlation(one, other):
     return abs(np.corrcoef(one.ravel(), other.ravel())[0, 1])
 
@@ -461,22 +450,18 @@ def test_masks_of_two_steps_of_one_example_agree_as_often_as_by_chance():
     assert abs(agreeing - (0.49 + 0.09)) < 5 * np.sqrt(0.25 / 500_000) + 1e-3
 
 
-def test_streams_of_examples_and_steps_do_not_overlap():
-    streams = [drawn(SEED, step, example, 1000) for step in range(4) for example in range(4)]
-    words = np.concatenate(streams)
-    assert len(np.unique(words)) == len(words)
-
-
-def test_masks_are_not_made_of_the_numbers_that_order_the_epoch():
-    """Both come from Philox with the key (seed, step or epoch)."""
-    raw = np.random.Philox(key=[SEED, 3]).random_raw(1000)
-    assert not np.isin(drawn(SEED, 3, 0, 1000), raw).any()
+def test_no_word_of_a_step_is_drawn_twice():
+    """Neither within an example nor of another example, step or site."""
+    wide = {}
+    for step, site in itertools.product(range(3), range(3)):
+        sites = [Site("pooled", 8000, 0.5)] * (site + 1)
+        drawn = Masks(sites, SEED, step, np.arange(4), np.full(4, 4), CPU)
+        wide[step, site] = drawn.keep(site, (4, 8000), 0).reshape(-1, 80).numpy()
+    rows = np.concatenate(list(wide.values()))
+    assert len(np.unique(rows, axis=0)) == len(rows)
 
 
 def test_masks_stay_what_they_were():
-    """A run continues with the masks it began with, so another version must draw the same."""
-    raw = np.random.Philox(key=[SEED, 0], counter=[0, 0, 1, 0]).random_raw(8)
-    assert drawn(SEED, 0, 0, 8).tolist() == raw.tolist()
+    """A run continues with the masks it began with. Other masks need another DRAW_FORMAT, see training/setup.py."""
     kept = keep_masks(0.5, num_examples=1, width=16)[0, 0]
-    assert (kept == (raw[4:6].view(np.uint8) >= 128)).all(), "the first block has the threshold"
-    assert "".join("01"[int(unit)] for unit in kept) == "1011111111110010"
+    assert "".join("01"[int(unit)] for unit in kept) == "1100110011101100"

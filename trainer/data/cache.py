@@ -1,0 +1,121 @@
+"""The cache of prepared data: folders of files that are mapped into memory, not loaded.
+
+Always holds: the name of an entry contains a hash of all that its content depends on, so changed data never meets an
+old entry. An entry is used only if each file still has the hash that was stored with it. A cache that cannot be used
+costs time, and stops no run. It lies in the cache folder of `datasets`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import xxhash
+
+from trainer.errors import print_once
+from trainer.files import lock_cache_entry, publish, share, write_atomic
+
+ABOUT = "about.json"
+HASHED_BYTES = 2**26
+"""bytes that are hashed at a time"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Files of one entry, and what is known about them."""
+
+    files: dict[str, mmap.mmap]
+    facts: dict[str, Any]
+
+
+def load_or_create(name: str, create: Callable[[Path], dict[str, Any]], quiet: bool) -> Entry | None:
+    """Loads an entry of the cache, or creates it.
+
+    Args:
+        name: of the entry, with a hash of all that its content depends on.
+        create: writes the files into the folder it gets, and returns facts for JSON. If they hold a `problem`, the
+            entry is returned but not stored.
+        quiet: print no notes.
+
+    Returns:
+        The entry; None if the cache cannot be used, as in a read-only home.
+    """
+    folder = _cache_folder()
+    try:
+        _make_shared(folder)
+        with lock_cache_entry(folder / name, quiet) as unfinished:
+            return _load(folder / name) or _create(folder / name, unfinished, create)
+    except OSError as error:
+        print_once(f"note: going on without the cache {folder} (HF_DATASETS_CACHE): {error.strerror or error}", quiet)
+        return None
+
+
+def release_memory(file: Any) -> None:
+    """Gives the memory of a mapped file back to the system, which reads the file again on the next access."""
+    if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        file.madvise(mmap.MADV_DONTNEED)
+
+
+def _cache_folder() -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
+
+
+def _make_shared(folder: Path) -> None:
+    """Makes a folder, which those who may write its parent may use too."""
+    for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        path.mkdir(exist_ok=True)
+        share(path)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _load(path: Path) -> Entry | None:
+    """An entry; None if it is absent or damaged."""
+    try:
+        own_hash, _, content = (path / ABOUT).read_text(encoding="utf-8").partition("\n")
+        about = json.loads(content)
+        files = {name: _map(path / name) for name in about["hashes"]}
+        is_whole = own_hash == _hash(content.encode()) and about["name"] == path.name
+        is_whole = is_whole and about["hashes"] == {name: _hash(file) for name, file in files.items()}
+        return Entry(files, about["facts"]) if is_whole else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _create(path: Path, unfinished: Path, create: Callable[[Path], dict[str, Any]]) -> Entry:
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+    unfinished.mkdir()
+    try:
+        facts = create(unfinished)
+        files = {file.name: _map(file) for file in sorted(unfinished.iterdir())}
+        if facts.get("problem") is None:
+            hashes = {name: _hash(file) for name, file in files.items()}
+            content = json.dumps({"name": path.name, "hashes": hashes, "facts": facts})
+            write_atomic(unfinished / ABOUT, f"{_hash(content.encode())}\n{content}")
+            share(unfinished)
+            publish(unfinished, path)
+        return Entry(files, facts)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _hash(content: mmap.mmap | bytes) -> str:
+    digest = xxhash.xxh3_128()  # as fast as memory; it finds damage, and does not stop an attacker
+    with memoryview(content) as view:
+        for start in range(0, len(view), HASHED_BYTES):
+            digest.update(view[start : start + HASHED_BYTES])
+            release_memory(content)
+    return str(digest.hexdigest())
