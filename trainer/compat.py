@@ -15,11 +15,62 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import PreTrainedConfig
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
+# --- torch ---
+
+has_reordered_weights = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU has bf16 instructions (torch 2.11, 2.13)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def gradient_norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The 2-norm of each tensor, in one kernel on a GPU (torch 2.11, 2.13)."""
+    return list(torch._foreach_norm(gradients))
+
+
+def softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last axis in the type of the scores, which autocast would change (torch 2.11, 2.13)."""
+    probabilities: torch.Tensor = torch.ops.aten._softmax(scores, -1, False)
+    return probabilities
+
+
+def softmax_backward(gradient: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Gradient of a softmax over the last axis with respect to its scores (torch 2.11, 2.13)."""
+    scores: torch.Tensor = torch.ops.aten._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)
+    return scores
+
+
+def reorder_weight(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """A bf16 weight [O, H] in oneDNN's order for products with inputs of `num_rows` rows (torch 2.11, 2.13)."""
+    reordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+    return reordered
+
+
+def reordered_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x weight^T + bias, with a weight of `reorder_weight`: [..., H] -> [..., O] (torch 2.11, 2.13)."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
 # --- transformers ---
+
+
+def can_replace_sdpa(model: PreTrainedModel) -> bool:
+    """Whether attention goes through transformers' interface and is SDPA (transformers 5.17, 5.23)."""
+    return bool(model._can_set_attn_implementation()) and model.config._attn_implementation == "sdpa"
+
+
+def replace_sdpa(config: PreTrainedConfig, name: str) -> None:
+    """Names another attention in the configuration of a layer that uses SDPA (transformers 5.17, 5.23)."""
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = name
 
 
 def use_default_attention(config: PreTrainedConfig) -> None:

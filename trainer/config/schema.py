@@ -6,7 +6,6 @@ from it. `peft` also takes PEFT's own names, checked in model/build.py. Imports 
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -373,8 +372,6 @@ def find_format_problems(prefix: str, delimiter: str | None, encoding: str | Non
     if delimiter is not None and (len(delimiter.replace("\\t", "\t")) != 1 or delimiter in '"\r\n'):
         yield f"{prefix}delimiter: {delimiter!r} must be one character, such as ';' or '\\t'"
     try:
-        known = encoding is None or codecs.lookup(encoding)._is_text_encoding
-    except (LookupError, ValueError):
-        known = False
-    if not known:
+        "".encode("utf-8" if encoding is None else encoding)
+    except (LookupError, ValueError):  # unknown, or not for text
         yield f"{prefix}encoding: {encoding!r} is unknown; known: utf-8, utf-16, cp1252, latin-1, gb18030, ..."

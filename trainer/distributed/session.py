@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from trainer.compat import keep_freed_memory
+from trainer.compat import has_fast_bf16, keep_freed_memory
 from trainer.distributed import rendezvous
 from trainer.distributed.environment import TRUE
 from trainer.distributed.watch import Watch
@@ -98,8 +98,7 @@ def choose_precision(wanted: str, begun: bool = False) -> str:
     if wanted == "auto" and launched in {"bf16", "fp16"}:
         wanted = launched
     if wanted == "auto" and on_cpu:
-        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = "bf16" if is_fast else "no"
+        wanted = "bf16" if has_fast_bf16() else "no"
     elif wanted == "auto":
         wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if wanted == "fp16" and on_cpu:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.compat import on_device
+from trainer.compat import on_device, softmax, softmax_backward
 from trainer.dropout.masks import Mask, dropped, masked
 
 # What one more group costs beside its scores, in scores: some twenty operations more are started in each layer. A GPU
@@ -249,7 +249,7 @@ class _Attention(torch.autograd.Function):
             _product_into(of_v, masked(shares, mask).transpose(1, 2), of_output, _scale(mask))
             of_shares = torch.empty_like(shares)
             _product_into(of_shares, of_output, v.transpose(1, 2), _scale(mask) * ctx.how.scaling)
-            of_scores = torch.ops.aten._softmax_backward_data(masked(of_shares, mask), shares, -1, shares.dtype)
+            of_scores = softmax_backward(masked(of_shares, mask), shares)
             _product_into(of_q, of_scores, k)
             _product_into(of_k, of_scores.transpose(1, 2), q)
         return of_gathered.index_select(0, layout.projected.back).view(len(gradient), -1), None
@@ -283,8 +283,7 @@ class _Gather(torch.autograd.Function):
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
     """Over the last axis, in the type of the scores but computed in at least fp32."""
     if scores.device.type != "cpu":  # this one does so by itself; a CPU's takes longer for it
-        shares: torch.Tensor = torch.ops.aten._softmax(scores, -1, False)
-        return shares
+        return softmax(scores)
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 

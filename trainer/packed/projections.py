@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from trainer.compat import has_fast_bf16, has_reordered_weights, reorder_weight, reordered_linear
 from trainer.dropout.masks import Mask, masked
 from trainer.dropout.sites import KeyedDropout
 
@@ -32,32 +33,27 @@ class FrozenWeight:
         self.weight, self.bias = weight, bias
         self._forward = self._back = None
         if _has_layout_of_its_own(weight):
-            self._forward = torch.ops.mkldnn._reorder_linear_weight(weight, LAID_OUT_FOR)
+            self._forward = reorder_weight(weight, LAID_OUT_FOR)
             if trains:
-                self._back = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), LAID_OUT_FOR)
+                self._back = reorder_weight(weight.t().contiguous(), LAID_OUT_FOR)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x weight^T + bias: [..., H] -> [..., O]."""
         if self._forward is None:
             return nn.functional.linear(x, self.weight, self.bias)
-        return _laid_out_product(x, self._forward, self.bias)
+        return reordered_linear(x, self._forward, self.bias)
 
     def back(self, gradient: torch.Tensor) -> torch.Tensor:
         """gradient weight: [..., O] -> [..., H]."""
         if self._back is None:
             return gradient @ self.weight
-        return _laid_out_product(gradient, self._back, None)
-
-
-def _laid_out_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+        return reordered_linear(gradient, self._back, None)
 
 
 def _has_layout_of_its_own(weight: torch.Tensor) -> bool:
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.cpu._is_avx512_bf16_supported()
+    return has_reordered_weights and has_fast_bf16()
 
 
 class Projection:

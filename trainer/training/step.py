@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 
 from trainer.batching.plan import Batch, MicroBatch, collate
-from trainer.compat import on_device, on_host
+from trainer.compat import gradient_norms, on_device, on_host
 from trainer.distributed.session import STOP_SIGNALS
 from trainer.errors import UserError
 from trainer.tasks import TASKS, Task
@@ -199,7 +199,7 @@ def _sum_gradients(run: Training) -> torch.Tensor:
         total = run.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
         for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-    return torch.stack(torch._foreach_norm(gradients))
+    return torch.stack(gradient_norms(gradients))
 
 
 def _update(run: Training, step: int, norm: torch.Tensor, void: torch.Tensor) -> None:
