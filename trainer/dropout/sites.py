@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from trainer.compat import TorchDispatchMode, can_replace_sdpa, replace_sdpa
 from trainer.dropout.masks import Mask, Masks, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
@@ -212,12 +212,12 @@ def _use_keyed_attention(model: PreTrainedModel) -> None:
     AttentionMaskInterface.register(ATTENTION, _whole_mask)
     # A family without transformers' attention interface keeps its own attention, whose dropout is a module; the probe
     # tells whether that was reached. One that chose another attention than SDPA has features that SDPA lacks.
-    if model._can_set_attn_implementation() and model.config._attn_implementation == "sdpa":
+    if can_replace_sdpa(model):
         model.set_attn_implementation(ATTENTION)
         for module in model.modules():  # the layers that PEFT's layer_replication adds have configurations of their own
             config = getattr(module, "config", None)
-            if isinstance(config, PretrainedConfig) and config._attn_implementation == "sdpa":
-                config._attn_implementation = ATTENTION
+            if isinstance(config, PretrainedConfig):
+                replace_sdpa(config, ATTENTION)
 
 
 def _whole_mask(**facts: Any) -> Any:
