@@ -84,9 +84,10 @@ def write_rows(path, count, seed=0):
 def load(chosen):
     from trainer.config.schema import DataConfig
     from trainer.data.corpus import load_corpus
+    from trainer.tasks.single_label import TASK
 
     return load_corpus(
-        DataConfig(train=chosen["file"], validation_fraction=chosen.get("fraction", FRACTION)), SEED, quiet=True
+        DataConfig(train=chosen["file"], validation_fraction=chosen.get("fraction", FRACTION)), TASK, SEED, quiet=True
     )
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jsonargparse
 from jsonargparse.typing import PositiveInt
 
-from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
+from trainer.config.labels import describe_look_alikes, is_number, match_labels, quoted
 from trainer.config.loading import load_finished_run, parse_label_names
 from trainer.config.schema import Config, Source, find_format_problems, resolve
 from trainer.distributed.environment import read_environment, set_environment
@@ -136,13 +136,13 @@ def predict(options: Options) -> int:
     from trainer.tasks.task import measure
 
     silence_libraries()
-    source = _source(options)
+    source, task = _source(options), TASKS[config.task.type]
     _refuse_other_classes(source, label_names)
     summary = _summary(Path(options.run))
     labels, what_labels = labels_to_write(options, config, summary, label_names)
     id_column, what_ids = _id_column(options, id_columns(source, config.data) if options.id_column is None else [])
     split, ids, warnings = load_for_prediction(
-        source, config.data, label_names, id_column, options.ignore_labels, options.quiet
+        source, config.data, task, label_names, id_column, options.ignore_labels, options.quiet
     )
     backbone = find_trained_backbone(Path(options.run), config.model, label_names)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
@@ -151,14 +151,14 @@ def predict(options: Options) -> int:
     logits, is_main_process = _score(options, backbone, examples, padding, may_pack, len(label_names))
     assert len(ids) == len(split) == len(logits), "a row was lost"
     if is_main_process:
-        columns = TASKS[config.task.type].prediction_columns(logits, label_names)
+        columns = task.prediction_columns(logits, label_names)
         write_atomic(output, _rendered(options, ids, columns, dict(zip(label_names, labels, strict=True))))
         id_field, label_field = HEADERS[options.layout]
         told = [f"{len(ids)} predictions: {output}", f"{id_field} {what_ids}; {label_field} {what_labels}"]
         if not options.quiet:
             print(*(f"warning: {line}" for line in warnings), *told, sep="\n", file=sys.stderr)
         if split.labels is not None:
-            scores = measure(TASKS[config.task.type], logits, split.labels, label_names)
+            scores = measure(task, logits, split.labels, label_names)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
     return 0
 
@@ -259,49 +259,21 @@ def _summary(run: Path) -> dict[str, Any]:
 def labels_to_write(
     options: Options, config: Config, summary: dict[str, Any], label_names: list[str]
 ) -> tuple[list[str], str]:
-    """The label that the output holds for each class [C], and a sentence that says which labels these are.
+    """The label that the output holds for each class [C], and a sentence that says which labels these are."""
+    from trainer.tasks import TASKS
 
-    A submission holds the labels of the data. It holds the names of the classes where several labels mean one class,
-    and where the names are numbers and the labels are not.
-    """
     if options.layout == "full":
         return label_names, "holds the names of the classes"
-    values, origin = _label_values(options, config, summary, label_names)
-    if not values:
-        numbers = [str(i) for i in range(len(label_names))]
-        return numbers, f"holds numbers counted from 0, as this run has no record of its labels: {quoted(numbers)}"
-    of_class: dict[str, list[str]] = {name: [] for name in label_names}
-    for value, name in values.items():
-        of_class[name].append(value)
-    several = [name for name, own in of_class.items() if len(own) > 1]
-    if several:
-        why = f"several labels of {origin} mean {several[0]!r} ({quoted(of_class[several[0]])})"
-        return label_names, f"holds the names of the classes, since {why}: {quoted(label_names)}"
-    labels = [own[0] for own in of_class.values()]
-    if all(map(is_number, label_names)) and not all(map(is_number, labels)):
-        return label_names, f"holds the names of the classes, which are numbers: {quoted(label_names)}"
-    return labels, f"holds the labels of {origin}: {quoted(labels)}"
-
-
-def _label_values(
-    options: Options, config: Config, summary: dict[str, Any], label_names: list[str]
-) -> tuple[dict[str, str], str]:
-    """{label: class name} with every class, and where it is from; empty where nothing says it."""
     configured = resolve(config.data.train or "", config.data).label_names
-    mappings: dict[str, Any] = {
-        "--label_names": parse_label_names(options.label_names) if options.label_names is not None else None,
-        "the training data": summary.get("label_values"),
-        "data.label_names": configured,  # a run of an earlier version has no other record
-    }
-    for origin, given in mappings.items():
-        classes = match_labels(given.values(), label_names) if isinstance(given, dict) else {}
-        if set(classes.values()) == set(label_names):
-            return {
-                label_text(value) or value: classes[name] for value, name in given.items() if name in classes
-            }, origin
+    given = parse_label_names(options.label_names) if options.label_names is not None else None
+    mappings: list[tuple[str, Any]] = [
+        ("--label_names", given),
+        ("the training data", summary.get("label_values")),
+        ("data.label_names", configured),  # a run of an earlier version has no other record
+    ]
     if configured is None or all(map(is_number, label_names)):
-        return dict(zip(label_names, label_names, strict=True)), "the training data"
-    return {}, ""
+        mappings.append(("the training data", {name: name for name in label_names}))
+    return TASKS[config.task.type].contest_labels(mappings, label_names)
 
 
 def _rendered(options: Options, ids: list[str], columns: dict[str, list[Any]], written: dict[str, Any]) -> str:

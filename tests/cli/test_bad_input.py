@@ -176,7 +176,7 @@ def test_single_class(attempt, tmp_path):
 def test_label_out_of_range(attempt, tmp_path):
     path = write_csv(tmp_path / "x.csv", [("goal", i % 2) for i in range(20)] + [("goal", 2), ("win", -1)])
     assert attempt("--data.train", path, "--data.test", "null", "--data.label_names", "[bad, good]") == (
-        f"data.train: {path}: 2 of 22 labels are unknown, first '2' in row 21; known: '0', '1'"
+        f"data.train: {path}: 2 of 22 labels are unknown, first 2 in row 21; known: 0, 1"
     )
 
 
@@ -185,7 +185,7 @@ def test_two_numberings(attempt, tmp_path):
     test = write_csv(tmp_path / "y.csv", [("goal", 1 + i % 4) for i in range(8)])
     names = "[World, Sports, Business, Sci/Tech]"
     assert attempt("--data.train", train, "--data.test", test, "--data.label_names", names) == (
-        f"data.test: {test}: 2 of 8 labels are unknown, first '4' in row 4; known: '0', '1', '2', '3'\n"
+        f"data.test: {test}: 2 of 8 labels are unknown, first 4 in row 4; known: 0, 1, 2, 3\n"
         "data.test counts its labels from 1; map them: "
         "--data.test.label_names '{1: World, 2: Sports, 3: Business, 4: Sci/Tech}'"
     )

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-SHOWN = 6  # how many labels a message names
+SHOWN = 12  # how many labels a message names
 INVISIBLE = "case, spaces, invisible characters or Unicode form"
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 60

@@ -1,4 +1,4 @@
-"""Reading examples: hub data set or local file -> checked texts and class numbers, in splits.
+"""Reading examples: hub data set or local file -> checked texts and targets, in splits.
 
 Always holds: a split that leaves this module has no empty text, and only known labels; its order is the file's. What is
 wrong with the data is said with the file and the row (counted from 1, the header not counted) before any weight is
@@ -7,37 +7,27 @@ loaded. Nothing is removed: duplicates are counted and reported, and a hold-out 
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from trainer.config.labels import (
-    INVISIBLE,
-    describe_look_alikes,
-    is_number,
-    label_text,
-    look_alikes,
-    match_labels,
-    quoted,
-    short,
-)
+from trainer.config.labels import INVISIBLE, look_alikes, quoted
 from trainer.config.schema import DataConfig, ResolvedSource, Source, resolve
 from trainer.data.formats import Columns
 from trainer.data.rows import Table, Texts, read_table
 from trainer.data.sources import find_origin, for_each, option_name
 from trainer.errors import UserError
+from trainer.tasks.task import LabelColumn, Task
 
 MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}  # as libraries write a value that is missing
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """One split as read: N texts (or pairs) with class numbers."""
+    """One split as read: N texts (or pairs) with the targets of a task."""
 
     name: str
     """train, validation, test, or the file's name when predicting"""
@@ -48,7 +38,7 @@ class TextSplit:
     text_pairs: Texts | None
     """[N], or None for single texts"""
     labels: np.ndarray | None
-    """class numbers, int64 [N]; None for an unlabelled file"""
+    """targets, [N] or [N, C]; None for an unlabelled file"""
     rows: np.ndarray
     """row of each example in its source, counted from 0, int64 [N]"""
     digests: np.ndarray
@@ -73,12 +63,14 @@ class TextSplit:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All splits of a run, with one order of classes."""
+    """All splits of a run, with one order of label names."""
 
     label_names: list[str]
-    """class number -> name, [C]"""
+    """of each logit, [C]"""
     label_values: dict[str, str]
-    """{label of the training data: class name}; where train lacks a class, the label that would mean it"""
+    """{label of the training data: class name}; for a class that train lacks, the label that would mean it"""
+    label_counts: dict[str, dict[str, int]]
+    """{split: {class: number of examples}}"""
     splits: dict[str, TextSplit]
     equal_texts: dict[str, np.ndarray]
     """{split: a number for each example, equal for equal texts of all splits; -1 for a text that occurs once}"""
@@ -87,14 +79,10 @@ class Corpus:
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Counts per split: examples, labels, duplicates within train, rows of the others found in train."""
-        counts: dict[str, dict[str, Any]] = {}
-        for name, split in self.splits.items():
-            labels = split.labels if split.labels is not None else np.zeros(0, dtype=np.int64)
-            per_class = np.bincount(labels, minlength=len(self.label_names)).tolist()
-            counts[name] = {
-                "num_examples": len(split),
-                "label_counts": dict(zip(self.label_names, per_class, strict=True)),
-            }
+        counts: dict[str, dict[str, Any]] = {
+            name: {"num_examples": len(split), "label_counts": self.label_counts[name]}
+            for name, split in self.splits.items()
+        }
         in_train = np.unique(self.equal_texts["train"])
         in_train = in_train[in_train >= 0]
         for name, numbers in self.equal_texts.items():
@@ -106,7 +94,7 @@ class Corpus:
         return counts
 
 
-def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
+def load_corpus(config: DataConfig, task: Task, seed: int, quiet: bool = False) -> Corpus:
     """Reads and checks every split of a run; holds out the validation fraction where no validation is named.
 
     Raises:
@@ -117,45 +105,48 @@ def load_corpus(config: DataConfig, seed: int, quiet: bool = False) -> Corpus:
     sources = {name: resolve(getattr(config, name), config) for name in named}
     _refuse_mixed_pairs(sources)
     tables = for_each(named, lambda name: read_table(name, sources[name], quiet=quiet))
-    label_names, doubt = _label_names(tables["train"])
+    label_names, doubt = task.name_labels(_label_column(tables["train"]))
     try:
-        splits = for_each(tables, lambda name: _checked(tables[name], label_names, warnings))
-        _refuse_single_class(splits["train"], label_names)
+        splits = for_each(tables, lambda name: _checked(tables[name], task, label_names, warnings))
+        _refuse_fault(task, splits["train"], label_names)
         equal_texts = _equal_texts(splits)
         first = _first_of_equals(equal_texts["train"])
         warnings += _two_labels(tables["train"], splits["train"], first)
         if "validation" not in splits and config.validation_fraction > 0:
             train, numbers = splits.pop("train"), equal_texts.pop("train")
-            held = _hold_out(train, first, config.validation_fraction, seed)
+            held = _hold_out(task.strata(_targets(train)), first, config.validation_fraction, seed)
             parts = {"train": np.flatnonzero(~held), "validation": np.flatnonzero(held)}
             splits = {name: train.take(name, part) for name, part in parts.items()} | splits
             equal_texts = {name: numbers[part] for name, part in parts.items()} | equal_texts
-            nowhere = _absent(train, label_names)
-            rare = [name for name in _absent(splits["validation"], label_names) if name not in nowhere]
-            if rare:
-                warnings.append(f"too few rows to hold one out for validation: {_few(rare)}")
-        _refuse_single_class(splits["train"], label_names)
+            held_out = task.count_labels(_targets(splits["validation"]), label_names)
+            of_all = task.count_labels(_targets(train), label_names)
+            if rare := [name for name, count in of_all.items() if count and not held_out[name]]:
+                warnings.append(f"too few rows to hold one out for validation: {quoted(rare)}")
+        _refuse_fault(task, splits["train"], label_names)
     except UserError as error:
         raise UserError(f"{doubt}\n{error}" if doubt else str(error)) from None
-    if absent := _absent(splits["train"], label_names):
-        warnings.append(f"data.train has no example of {_few(absent)}")
+    counts = {name: task.count_labels(_targets(split), label_names) for name, split in splits.items()}
+    if absent := [name for name, count in counts["train"].items() if not count]:
+        warnings.append(f"data.train has no example of {quoted(absent)}")
     if doubt and len(label_names) > 20:  # a few rows with a class each are somebody's first try
         warnings.insert(0, doubt)
     if alike := look_alikes(label_names):
         shown = "; ".join(map(quoted, alike[:3])) + ("; ..." if len(alike) > 3 else "")
         warnings.append(f"classes differ only in {INVISIBLE}: {shown}")
-    return Corpus(label_names, _label_values(tables["train"], label_names), splits, equal_texts, warnings)
+    label_values = task.label_values(_label_column(tables["train"]), label_names)
+    return Corpus(label_names, label_values, counts, splits, equal_texts, warnings)
 
 
 def load_for_prediction(
     source: Source,
     config: DataConfig,
+    task: Task,
     label_names: list[str],
     id_column: str | None,
     ignore_labels: bool = False,
     quiet: bool = False,
 ) -> tuple[TextSplit, list[str], list[str]]:
-    """Reads one file with a finished run's classes; labels may be absent.
+    """Reads one file with a finished run's label names; labels may be absent.
 
     Returns:
         the split; the id of each example, from `id_column` or its row counted from 0, [N]; and warnings.
@@ -173,7 +164,7 @@ def load_for_prediction(
     labels_required = source.label_column is not None and not ignore_labels
     table = read_table("input", full, labels_required, id_column, quiet)
     warnings: list[str] = []
-    split = _checked(table, label_names, warnings)
+    split = _checked(table, task, label_names, warnings)
     if table.ids is None:
         return split, [str(row) for row in split.rows], warnings
     return split, _whole_ids(table, table.ids, f"--input: {full.path}: column {id_column!r}", warnings), warnings
@@ -194,40 +185,6 @@ def id_columns(source: Source, config: DataConfig) -> list[str]:
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def _as_text(value: Any) -> str:
-    """A class as a configuration names it, as `label_text` has those of the rows."""
-    return label_text(value) or str(value)
-
-
-def _label_names(train: Table) -> tuple[list[str], str | None]:
-    """Class names in order, and why they may not be classes.
-
-    The order is as configured, else as the data set says, else as found in train, sorted.
-    """
-    configured = train.origin.source.label_names or train.origin.class_names
-    if configured:
-        names = configured.values() if isinstance(configured, dict) else configured
-        return list(dict.fromkeys(map(_as_text, names))), None
-    found, num_rows = train.label_values, len(train.texts)
-    doubt = None
-    are_amounts = all(map(is_number, found)) and any("." in text for text in found)
-    if len(found) > max(4, num_rows // 2) or (are_amounts and len(found) > 20):
-        doubt = (
-            f"{train.origin.option} has {len(found)} classes in {num_rows} rows; does column "
-            f"{train.origin.source.label_column!r} hold the classes (data.label_column)?"
-        )
-    return sorted(found, key=lambda text: (0, float(text), text) if is_number(text) else (1, 0, text)), doubt
-
-
-def _label_values(train: Table, label_names: list[str]) -> dict[str, str]:
-    """{label of the training data: class name}; where train lacks a class, the label that would mean it."""
-    meaning = _meaning(train, set(train.label_values), label_names)
-    values = {value: meaning[label] for value, label in match_labels(train.label_values, meaning).items()}
-    present = set(values.values())
-    values |= {label: number for label, number in meaning.items() if number not in present}
-    return {value: label_names[number] for value, number in values.items()}
-
-
 def _refuse_mixed_pairs(sources: dict[str, ResolvedSource]) -> None:
     """All splits hold pairs of texts, or none does."""
     pairs = [name for name, source in sources.items() if source.text_pair_columns]
@@ -239,8 +196,32 @@ def _refuse_mixed_pairs(sources: dict[str, ResolvedSource]) -> None:
         )
 
 
-def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextSplit:
-    """A table's texts and class numbers.
+def _label_column(table: Table) -> LabelColumn:
+    source, codes = table.origin.source, table.label_codes
+    return LabelColumn(
+        option=table.origin.option,
+        path=source.path,
+        name=source.label_column or "",
+        values=table.label_values,
+        codes=codes if codes is not None else np.full(len(table.texts), -1),
+        given_names=source.label_names,
+        stored_names=table.origin.class_names,
+        describe_row=table.describe_row,
+    )
+
+
+def _targets(split: TextSplit) -> np.ndarray:
+    assert split.labels is not None
+    return split.labels
+
+
+def _refuse_fault(task: Task, train: TextSplit, label_names: list[str]) -> None:
+    if fault := task.find_fault(_targets(train), label_names):
+        raise UserError(f"data.train: {train.source} {fault}")
+
+
+def _checked(table: Table, task: Task, label_names: list[str], warnings: list[str]) -> TextSplit:
+    """A table's texts and targets.
 
     Raises:
         UserError: empty texts, missing or unknown labels; how many, and the first rows.
@@ -250,7 +231,8 @@ def _checked(table: Table, label_names: list[str], warnings: list[str]) -> TextS
     warnings += table.warnings
     labels = None
     if table.label_codes is not None:
-        labels = _class_numbers(table, table.label_codes, label_names, warnings)
+        labels, doubts = task.encode(_label_column(table), label_names)
+        warnings += doubts
         if _is_first_alone(table, table.label_codes):
             first = table.label_values[table.label_codes[0]]
             warnings.append(f"{table.origin.option}: is row 1 a header? Its label {first!r} is in no other row")
@@ -266,125 +248,36 @@ def _is_first_alone(table: Table, codes: np.ndarray) -> bool:
     return bool(table.origin.source.column_names) and is_few and np.count_nonzero(codes == codes[0]) == 1
 
 
-def _class_numbers(table: Table, codes: np.ndarray, label_names: list[str], warnings: list[str]) -> np.ndarray:
-    """Positions in `table.label_values` -> class numbers [N]."""
-    found = set(table.label_values)
-    meaning = _meaning(table, found, label_names)
-    matched = match_labels(found, meaning)
-    numbers = np.array([meaning[matched[value]] if value in matched else -1 for value in table.label_values])[codes]
-    unknown = np.flatnonzero(numbers < 0)
-    if len(unknown):
-        first = table.label_values[codes[unknown[0]]]
-        row = table.describe_row(unknown[0])
-        told = f"{len(unknown)} of {len(codes)} labels are unknown, first {short(first)} in {row}"
-        raise UserError(_unknown_label(table, told, first, label_names, meaning))
-    if _could_count_otherwise(found, meaning):
-        read = ", ".join(f"{value} = {label_names[meaning[matched[value]]]}" for value in sorted(found)[:4])
-        warnings.append(f"{table.origin.option}: its labels could count from 0 or from 1; they were read as {read}")
-    return numbers
+def _hold_out(strata: np.ndarray, first: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Chooses the examples to hold out, bool [N]: a fraction of every stratum.
 
-
-def _meaning(table: Table, found: set[str], label_names: list[str]) -> dict[str, int]:
-    """What the values of a label column stand for: {value: class number}.
-
-    A split is read in one way throughout: by its own mapping or its own list of names, or all as names, or all as
-    numbers counted from 0. The last only where no class is itself called by a number: classes found as 1 to 4 in train
-    never meet a test split that counts from 0.
-    """
-    names = {name: i for i, name in enumerate(label_names)}
-    given: Any = table.origin.source.label_names or table.origin.class_names or {}
-    if isinstance(given, list):
-        # a hub's numbers always count from 0
-        counted = given is table.origin.class_names or list(map(_as_text, given)) != label_names
-        given = dict(enumerate(given)) if counted else {}
-    own = {_as_text(value): _as_text(name) for value, name in given.items()}
-    if own and (len(match_labels(found, own)) == len(found) or not match_labels(found, names)):
-        classes = match_labels(own.values(), names)
-        strangers = sorted(set(own.values()) - set(classes))
-        if strangers:
-            has = "label_names maps to" if table.origin.source.label_names else "its stored class names have"
-            told = f"{has} {strangers[0]!r}, which is not a class of train: {_few(names)} (see label_names)"
-            raise UserError(f"{table.origin.option}: {told}")
-        return {value: names[classes[name]] for value, name in own.items()}
-    if all(map(is_number, found)) and not any(map(is_number, names)):
-        return {str(i): i for i in range(len(label_names))}
-    return names
-
-
-def _could_count_otherwise(found: set[str], meaning: dict[str, int]) -> bool:
-    """Whether the labels found are numbers that fit a count from 0 as well as one from 1."""
-    for first, telling in ((0, "0"), (1, str(len(meaning)))):
-        if set(meaning) == {str(first + i) for i in range(len(meaning))}:
-            return telling not in found
-    return False
-
-
-def _unknown_label(table: Table, told: str, label: str, label_names: list[str], meaning: dict[str, int]) -> str:
-    message = f"{table.origin.option}: {table.origin.source.path}: {told}; known: {_few(meaning)}"
-    message += describe_look_alikes(label, meaning)
-    message += "; --ignore_labels true reads none" if table.origin.name == "input" else ""
-    count = len(label_names)
-    counts_from = [n for n in (0, 1) if set(table.label_values) <= {str(n + i) for i in range(count)}]
-    if counts_from and count <= 20:
-        first = counts_from[0]
-        words = [name if re.fullmatch(r"\w[\w /.-]*", name) else json.dumps(name) for name in label_names]
-        example = shlex.quote(f"{{{', '.join(f'{first + i}: {word}' for i, word in enumerate(words))}}}")
-        flag = "--label_names" if table.origin.name == "input" else f"--{table.origin.option}.label_names"
-        message += f"\n{table.origin.option} counts its labels from {first}; map them: {flag} {example}"
-    return message
-
-
-def _few(names: Any) -> str:
-    names = list(names)
-    return ", ".join(map(short, names[:12])) + (f", ... ({len(names)})" if len(names) > 12 else "")
-
-
-def _refuse_single_class(train: TextSplit, label_names: list[str]) -> None:
-    assert train.labels is not None
-    present = set(np.flatnonzero(np.bincount(train.labels)).tolist())
-    if len(present) < 2:
-        name = label_names[next(iter(present))]
-        raise UserError(f"data.train: {train.source} has a single class, {name!r}; a classifier needs two")
-
-
-def _absent(split: TextSplit, label_names: list[str]) -> list[str]:
-    """The classes of which a labelled split has no example."""
-    assert split.labels is not None
-    counts = np.bincount(split.labels, minlength=len(label_names))
-    return [name for name, count in zip(label_names, counts, strict=True) if count == 0]
-
-
-def _hold_out(train: TextSplit, first: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which examples to hold out, bool [N]: a fraction of every class.
-
-    Rows of equal text stay together, in the class of the first of them. Without such rows, the choice is a function of
-    the labels and the seed alone.
+    Rows of equal text stay together, in the stratum of the first of them. Without such rows, the choice depends on the
+    strata and the seed alone.
 
     Args:
-        train: N examples.
+        strata: number of the stratum of each example, int64 [N].
         first: position of the first example of the same text, [N].
-        fraction: of the rows of every class.
+        fraction: of the rows of every stratum.
         seed: of the run.
     """
-    assert train.labels is not None
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x5B117]))
-    copies = np.bincount(first, minlength=len(train))
-    held = np.zeros(len(train), dtype=bool)
-    sizes = np.unique(train.labels, return_counts=True)[1]
-    for members in np.split(np.argsort(train.labels, kind="stable"), np.cumsum(sizes)[:-1]):
+    copies = np.bincount(first, minlength=len(strata))
+    held = np.zeros(len(strata), dtype=bool)
+    sizes = np.unique(strata, return_counts=True)[1]
+    for members in np.split(np.argsort(strata, kind="stable"), np.cumsum(sizes)[:-1]):
         num_wanted, num_held = int(len(members) * fraction + 0.5), 0
         drawn = generator.permutation(members[first[members] == members])
         drawn = drawn[copies[drawn] <= 2 * num_wanted][:num_wanted]
         for member, num_copies in zip(drawn.tolist(), copies[drawn].tolist(), strict=True):
-            if num_held + num_copies / 2 <= num_wanted:  # else the class is closer to its share without them
+            if num_held + num_copies / 2 <= num_wanted:  # else the stratum is closer to its share without them
                 held[member] = True
                 num_held += num_copies
     held = held[first]
     if not held.any() or held.all():
         together = ", equal texts together" if copies.max() > 1 else ""
         raise UserError(
-            f"data.validation_fraction: {fraction} of {len(train)} examples, class by class{together}, leaves train or "
-            "validation empty; change it, or name data.validation"
+            f"data.validation_fraction: {fraction} of {len(strata)} examples, class by class{together}, leaves train "
+            "or validation empty; change it, or name data.validation"
         )
     return held
 
@@ -411,8 +304,8 @@ def _first_of_equals(numbers: np.ndarray) -> np.ndarray:
 
 def _two_labels(table: Table, train: TextSplit, first: np.ndarray) -> Iterator[str]:
     """A warning where one text has more than one label."""
-    assert train.labels is not None
-    others = np.flatnonzero(train.labels != train.labels[first])
+    differs = _targets(train) != _targets(train)[first]
+    others = np.flatnonzero(differs.reshape(len(train), -1).any(axis=1))
     if len(others):
         rows = f"{table.describe_row(first[others[0]])} and {table.describe_row(others[0])}"
         yield f"data.train: texts with more than one label: {len(np.unique(first[others])):,}, first in {rows}"

@@ -14,7 +14,22 @@ import torch
 from trainer.config.labels import describe_look_alikes, match_labels
 from trainer.errors import UserError
 from trainer.files import csv_text
+from trainer.tasks import classes
 from trainer.tasks.task import ClassWeights, Metric, Task
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def count_labels(targets: np.ndarray, label_names: list[str]) -> dict[str, int]:
+    """{class: number of examples}."""
+    return dict(zip(label_names, np.bincount(targets, minlength=len(label_names)).tolist(), strict=True))
+
+
+def find_fault(targets: np.ndarray, label_names: list[str]) -> str | None:
+    """Why no model can be trained with these targets; None if one can."""
+    present = np.unique(targets)
+    return f"has a single class, {label_names[present[0]]!r}; a classifier needs two" if len(present) < 2 else None
+
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
@@ -162,6 +177,13 @@ def format_targets(targets: np.ndarray, label_names: list[str]) -> list[str]:
 
 
 TASK = Task(
+    name_labels=classes.name_classes,
+    encode=classes.class_numbers,
+    label_values=classes.class_values,
+    contest_labels=classes.contest_labels,
+    count_labels=count_labels,
+    find_fault=find_fault,
+    strata=lambda targets: targets,
     losses=losses,
     example_weights=example_weights,
     metrics=METRICS,

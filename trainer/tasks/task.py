@@ -7,7 +7,7 @@ number of processes. To add a task, write a module like single_label.py and add 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,27 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class LabelColumn:
+    """The labels of the N examples of a source, as text."""
+
+    option: str
+    """that names the source, for messages: data.train, data.validation, data.test or --input"""
+    path: str
+    name: str
+    """of the column"""
+    values: list[str]
+    """the labels that occur, each once"""
+    codes: np.ndarray
+    """position of each example's label in `values`, int64 [N]"""
+    given_names: list[str] | dict[str, str] | None
+    """label_names of the source"""
+    stored_names: list[str] | None
+    """class names that a file or hub data set stores with its numbers"""
+    describe_row: Callable[[int], str]
+    """example -> its row, for messages"""
+
+
+@dataclass(frozen=True)
 class Task:
     """One kind of label. A model has one logit for each label name: C = len(label_names).
 
@@ -36,6 +57,20 @@ class Task:
     tables.
     """
 
+    name_labels: Callable[[LabelColumn], tuple[list[str], str | None]]
+    """labels of train -> label names [C], and why the column may be the wrong one"""
+    encode: Callable[[LabelColumn, list[str]], tuple[np.ndarray, list[str]]]
+    """(labels of a source, label names) -> targets and warnings; a UserError for a label that has no target"""
+    label_values: Callable[[LabelColumn, list[str]], dict[str, str]]
+    """(labels of train, label names) -> {label: class name}, each class at least once; {} if labels are not classes"""
+    contest_labels: Callable[[Iterable[tuple[str, Any]], list[str]], tuple[list[str], str]]
+    """([(origin, label values)], label names) -> what a contest's file holds for each name, and a sentence about it"""
+    count_labels: Callable[[np.ndarray, list[str]], dict[str, int]]
+    """(targets, label names) -> {class: number of examples}; {} if labels are not classes"""
+    find_fault: Callable[[np.ndarray, list[str]], str | None]
+    """(targets of train, label names) -> why they cannot train a model; None if they can"""
+    strata: Callable[[np.ndarray], np.ndarray]
+    """targets -> groups of which the validation split takes equal fractions, int64 [N]"""
     losses: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     """(logits [B, C], targets of B examples, label smoothing) -> loss of each example [B], not yet weighted"""
     example_weights: Callable[[ClassWeights, np.ndarray, list[str]], np.ndarray]

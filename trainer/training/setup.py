@@ -66,7 +66,7 @@ def prepare(config: Config, folder: Path, precision: str, recorded: Identity | N
         UserError: they do not, or are not there.
     """
     start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
-    corpus = load_corpus(config.data, config.run.seed, config.run.quiet)
+    corpus = load_corpus(config.data, TASKS[config.task.type], config.run.seed, config.run.quiet)
     _check_names(config, corpus)
     if start is not None and start.label_names != corpus.label_names:
         classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"

@@ -15,7 +15,7 @@ from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimCon
 from trainer.data.corpus import id_columns, load_corpus, load_for_prediction
 from trainer.errors import UserError
 from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, _summary, labels_to_write, main
-from trainer.tasks.single_label import example_weights, prediction_columns
+from trainer.tasks.single_label import TASK, example_weights, prediction_columns
 from trainer.tasks.task import metric_value
 from trainer.training.setup import _check_names
 
@@ -26,7 +26,7 @@ def own_cache(cache):
 
 
 def load(train, seed=1, **settings):
-    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), seed)
+    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TASK, seed)
 
 
 def labelled(path, labels):
@@ -243,7 +243,7 @@ def test_truth_values_of_a_run_of_an_earlier_version(tmp_path):
     """It calls the labels of a parquet file False and True."""
     for name, labels in BOOLS.items():
         source = Source(str(labelled(tmp_path / name, labels)))
-        split, *_ = load_for_prediction(source, DataConfig(train="x"), ["False", "True"], None)
+        split, *_ = load_for_prediction(source, DataConfig(train="x"), TASK, ["False", "True"], None)
         assert split.labels.tolist() == [0, 1]
 
 
@@ -267,7 +267,7 @@ def test_whole_numbers_are_numbers_in_jsonl(tmp_path):
 
 
 def ids_of(path, id_column="id"):
-    _, ids, warnings = load_for_prediction(Source(str(path)), DataConfig(train="x"), ["a", "b"], id_column)
+    _, ids, warnings = load_for_prediction(Source(str(path)), DataConfig(train="x"), TASK, ["a", "b"], id_column)
     return ids, warnings
 
 
@@ -375,7 +375,7 @@ def test_splits_agree_on_pairs(tmp_path):
     assert load(path, test=pairs, text_pair_columns=["pair"]).splits["test"].text_pairs == ["b", "d"]
     for config, source in ((DataConfig(train="x"), pairs), (DataConfig(train=pairs), single)):
         with pytest.raises(UserError, match=r"^--text_pair_columns: .* has single texts; both must agree$"):
-            load_for_prediction(source, config, ["0", "1"], None)
+            load_for_prediction(source, config, TASK, ["0", "1"], None)
 
 
 def test_rows_of_train_in_validation_and_test_are_counted(tmp_path):
@@ -484,7 +484,7 @@ def test_no_row_is_lost_between_reader_and_output(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('ID,text,label\n1,"a\n\nb",x\n\n2,c,\n\n3,"",y\n4,d,zzz\n\n')
     source = Source(str(path), quoting="multi_line")
-    split, ids, warnings = load_for_prediction(source, DataConfig(train="x"), ["a", "b"], "ID", ignore_labels=True)
+    split, ids, warnings = load_for_prediction(source, DataConfig(train="x"), TASK, ["a", "b"], "ID", True)
     assert (split.texts, ids, split.labels) == (["a\n\nb", "c", "", "d"], ["1", "2", "3", "4"], None)
     assert len(warnings) == 1 and "row 3" in warnings[0]
 

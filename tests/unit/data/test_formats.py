@@ -16,6 +16,7 @@ from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.data.sources import check_places, is_hub_id
 from trainer.errors import UserError
+from trainer.tasks.single_label import TASK
 
 CSV = "text,label\na,x\nb,y\n"
 TSV = CSV.replace(",", "\t")
@@ -42,7 +43,7 @@ def write(path, content):
 
 
 def rows(path, **settings):
-    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), 1, quiet=True)
+    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), TASK, 1, quiet=True)
     split = corpus.splits["train"]
     return list(zip(split.texts, [corpus.label_names[i] for i in split.labels], strict=True))
 
@@ -57,7 +58,7 @@ def refused(path, **settings):
 def predicted(path, id_column=None, **layout):
     """Ids, texts and warnings of an input."""
     config = DataConfig(train="x", empty_text="refuse")
-    split, ids, warnings = load_for_prediction(Source(path, **layout), config, ["a", "b"], id_column, quiet=True)
+    split, ids, warnings = load_for_prediction(Source(path, **layout), config, TASK, ["a", "b"], id_column, quiet=True)
     return list(zip(ids, split.texts, strict=True)), warnings
 
 
@@ -151,7 +152,7 @@ def test_rows_without_text_are_refused_skipped_or_kept(monkeypatch):
     assert refused(path) == f"{said}; --data.empty_text skip leaves them out"
     for large in (2**26, 0, 0):  # read, then cached, then from the cache
         monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", large)
-        corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), 1, quiet=True)
+        corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), TASK, 1, quiet=True)
         split = corpus.splits["train"]
         assert (list(split.texts), split.labels.tolist(), split.rows.tolist()) == (["a", "b"], [0, 1], [0, 2])
         assert corpus.label_names == ["x", "y"] and len(split.digests) == 2
@@ -164,7 +165,9 @@ def test_rows_without_text_are_refused_skipped_or_kept(monkeypatch):
 def test_pairs_without_a_text_are_skipped_whole():
     path = write("x.csv", "p,q,label\na,,x\n,b,x\nc,d,x\ne,f,y\n")
     corpus = load_corpus(
-        DataConfig(train=path, text_columns=["p"], text_pair_columns=["q"], validation_fraction=0, empty_text="skip"), 1
+        DataConfig(train=path, text_columns=["p"], text_pair_columns=["q"], validation_fraction=0, empty_text="skip"),
+        TASK,
+        1,
     )
     assert list(corpus.splits["train"].text_pairs) == ["d", "f"]
     assert [line.partition(": row")[2] for line in corpus.warnings] == [" 2; they are skipped", " 1; they are skipped"]
@@ -190,7 +193,7 @@ def test_an_input_keeps_rows_without_text_and_says_so():
 
 def spilled(path, **settings):
     """The warnings about text that no column with a name holds."""
-    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), 1, quiet=True)
+    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), TASK, 1, quiet=True)
     return [line for line in corpus.warnings if "behind the last named column" in line]
 
 
@@ -255,7 +258,7 @@ def test_a_header_with_some_other_names_is_no_row_either():
     layout = {"column_names": ["label", "title", "description"], "text_columns": ["title", "description"]}
     assert "line 1 is a header (Class Index, Title, Description)" in refused(path, **layout)
     path = write("y.csv", "review,stars\n" + "a,x\nb,y\n" * 3)
-    corpus = load_corpus(DataConfig(train=path, column_names=["text", "label"], validation_fraction=0), 1)
+    corpus = load_corpus(DataConfig(train=path, column_names=["text", "label"], validation_fraction=0), TASK, 1)
     assert corpus.warnings[0] == "data.train: is row 1 a header? Its label 'stars' is in no other row"
     write("part/a.csv", "1,a,b\n2,c,d\n")
     assert rows("part/*.csv", **layout) == [("a b", "1"), ("c d", "2")]
@@ -320,7 +323,7 @@ def test_another_delimiter_of_a_file_without_header_and_of_one_split():
     assert rows(path, column_names=["text", "label"], delimiter=";") == ROWS
     write("ok.csv", CSV)
     with pytest.raises(UserError, match=r"^data.test: .*: --data.test.delimiter ';'$"):
-        load_corpus(DataConfig(train="ok.csv", test=Source(path, column_names=["text", "label"])), 1)
+        load_corpus(DataConfig(train="ok.csv", test=Source(path, column_names=["text", "label"])), TASK, 1)
     with pytest.raises(UserError, match=r"^--input: .*: --delimiter ','$"):
         predicted("ok.csv", delimiter=";")
 
@@ -407,9 +410,12 @@ def test_stored_class_names_are_used(name):
     assert refused(f"*{name}") == f"z{name}: the stored class names of 'label' are not those of {name}"
     write("other.csv", "text,label\na,n\nb,y\n")
     with pytest.raises(UserError, match=r"^data.test: its stored class names have 'no', which is not a class"):
-        load_corpus(DataConfig(train="other.csv", test=name, validation_fraction=0.0), 1)
+        load_corpus(DataConfig(train="other.csv", test=name, validation_fraction=0.0), TASK, 1)
     mapped = Source(name, label_names={"0": "n", "1": "y"})
-    assert load_corpus(DataConfig(train="other.csv", test=mapped, validation_fraction=0.0), 1).label_names == ["n", "y"]
+    assert load_corpus(DataConfig(train="other.csv", test=mapped, validation_fraction=0.0), TASK, 1).label_names == [
+        "n",
+        "y",
+    ]
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.parquet", "x.json", "x.arrow", "x.csv.gz", "x.xlsx"])

@@ -21,6 +21,7 @@ from trainer.data.corpus import _equal_texts, load_corpus, load_for_prediction
 from trainer.data.rows import Texts, digests
 from trainer.data.sources import Origin
 from trainer.errors import UserError
+from trainer.tasks.single_label import TASK
 
 ROWS = [(f"text {i} é" + " goal" * (i % 7), "abc"[i % 3]) for i in range(100)]
 AWKWARD = [
@@ -45,7 +46,7 @@ def keep_all(cache, monkeypatch):
 
 
 def load(train, seed=1, **settings):
-    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), seed, quiet=True)
+    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TASK, seed, quiet=True)
 
 
 def in_memory(*arguments, **settings):
@@ -219,7 +220,7 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
         monkeypatch.setattr("trainer.data.cache.publish", fails)
     else:
         monkeypatch.setattr(fcntl, "flock", fails)
-    corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), 1, quiet=False)
+    corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), TASK, 1, quiet=False)
     assert content(corpus) == expected
     said = [line for line in capsys.readouterr().err.splitlines() if "going on without the cache" in line]
     if what == "unknown locks":  # a lock only saves work
@@ -297,9 +298,9 @@ def test_prediction_keeps_ids_and_rows_without_labels(tmp_path):
     path = write_csv(tmp_path / "x.csv", [(f"{i:03}", f"text {i}") for i in range(30)], ("id", "text"))
     config = DataConfig(train="x")
     for _ in range(2):
-        split, ids, _ = load_for_prediction(Source(str(path)), config, ["a", "b"], "id")
+        split, ids, _ = load_for_prediction(Source(str(path)), config, TASK, ["a", "b"], "id")
         assert (ids[7], split.texts[7], split.labels, len(ids)) == ("007", "text 7", None, 30)
-        assert load_for_prediction(Source(str(path)), config, ["a", "b"], None)[1][:2] == ["0", "1"]
+        assert load_for_prediction(Source(str(path)), config, TASK, ["a", "b"], None)[1][:2] == ["0", "1"]
     with pytest.raises(UserError, match="has no column 'label'"):
         load(path)
 
@@ -341,8 +342,8 @@ def test_a_prediction_takes_the_layout_of_the_training_file(tmp_path):
     path = write_csv(tmp_path / "x.csv", ROWS, header=["title", "class"])
     source = Source(path=str(path), text_columns=["title"], label_column="class")
     config = DataConfig(train=source, validation_fraction=0.0)
-    names = load_corpus(config, 1).label_names
-    split, _, _ = load_for_prediction(Source(path=str(path)), config, names, None)
+    names = load_corpus(config, TASK, 1).label_names
+    split, _, _ = load_for_prediction(Source(path=str(path)), config, TASK, names, None)
     assert split.texts == [text for text, _ in ROWS]
     assert [names[label] for label in split.labels] == [label for _, label in ROWS]
 
@@ -358,7 +359,7 @@ def test_a_prediction_takes_the_layout_of_the_training_file(tmp_path):
 def test_what_is_wrong_with_an_input_names_its_options(tmp_path, row, id_column, says):
     pq.write_table(pa.table({"text": ["x"], **{name: [value] for name, value in row.items()}}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=re.escape(says)):
-        load_for_prediction(Source(path=str(tmp_path / "x.parquet")), DataConfig(train="x"), ["a"], id_column)
+        load_for_prediction(Source(path=str(tmp_path / "x.parquet")), DataConfig(train="x"), TASK, ["a"], id_column)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -440,7 +441,7 @@ def held():  # without mapped files: how much of those is resident is the kernel
     return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
 
 def load(path):
-    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.1), 1, quiet=True)
+    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.1), TASK, 1, quiet=True)
     for text in corpus.splits["train"].texts:
         assert text
 

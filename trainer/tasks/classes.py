@@ -1,0 +1,152 @@
+"""Labels that are names of classes: their order, and the class that each label of a source means.
+
+Always holds: a source is read in one way throughout. It is read by its own mapping or list of names, or all its labels
+are names, or all are numbers counted from 0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
+from trainer.errors import UserError
+from trainer.tasks.task import LabelColumn
+
+
+def name_classes(train: LabelColumn) -> tuple[list[str], str | None]:
+    """Class names in order, and why the column may not hold classes.
+
+    The order is that of label_names, else that stored with the data. Otherwise the labels that occur are sorted.
+    """
+    if names := train.given_names or train.stored_names:
+        return list(dict.fromkeys(map(_as_text, names.values() if isinstance(names, dict) else names))), None
+    found, doubt = train.values, None
+    are_amounts = all(map(is_number, found)) and any("." in text for text in found)
+    if len(found) > max(4, len(train.codes) // 2) or (are_amounts and len(found) > 20):
+        doubt = (
+            f"{train.option} has {len(found)} classes in {len(train.codes)} rows; does column {train.name!r} hold the "
+            "classes (data.label_column)?"
+        )
+    return sorted(found, key=lambda text: (0, float(text), text) if is_number(text) else (1, 0, text)), doubt
+
+
+def class_numbers(column: LabelColumn, label_names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """The class number of each example, int64 [N], and warnings.
+
+    Raises:
+        UserError: a label that means no class.
+    """
+    meaning = _meaning(column, label_names)
+    matched = match_labels(column.values, meaning)
+    numbers = [meaning[matched[value]] if value in matched else -1 for value in column.values]
+    targets = np.array(numbers)[column.codes]
+    if len(unknown := np.flatnonzero(targets < 0)):
+        raise UserError(_describe_unknown(column, unknown, label_names, meaning))
+    if not _could_count_otherwise(column.values, meaning):
+        return targets, []
+    read = ", ".join(f"{value} = {label_names[meaning[matched[value]]]}" for value in sorted(column.values)[:4])
+    return targets, [f"{column.option}: its labels could count from 0 or from 1; they were read as {read}"]
+
+
+def class_values(train: LabelColumn, label_names: list[str]) -> dict[str, str]:
+    """{label of the training data: class name}; for a class that train lacks, the label that would mean it."""
+    meaning = _meaning(train, label_names)
+    values = {value: meaning[label] for value, label in match_labels(train.values, meaning).items()}
+    present = set(values.values())
+    values |= {label: number for label, number in meaning.items() if number not in present}
+    return {value: label_names[number] for value, number in values.items()}
+
+
+def contest_labels(mappings: Iterable[tuple[str, Any]], label_names: list[str]) -> tuple[list[str], str]:
+    """The label that a contest's file holds for each class [C], and a sentence that says which labels these are.
+
+    It holds the labels of the data. It holds class names if several labels mean one class, or if only the class names
+    are numbers.
+
+    Args:
+        mappings: (where it is from, {label: class name}); the first one that has every class counts.
+        label_names: [C].
+    """
+    for origin, given in mappings:
+        classes = match_labels(given.values(), label_names) if isinstance(given, dict) else {}
+        if set(classes.values()) == set(label_names):
+            values = {_as_text(value): classes[name] for value, name in given.items() if name in classes}
+            return _labels_or_names(origin, values, label_names)
+    numbers = [str(i) for i in range(len(label_names))]
+    return numbers, f"holds numbers counted from 0, as this run has no record of its labels: {quoted(numbers)}"
+
+
+def _labels_or_names(origin: str, values: dict[str, str], label_names: list[str]) -> tuple[list[str], str]:
+    labels_of = {name: [value for value, own in values.items() if own == name] for name in label_names}
+    if several := [name for name, labels in labels_of.items() if len(labels) > 1]:
+        why = f"several labels of {origin} mean {several[0]!r} ({quoted(labels_of[several[0]])})"
+        return label_names, f"holds the names of the classes, since {why}: {quoted(label_names)}"
+    labels = [own[0] for own in labels_of.values()]
+    if all(map(is_number, label_names)) and not all(map(is_number, labels)):
+        return label_names, f"holds the names of the classes, which are numbers: {quoted(label_names)}"
+    return labels, f"holds the labels of {origin}: {quoted(labels)}"
+
+
+def _as_text(value: Any) -> str:
+    """A class as a configuration names it, spelled as `label_text` spells the labels of rows."""
+    return label_text(value) or str(value)
+
+
+def _meaning(column: LabelColumn, label_names: list[str]) -> dict[str, int]:
+    """What the labels of a column stand for: {label: class number}.
+
+    Numbers count from 0 only if no class name is a number. So classes found as 1 to 4 in train never meet a test split
+    that counts from 0.
+    """
+    names = {name: i for i, name in enumerate(label_names)}
+    found, given = column.values, column.given_names or column.stored_names or {}
+    if isinstance(given, list):
+        # stored numbers always count from 0
+        is_counted = not column.given_names or list(map(_as_text, given)) != label_names
+        given = {str(i): name for i, name in enumerate(given)} if is_counted else {}
+    own = {_as_text(value): _as_text(name) for value, name in given.items()}
+    if own and (len(match_labels(found, own)) == len(found) or not match_labels(found, names)):
+        classes = match_labels(own.values(), names)
+        if strangers := sorted(set(own.values()) - set(classes)):
+            has = "label_names maps to" if column.given_names else "its stored class names have"
+            raise UserError(
+                f"{column.option}: {has} {strangers[0]!r}, which is not a class of train: {quoted(label_names)} "
+                "(see label_names)"
+            )
+        return {value: names[classes[name]] for value, name in own.items()}
+    if all(map(is_number, found)) and not any(map(is_number, names)):
+        return {str(i): i for i in range(len(label_names))}
+    return names
+
+
+def _could_count_otherwise(found: Sequence[str], meaning: dict[str, int]) -> bool:
+    """Whether the labels found are numbers that fit a count from 0 as well as one from 1."""
+    for first, telling in ((0, "0"), (1, str(len(meaning)))):
+        if set(meaning) == {str(first + i) for i in range(len(meaning))}:
+            return telling not in found
+    return False
+
+
+def _describe_unknown(column: LabelColumn, unknown: np.ndarray, label_names: list[str], meaning: dict[str, int]) -> str:
+    """Names the first of the examples `unknown`, what is known and, if the labels count, a mapping to use."""
+    label, is_input = column.values[column.codes[unknown[0]]], column.option == "--input"
+    message = (
+        f"{column.option}: {column.path}: {len(unknown)} of {len(column.codes)} labels are unknown, first "
+        f"{quoted([label])} in {column.describe_row(int(unknown[0]))}; known: {quoted(list(meaning))}"
+        f"{describe_look_alikes(label, meaning)}{'; --ignore_labels true reads none' if is_input else ''}"
+    )
+    count = len(label_names)
+    counts_from = [n for n in (0, 1) if set(column.values) <= {str(n + i) for i in range(count)}]
+    if counts_from and count <= 20:
+        words = [name if re.fullmatch(r"\w[\w /.-]*", name) else json.dumps(name) for name in label_names]
+        example = ", ".join(f"{counts_from[0] + i}: {word}" for i, word in enumerate(words))
+        flag = "--label_names" if is_input else f"--{column.option}.label_names"
+        message += f"\n{column.option} counts its labels from {counts_from[0]}; map them: {flag} "
+        message += shlex.quote(f"{{{example}}}")
+    return message
