@@ -35,8 +35,6 @@ PENDING: tuple[str, ...] = (
     "trainer/packed/forward.py",
     "trainer/packed/projections.py",
     "trainer/predict.py",
-    "trainer/reporting/figures.py",
-    "trainer/reporting/page.py",
     "trainer/reporting/tracking.py",
     "trainer/run.py",
     "trainer/training/loop.py",

@@ -1,7 +1,7 @@
-"""The figures of a run and of its report.
+"""The figures of a run and its report.
 
-Always holds: a figure is a `matplotlib.figure.Figure` of its own (no pyplot, so no global list of open figures and no
-window system), and a label is drawn as the characters it consists of, never parsed as mathematics.
+Each figure is its own `matplotlib.figure.Figure`; pyplot would need global state and a window system. Labels are drawn
+literally, never parsed as mathematics.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.typing import RcKeyType
 
 INK, PALE = "#1f2933", "#9aa5b1"
-# White to deep blue, even in lightness: reads the same to colour-blind readers and on a grey printer.
+# White to dark blue with even lightness: also readable for color-blind readers and in gray print.
 SHARE_COLORS = LinearSegmentedColormap.from_list("share", ["#f6f8fb", "#b9d3ea", "#5b9bcb", "#1f6aa5", "#0b3c6b"])
-MAX_COUNTED_CLASSES = 30  # above this the counts would be too small to read, so colour alone speaks
+MAX_COUNTED_CLASSES = 30  # with more classes the counts would be too small to read
 MAX_FIGURE_INCHES = 20.0
-BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#00805e", "#6b7785"  # after Okabe and Ito, safe for colour-blind
+BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#00805e", "#6b7785"  # Okabe and Ito, for color-blind readers
 STYLE: dict[RcKeyType, Any] = {
     "axes.edgecolor": "#9aa5b1",
     "axes.grid": True,
@@ -41,7 +41,7 @@ STYLE: dict[RcKeyType, Any] = {
     "ytick.major.size": 0,
 }
 
-# Panels of a figure: tag, title, colour, number format.
+# Panels of a figure: tag, title, color, number format.
 LEARNING_RATE = [("train/learning_rate", "learning rate, highest {highest:.2g}", BLUE, ".2g")]
 THROUGHPUT = [
     ("speed/examples_per_second", "examples / s, median {median:,.0f}", BLUE, ",.0f"),
@@ -54,9 +54,9 @@ Record = Mapping[str, Any]
 
 
 def figure_label(text: str, max_length: int = 24) -> str:
-    """Makes any text fit to be drawn: one line, only characters the font has, the middle cut out where it is too long.
+    """Makes a text drawable: one line, only characters of the font, without the middle if it is too long.
 
-    The middle goes because names that share a beginning ("comp.sys.mac", "comp.sys.ibm") differ at the end.
+    Names with a common beginning ("comp.sys.mac", "comp.sys.ibm") differ at the end, so the end stays.
     """
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     line = "".join(char if font.get_char_index(ord(char)) else "\ufffd" for char in " ".join(text.split()))
@@ -67,28 +67,25 @@ def figure_label(text: str, max_length: int = 24) -> str:
 
 
 def confusion_matrix_figure(matrix: npt.NDArray[Any], labels: Sequence[str]) -> Figure:
-    """Draws a confusion matrix: a cell's colour is its share of the true class, its number the count of examples.
-
-    Up to `MAX_COUNTED_CLASSES` classes the counts are printed; the figure grows with the classes up to
-    `MAX_FIGURE_INCHES` on a side.
+    """Draws a confusion matrix. Colors show shares of the true class, numbers show counts of examples.
 
     Args:
         matrix: counts, rows true and columns predicted, [C, C].
-        labels: class names in the order of the rows, [C]. Any text: long ones are shortened.
+        labels: class names in the order of the rows, [C].
 
     Raises:
-        ValueError: the matrix is not square or has another size than `labels`.
+        ValueError: the matrix does not have the shape [C, C].
     """
     num_classes = len(labels)
     if matrix.shape != (num_classes, num_classes):
         raise ValueError(f"a confusion matrix of {num_classes} labels cannot have the shape {matrix.shape}")
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)  # a class without examples is a row of zeros
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)  # zeros for a class without examples
     side = min(3.4 + 0.42 * num_classes, MAX_FIGURE_INCHES)
     font_size = float(np.clip(0.6 * 72 * (side - 2.5) / num_classes, 4.0, 9.0))
 
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.add_subplot()
-    colors = PowerNorm(0.5, vmin=0, vmax=1)  # confusions are small shares: spread those out
+    colors = PowerNorm(0.5, vmin=0, vmax=1)  # spreads the small shares of confusions
     image = axes.imshow(shares, cmap=SHARE_COLORS, norm=colors, interpolation="nearest")
     names = [figure_label(label) for label in labels]
     upright = num_classes <= 6 and max(map(len, names), default=0) <= 10
@@ -111,8 +108,8 @@ def confusion_matrix_figure(matrix: npt.NDArray[Any], labels: Sequence[str]) -> 
     return figure
 
 
-def averages(metrics: Record) -> dict[str, Record]:
-    """Averages of a split's scores: over the classes that occur, and weighted by support. {} without an example."""
+def compute_averages(metrics: Record) -> dict[str, Record]:
+    """Averages a split's scores over the classes that occur, and weighted by support; returns {} without examples."""
     names, rows = ("precision", "recall", "f1"), metrics["per_class"].values()
     support = sum(row["support"] for row in rows)
     if not support:
@@ -126,8 +123,8 @@ def averages(metrics: Record) -> dict[str, Record]:
     }
 
 
-def series(records: Sequence[Record], tag: str) -> tuple[Floats, Floats]:
-    """Picks the finite values of one tag: their steps and themselves, [N] each."""
+def select_values(records: Sequence[Record], tag: str) -> tuple[Floats, Floats]:
+    """Returns the steps and the finite values of a tag, [N] each."""
     points = [(record["step"], record[tag]) for record in records if isinstance(record.get(tag), int | float)]
     steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
     finite = np.isfinite(values)
@@ -135,7 +132,7 @@ def series(records: Sequence[Record], tag: str) -> tuple[Floats, Floats]:
 
 
 def smooth(values: Floats) -> Floats:
-    """Averages each value with its neighbours, a twentieth of the series; fewer at the start, where the loss drops."""
+    """Averages each value with its neighbors, 5 % of all values; fewer at the start, where the loss drops."""
     places = np.arange(len(values))
     reach = np.minimum(places, len(values) // 40)
     first, last = places - reach, np.minimum(places + reach, len(values) - 1)
@@ -145,8 +142,8 @@ def smooth(values: Floats) -> Floats:
 
 
 def loss_figure(records: Sequence[Record]) -> Figure | None:
-    """Draws the training loss of each logged step, raw and smoothed, and the validation loss."""
-    steps, losses = series(records, "train/loss")
+    """Draws the training loss, raw and smoothed, and the validation loss."""
+    steps, losses = select_values(records, "train/loss")
     if not len(steps):
         return None
     figure = Figure(figsize=(6.4, 3.6))
@@ -156,12 +153,12 @@ def loss_figure(records: Sequence[Record]) -> Figure | None:
     axes.plot(steps, smoothed, color=BLUE, linewidth=2)
     names = [(smoothed[-1], f"train {smoothed[-1]:.3f}", BLUE)]
     names += _plot_points(axes, records, "validation/loss", "validation", VERMILION, ".3f")
-    _finish_steps(axes, records, names)
+    _label_lines(axes, records, names)
     return figure
 
 
 def accuracy_figure(records: Sequence[Record], best_step: int, test_accuracy: float | None) -> Figure | None:
-    """Draws validation accuracy and macro-F1 of each evaluation, the best step, and the test accuracy as a line."""
+    """Draws validation accuracy and macro-F1, the best step, and a line for the test accuracy."""
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.add_subplot(xlabel="step", ylabel="validation score")
     names = _plot_points(axes, records, "validation/f1_macro", "macro-F1", VERMILION, ".1%")
@@ -171,7 +168,7 @@ def accuracy_figure(records: Sequence[Record], best_step: int, test_accuracy: fl
     if test_accuracy is not None:
         axes.axhline(test_accuracy, color=GREEN, linestyle=(0, (4, 3)), linewidth=1.5)
         names.append((test_accuracy, f"test {test_accuracy:.1%}", GREEN))
-    steps, values = series(records, "validation/accuracy")
+    steps, values = select_values(records, "validation/accuracy")
     for best in values[steps == best_step]:
         axes.axvline(best_step, color=GREY, linestyle=":", linewidth=1)
         axes.plot(best_step, best, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
@@ -180,19 +177,19 @@ def accuracy_figure(records: Sequence[Record], best_step: int, test_accuracy: fl
         )
     axes.margins(y=0.18)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _finish_steps(axes, records, names)
+    _label_lines(axes, records, names)
     return figure
 
 
 def panels_figure(records: Sequence[Record], panels: Sequence[tuple[str, str, str, str]]) -> Figure | None:
-    """Draws panels (see THROUGHPUT) one above the other, as their units differ; those without values are left out."""
-    present = [panel for panel in panels if len(series(records, panel[0])[0])]
+    """Draws panels (see THROUGHPUT) one above the other, because their units differ. Skips panels without values."""
+    present = [panel for panel in panels if len(select_values(records, panel[0])[0])]
     if not present:
         return None
     figure = Figure(figsize=(6.4, 4.2))
     grid = figure.subplots(len(present), sharex=True, squeeze=False)[:, 0]
     for axes, (tag, title, color, number) in zip(grid, present, strict=True):
-        steps, values = series(records, tag)
+        steps, values = select_values(records, tag)
         axes.plot(steps, values, color=color, linewidth=1.5)
         label = title.format(median=np.median(values), highest=values.max())
         axes.set_title(label, loc="left", fontsize=9, color=color)
@@ -205,15 +202,15 @@ def panels_figure(records: Sequence[Record], panels: Sequence[tuple[str, str, st
 
 
 def classification_report_figure(metrics: Record) -> Figure:
-    """Draws precision, recall, F1 (coloured by value) and support of each class and of the averages."""
+    """Draws precision, recall, F1 and support of each class and of the averages."""
     per_class = metrics["per_class"]
-    rows = [*per_class.items(), *averages(metrics).items()]
+    rows = [*per_class.items(), *compute_averages(metrics).items()]
     height = min(1.0 + 0.34 * len(rows), 24.0)
     font_size = float(np.clip(0.6 * 72 * (height - 1) / len(rows), 4.0, 9.5))
     figure = Figure(figsize=(6.4, height))
     axes = figure.add_subplot()
     values = np.array([[row["precision"], row["recall"], row["f1"], np.nan] for _, row in rows], dtype=np.float64)
-    colors = PowerNorm(3, vmin=0, vmax=1)  # most scores are near 1: spread those out
+    colors = PowerNorm(3, vmin=0, vmax=1)  # spreads the scores near 1
     axes.imshow(values, cmap=SHARE_COLORS, norm=colors, aspect="auto", interpolation="nearest")
     for (row, column), value in np.ndenumerate(values[:, :3]):
         color = "white" if colors(value) > 0.6 else INK
@@ -232,23 +229,23 @@ def classification_report_figure(metrics: Record) -> Figure:
 def _plot_points(
     axes: Axes, records: Sequence[Record], tag: str, name: str, color: str, number: str
 ) -> list[tuple[float, str, str]]:
-    """Plots one tag as joined points and returns its end label (value, text, colour); none where it has no values."""
-    steps, values = series(records, tag)
+    """Plots the values of a tag; returns its end label (value, text, color), or nothing without values."""
+    steps, values = select_values(records, tag)
     if not len(steps):
         return []
     axes.plot(steps, values, "o-", color=color, linewidth=1.5, markersize=5, markeredgecolor="white")
     return [(values[-1], f"{name} {values[-1]:{number}}", color)]
 
 
-def _finish_steps(axes: Axes, records: Sequence[Record], names: Sequence[tuple[float, str, str]]) -> None:
-    """Writes the names of the lines beside their ends, moved apart where they would overlap; epochs along the top."""
+def _label_lines(axes: Axes, records: Sequence[Record], names: Sequence[tuple[float, str, str]]) -> None:
+    """Writes line names beside the line ends without overlaps, and epochs along the top."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = axes.get_ylim()
     place = -math.inf
     for value, text, color in sorted(names):
         place = max((value - low) / (high - low), place + 0.075)
         axes.text(1.015, place, text, color=color, transform=axes.transAxes, va="center", fontsize=9)
-    steps, epochs = series(records, "epoch")
+    steps, epochs = select_values(records, "epoch")
     whole_epochs = np.arange(1, int(epochs.max(initial=0)) + 1)
     if len(whole_epochs):
         shown = whole_epochs[:: math.ceil(len(whole_epochs) / 8)]

@@ -1,7 +1,7 @@
-"""The report of a run: figures as PNG files and one self-contained HTML page, from the run folder's files alone.
+"""The report of a run: figures as PNG files and one self-contained HTML page, made from the run folder.
 
-What always holds: whatever part of a run exists is enough (an unfinished run, no test split), each file is replaced in
-one move, and whatever stands in a text, label or setting is shown as text. The page asks for nothing outside itself.
+Missing files are fine (an unfinished run, no test split). Each file is replaced atomically. Texts, labels and settings
+are always shown as text. The page loads nothing from outside.
 """
 
 import base64
@@ -22,41 +22,41 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.files import write_atomic
 from trainer.reporting.figures import (
     LEARNING_RATE,
     STYLE,
     THROUGHPUT,
     accuracy_figure,
-    averages,
     classification_report_figure,
+    compute_averages,
     confusion_matrix_figure,
     loss_figure,
     panels_figure,
 )
 
-SPLITS = ("test", "validation", "train")  # the errors shown are those of the first one that was scored
+SPLITS = ("test", "validation", "train")  # the page shows the errors of the first scored split
 NUM_ERRORS, NUM_CONFUSIONS = 25, 8
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Split:
-    """What the run wrote about one scored split; an absent file leaves its part empty."""
+    """The files of one scored split. A missing file leaves its part empty."""
 
     name: str
     metrics: Record
     labels: list[str]
     matrix: npt.NDArray[np.int64]
-    """counts, rows true and columns predicted, [C, C]; labels are the names in this order"""
+    """counts, rows true and columns predicted, in the order of `labels`, [C, C]"""
     errors: list[dict[str, str]]
-    """rows of predictions.csv whose prediction is wrong, the most confident first, at most NUM_ERRORS"""
+    """wrong rows of predictions.csv, the most confident first, at most NUM_ERRORS"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the report reads of a run folder."""
+    """All that the report reads from a run folder."""
 
     folder: Path
     config: Record
@@ -67,15 +67,15 @@ class Run:
 
 
 def read_run(folder: Path, summary: Record | None) -> Run:
-    """Reads a run folder; absent files leave empty parts. Without a `summary` it is read, too.
+    """Reads a run folder. Reads summary.json only if no `summary` is given.
 
     Raises:
-        UserError: no such folder, not a run folder, or a file that cannot be understood (named).
+        UserError: the folder does not exist or is not a run folder, or one of its files is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --run takes the folder of a run, such as runs/NAME")
+        raise UserError(f"{folder}: no such folder; --run takes a run folder, such as runs/NAME")
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
-        raise UserError(f"{folder}: not a run folder (no config.yaml, metrics.jsonl or summary.json in it)")
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml, metrics.jsonl or summary.json")
     return Run(
         folder=folder,
         config=_read_mapping(folder / "config.yaml"),
@@ -87,21 +87,21 @@ def read_run(folder: Path, summary: Record | None) -> Run:
 
 
 def _read_mapping(path: Path) -> Record:
-    """Reads a JSON or YAML file that holds a mapping; {} where there is no file."""
+    """Reads a mapping from a JSON or YAML file; returns {} if the file does not exist."""
     if not path.is_file():
         return {}
     try:
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, a mapping was expected")
+        raise UserError(f"{path}: contains a {type(value).__name__}, but must contain a mapping")
     return value
 
 
 def read_records(path: Path) -> list[Record]:
-    """Reads metrics.jsonl; a torn last line (the run was killed as it wrote) is left out.
+    """Reads metrics.jsonl. Skips an incomplete last line, which a killed run may leave.
 
     Raises:
         UserError: any other line is not a JSON object with a "step".
@@ -123,7 +123,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def read_split(folder: Path) -> Split:
-    """Reads metrics.json, confusion_matrix.csv and predictions.csv of evaluation/<split>/, each where it exists."""
+    """Reads metrics.json, confusion_matrix.csv and predictions.csv of evaluation/<split>/, if they exist."""
     path = folder / "confusion_matrix.csv"
     rows = list(_read_csv(path))[1:]
     try:
@@ -131,15 +131,14 @@ def read_split(folder: Path) -> Split:
         matrix = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(labels), len(labels))
     except (ValueError, IndexError) as error:
         raise UserError(f"{path}: not a square confusion matrix: {error}") from error
-    metrics, errors = _read_mapping(folder / "metrics.json"), confident_errors(folder / "predictions.csv")
+    metrics, errors = _read_mapping(folder / "metrics.json"), find_confident_errors(folder / "predictions.csv")
     return Split(folder.name, metrics, labels, matrix, errors)
 
 
-def confident_errors(path: Path) -> list[dict[str, str]]:
-    """Finds the wrong predictions of highest confidence in predictions.csv; ties stay in the file's order.
+def find_confident_errors(path: Path) -> list[dict[str, str]]:
+    """Finds the wrong predictions with the highest confidence in predictions.csv, at most NUM_ERRORS.
 
-    Returns:
-        rows by column name, the most confident first, at most NUM_ERRORS; none where there is no file.
+    Ties keep the order of the file. Returns no rows if the file does not exist.
 
     Raises:
         UserError: a column is missing or a confidence is not a number.
@@ -155,15 +154,15 @@ def confident_errors(path: Path) -> list[dict[str, str]]:
 
 
 def _read_csv(path: Path) -> Iterator[list[str]]:
-    """Yields the rows of a CSV file; none where there is no file."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts above 128 KiB
+    """Yields the rows of a CSV file; none if it does not exist."""
+    csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             yield from csv.reader(file)
 
 
-def top_confusions(split: Split) -> list[tuple[int, str, str, float]]:
-    """Lists the most frequent confusions: count, true label, predicted label, share of the true class."""
+def find_top_confusions(split: Split) -> list[tuple[int, str, str, float]]:
+    """Finds the most frequent confusions: count, true label, predicted label, share of the true class."""
     confusions = [
         (int(count), split.labels[row], split.labels[column], float(count / split.matrix[row].sum()))
         for (row, column), count in np.ndenumerate(split.matrix)
@@ -173,7 +172,7 @@ def top_confusions(split: Split) -> list[tuple[int, str, str, float]]:
 
 
 def draw_figures(run: Run) -> dict[str, bytes]:
-    """Draws every figure the run has values for: path inside the run folder -> PNG."""
+    """Draws all figures for which the run has values. Returns {path in the run folder: PNG}."""
     test_accuracy = next((split.metrics.get("accuracy") for split in run.splits if split.name == "test"), None)
     figures = {
         "figures/loss.png": loss_figure(run.records),
@@ -197,42 +196,42 @@ def draw_figures(run: Run) -> dict[str, bytes]:
 
 
 def render_page(run: Run, pictures: Mapping[str, bytes]) -> str:
-    """Fills the template. Every value is escaped; control characters are shown as the replacement character."""
+    """Fills the template. Escapes all values and replaces control characters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=jinja2.ChainableUndefined,  # a part the run does not have is shown as a dash
+        undefined=jinja2.ChainableUndefined,  # missing values are shown as a dash
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, share=_share, setting=_setting)
-    environment.filters.update(averages=averages, top_confusions=top_confusions)
+    environment.filters.update(number=_format_number, share=_format_share, setting=_format_setting)
+    environment.filters.update(averages=compute_averages, top_confusions=find_top_confusions)
     images = {path: base64.b64encode(picture).decode() for path, picture in pictures.items()}
     page = environment.get_template("page.html.j2").render(run=run, images=images)
     return re.sub(r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "\ufffd", page)
 
 
-def _number(value: object, digits: int = 0) -> str:
+def _format_number(value: object, digits: int = 0) -> str:
     return f"{value:,.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else "—"
 
 
-def _share(part: object, digits: int = 2, whole: object = 1) -> str:
+def _format_share(part: object, digits: int = 2, whole: object = 1) -> str:
     if not isinstance(part, int | float) or not isinstance(whole, int | float) or not whole:
         return "—"
-    return f"{_number(100 * part / whole, digits)}%"
+    return f"{_format_number(100 * part / whole, digits)}%"
 
 
-def _setting(value: object) -> str:
+def _format_setting(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def build_report(folder: Path, summary: Record | None = None) -> Path:
-    """Writes the figures and report.html of a run folder, each file whole or not at all; returns the page's path.
+    """Writes the figures and report.html into a run folder; returns the path of the page.
 
-    A run builds it before it writes its `summary`, the last of its files.
+    A run passes its `summary`, because it writes summary.json last.
 
     Raises:
-        UserError: the folder is not a run folder, or a file in it cannot be understood.
+        UserError: the folder is not a run folder, or one of its files is damaged.
         OSError: the folder cannot be written.
     """
     run = read_run(folder, summary)

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from trainer.errors import UserError
-from trainer.reporting.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, series, smooth
-from trainer.reporting.page import build_report, confident_errors, read_records
+from trainer.reporting.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, select_values, smooth
+from trainer.reporting.page import build_report, find_confident_errors, read_records
 
 ROOT = Path(__file__).resolve().parents[3]
 NEWS = ["World", "Sports", "Business", "Sci/Tech"]
@@ -248,7 +248,7 @@ def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": 1, "train/loss": NaN}\n{"step": 2, "a\xe2\x80\xa8b": 1}\n{"step": 3, "tr\xc3')
     records = read_records(path)
     assert [record["step"] for record in records] == [1, 2]
-    assert not len(series(records, "train/loss")[0])
+    assert not len(select_values(records, "train/loss")[0])
 
 
 def test_a_torn_line_elsewhere_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_the_errors_are_the_most_confident_ones_in_order(tmp_path: Path) -> None
             writer.writerow(
                 [place, "a", "ab"[place % 2], confidence, "long " * 40_000 if place == 1 else "text", "pair"]
             )
-    errors = confident_errors(tmp_path / "predictions.csv")
+    errors = find_confident_errors(tmp_path / "predictions.csv")
     expected = sorted(range(1, 100, 2), key=lambda place: -confidences[place])[:25]
     assert [int(row["id"]) for row in errors] == expected
 
