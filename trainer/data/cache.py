@@ -48,9 +48,13 @@ def load_or_create(name: str, create: Callable[[Path], dict[str, Any]], quiet: b
     Returns:
         The entry; None if the cache cannot be used, as in a read-only home.
     """
-    folder = _cache_folder()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
     try:
-        _make_shared(folder)
+        for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            path.mkdir(exist_ok=True)
+            share(path)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with lock_cache_entry(folder / name, quiet) as unfinished:
             return _load(folder / name) or _create(folder / name, unfinished, create)
     except OSError as error:
@@ -62,19 +66,6 @@ def release_memory(file: Any) -> None:
     """Gives the memory of a mapped file back to the system, which reads the file again on the next access."""
     if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         file.madvise(mmap.MADV_DONTNEED)
-
-
-def _cache_folder() -> Path:
-    return Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
-
-
-def _make_shared(folder: Path) -> None:
-    """Makes a folder, which those who may write its parent may use too."""
-    for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
-        path.mkdir(exist_ok=True)
-        share(path)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _load(path: Path) -> Entry | None:

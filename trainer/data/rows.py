@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from trainer.config.labels import describe_look_alikes, label_text
 from trainer.config.schema import ResolvedSource
-from trainer.data.cache import Entry, load_or_create, release_memory
+from trainer.data.cache import load_or_create, release_memory
 from trainer.data.formats import TRAILING_TEXT, Columns, kind_of
 from trainer.data.sources import Origin, find_origin, option_prefix
 from trainer.errors import UserError, bar_settings, is_first_on_machine
@@ -72,13 +72,40 @@ class Texts(Sequence[str]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
 
+@dataclass
+class Reading:
+    """A source that is read, and what was found in its rows so far."""
+
+    origin: Origin
+    roles: dict[str, list[str]]
+    """{column of the table: columns of the source that it is made of}"""
+    file_rows: list[int]
+    """number of rows of each file"""
+    missing: dict[str, list[int]] = field(default_factory=dict)
+    """{role: number of rows where it is missing, and the first of them}; for TRAILING_TEXT the rows that have it"""
+    columns: dict[str, None] = field(default_factory=dict)
+    """names of the source's columns, in order"""
+    not_text: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """{column: the first row that holds no text, and what it holds}"""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were read so far."""
+        return sum(self.file_rows)
+
+    def add_missing(self, what: str, is_missing: Sequence[bool]) -> None:
+        """Counts the rows of the next chunk where something is missing, and keeps the first."""
+        if any(is_missing):
+            rows = [row for row, missing in enumerate(is_missing, self.num_rows) if missing]
+            count, *first = self.missing.get(what, [0])
+            self.missing[what] = [count + len(rows), *[*first, *rows][:MAX_SHOWN_ROWS]]
+
+
 @dataclass(frozen=True)
 class Table:
     """The N examples of a source: all of its rows, or those with a text where empty ones are skipped."""
 
-    origin: Origin
-    file_rows: list[int]
-    """number of rows of each file of the origin"""
+    reading: Reading
     texts: Texts
     text_pairs: Texts | None
     label_values: list[str]
@@ -94,31 +121,14 @@ class Table:
     warnings: list[str]
     """what the user should know, a line each"""
 
+    @property
+    def origin(self) -> Origin:
+        """The source."""
+        return self.reading.origin
+
     def describe_row(self, position: int) -> str:
         """Names the row of an example in a message: "row 12", or "row 12 of b.csv" if there are several files."""
-        return _describe_rows(self.origin, self.file_rows, [int(self.texts.rows[position])])
-
-
-@dataclass
-class Findings:
-    """What was found in the rows that were read so far."""
-
-    file_rows: list[int]
-    """number of rows of each file"""
-    columns: dict[str, None] = field(default_factory=dict)
-    """names of the columns, in order"""
-    not_text: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """{column: the first row that holds no text, and what it holds}"""
-    missing: dict[str, list[int]] = field(default_factory=dict)
-    """{role, or TRAILING_TEXT: number of rows where it is missing (or was found), and the first of these rows}"""
-
-    def add_missing(self, what: str, is_missing: Sequence[bool]) -> None:
-        """Counts the rows of the next chunk where something is missing, and keeps the first."""
-        if any(is_missing):
-            start = sum(self.file_rows)
-            rows = [row for row, missing in enumerate(is_missing, start) if missing]
-            count, *first = self.missing.get(what, [0])
-            self.missing[what] = [count + len(rows), *[*first, *rows][:MAX_SHOWN_ROWS]]
+        return _describe_rows(self.reading, [int(self.texts.rows[position])])
 
 
 def read_table(
@@ -130,14 +140,26 @@ def read_table(
         UserError: no such source, one that cannot be read, or one without a requested column.
     """
     origin = find_origin(name, source)
-    roles = _roles(source, id_column)
-    if origin.num_bytes >= MIN_CACHED_BYTES and (entry := _cached(origin, roles, labels_required, quiet)) is not None:
-        rows = pa.ipc.open_file(pa.py_buffer(entry.files[ROWS_FILE])).read_all()
-        return _table(origin, roles, rows, entry.files[ROWS_FILE], **entry.facts)
-    found = Findings([0] * origin.num_files)
-    rows = pa.Table.from_batches(_read_batches(origin, roles, found, quiet), _schema(roles))
-    _refuse_incomplete(origin, roles, found, labels_required)
-    return _table(origin, roles, rows, None, **_facts(origin, roles, found))
+    roles = {"text": source.text_columns, "text_pair": source.text_pair_columns}
+    roles = {role: columns for role, columns in roles.items() if columns}
+    roles["label"] = [source.label_column] if source.label_column is not None else []
+    roles |= {"id": [id_column]} if id_column is not None else {}
+    reading = Reading(origin, roles, [0] * origin.num_files)
+    if origin.num_bytes >= MIN_CACHED_BYTES:
+        contents = origin.hash_files()
+        entry = load_or_create(
+            _cache_name(reading, labels_required, contents),
+            lambda folder: _write(folder, reading, labels_required, contents, quiet),
+            quiet,
+        )
+        if entry is not None:
+            file, facts = entry.files[ROWS_FILE], entry.facts
+            reading = Reading(origin, roles, facts["file_rows"], facts["missing"])
+            return _table(reading, pa.ipc.open_file(pa.py_buffer(file)).read_all(), file, facts["problem"])
+        reading = Reading(origin, roles, [0] * origin.num_files)
+    rows = pa.Table.from_batches(_read_batches(reading, quiet), _schema(roles))
+    _refuse_incomplete(reading, labels_required)
+    return _table(reading, rows, None, _problem(reading))
 
 
 def progress(name: str, unit: str, total: int | None, quiet: bool) -> Any:
@@ -163,67 +185,46 @@ def digests(texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
     return np.frombuffer(joined, dtype=np.uint64).reshape(-1, 2)
 
 
-def _roles(source: ResolvedSource, id_column: str | None) -> dict[str, list[str]]:
-    """{column of the table: the columns of the source that it is made of}"""
-    roles = {"text": source.text_columns, "text_pair": source.text_pair_columns}
-    roles = {role: columns for role, columns in roles.items() if columns}
-    roles["label"] = [source.label_column] if source.label_column is not None else []
-    return roles | ({"id": [id_column]} if id_column is not None else {})
-
-
 def _schema(roles: dict[str, list[str]]) -> pa.Schema:
     return pa.schema([*((role, pa.large_string()) for role in roles), ("digest", pa.binary(16))])
 
 
-def _facts(origin: Origin, roles: dict[str, list[str]], found: Findings) -> dict[str, Any]:
-    """What is kept with the rows: the arguments of `_table`."""
-    return {"file_rows": found.file_rows, "missing": found.missing, "problem": _problem(origin, roles, found)}
-
-
-def _cached(origin: Origin, roles: dict[str, list[str]], labels_required: bool, quiet: bool) -> Entry | None:
-    """The rows in the cache, which are read and written there if they are new."""
-    contents = origin.hash_files()
-
-    def create(folder: Path) -> dict[str, Any]:
-        found = Findings([0] * origin.num_files)
-        sink = pa.OSFile(str(folder / ROWS_FILE), "wb")
-        with sink, pa.ipc.new_file(sink, _schema(roles)) as writer:
-            for batch in _read_batches(origin, roles, found, quiet):
-                writer.write_batch(batch)
-        _refuse_incomplete(origin, roles, found, labels_required)
-        if origin.hash_files() != contents:
-            raise UserError(f"{origin.option}: {origin.source.path} was changed while it was read")
-        return _facts(origin, roles, found)
-
+def _cache_name(reading: Reading, labels_required: bool, contents: list[str]) -> str:
+    origin = reading.origin
     settings = asdict(replace(origin.source, path="", label_names=None))
     place = list(map(kind_of, origin.paths)) if origin.hub is None else origin.source.path
-    key = json.dumps([ROWS_FORMAT, settings, place, roles, labels_required, contents], sort_keys=True)
-    name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    return load_or_create(f"{name}.rows", create, quiet)
+    key = [ROWS_FORMAT, settings, place, reading.roles, labels_required, contents]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8", "surrogatepass"))
+    return f"{digest.hexdigest()[:32]}.rows"
 
 
-def _table(
-    origin: Origin,
-    roles: dict[str, list[str]],
-    rows: pa.Table,
-    file: mmap.mmap | None,
-    file_rows: list[int],
-    missing: dict[str, list[int]],
-    problem: str | None,
-) -> Table:
+def _write(folder: Path, reading: Reading, labels_required: bool, contents: list[str], quiet: bool) -> dict[str, Any]:
+    """Reads a source into a file; returns what the cache keeps with it."""
+    origin = reading.origin
+    sink = pa.OSFile(str(folder / ROWS_FILE), "wb")
+    with sink, pa.ipc.new_file(sink, _schema(reading.roles)) as writer:
+        for batch in _read_batches(reading, quiet):
+            writer.write_batch(batch)
+    _refuse_incomplete(reading, labels_required)
+    if origin.hash_files() != contents:
+        raise UserError(f"{origin.option}: {origin.source.path} was changed while it was read")
+    return {"file_rows": reading.file_rows, "missing": reading.missing, "problem": _problem(reading)}
+
+
+def _table(reading: Reading, rows: pa.Table, file: mmap.mmap | None, problem: str | None) -> Table:
+    source, roles = reading.origin.source, reading.roles
     words = [np.frombuffer(part.buffers()[1], np.uint64, 2 * len(part)) for part in rows["digest"].chunks]
     hashes = np.concatenate(words).reshape(-1, 2)
     kept, others = np.arange(rows.num_rows), rows.select([role for role in ("label", "id") if role in roles])
     texts = {role: rows[role] for role in TEXT_ROLES if role in roles}
-    if origin.source.empty_text == "skip" and missing and problem is None:
+    if source.empty_text == "skip" and reading.missing and problem is None:
         has_text = np.all([pc.not_equal(column, "").to_numpy() for column in texts.values()], axis=0)
         kept, others, hashes = np.flatnonzero(has_text), others.filter(pa.array(has_text)), hashes[has_text]
         if not len(kept):
-            raise UserError(f"{origin.option}: {origin.source.path} has no row with a text")
+            raise UserError(f"{reading.origin.option}: {source.path} has no row with a text")
     labels = others["label"].dictionary_encode().combine_chunks()
     table = Table(
-        origin=origin,
-        file_rows=file_rows,
+        reading=reading,
         texts=Texts(texts["text"], kept, file),
         text_pairs=Texts(texts["text_pair"], kept, file) if "text_pair" in texts else None,
         label_values=labels.dictionary.to_pylist(),
@@ -231,7 +232,7 @@ def _table(
         digests=hashes,
         ids=others["id"].to_pylist() if "id" in roles else None,
         problem=problem,
-        warnings=_warnings(origin, roles, file_rows, missing) if problem is None else [],
+        warnings=_warnings(reading) if problem is None else [],
     )
     release_memory(file)
     return table
@@ -240,43 +241,41 @@ def _table(
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read_batches(
-    origin: Origin, roles: dict[str, list[str]], found: Findings, quiet: bool
-) -> Iterator[pa.RecordBatch]:
-    wanted = [column for columns in roles.values() for column in columns]
-    with progress(f"reading {origin.name}", "rows", None, quiet) as bar:
-        for file, (count, columns) in origin.read_chunks(wanted):
-            found.add_missing(TRAILING_TEXT, columns.pop(TRAILING_TEXT, []))
-            found.columns.update(dict.fromkeys(columns))
+def _read_batches(reading: Reading, quiet: bool) -> Iterator[pa.RecordBatch]:
+    wanted = [column for columns in reading.roles.values() for column in columns]
+    with progress(f"reading {reading.origin.name}", "rows", None, quiet) as bar:
+        for file, (count, columns) in reading.origin.read_chunks(wanted):
+            reading.add_missing(TRAILING_TEXT, columns.pop(TRAILING_TEXT, []))
+            reading.columns.update(dict.fromkeys(columns))
             if count:
-                yield _batch(count, columns, origin.source, roles, found)
-            found.file_rows[file] += count
+                yield _batch(count, columns, reading)
+            reading.file_rows[file] += count
             bar.update(count)
 
 
-def _batch(
-    count: int, columns: Columns, source: ResolvedSource, roles: dict[str, list[str]], found: Findings
-) -> pa.RecordBatch:
-    values = {
-        role: [_checked_values(columns.get(column) or [None] * count, column, found) for column in used]
-        for role, used in roles.items()
-    }
-    made: dict[str, list[Any]] = {r: _join_texts(values[r]) for r in TEXT_ROLES if r in roles}
-    made["label"] = [label_text(value) for value in values["label"][0]] if roles["label"] else [None] * count
-    if "id" in roles:
-        made["id"] = ["" if value is None else str(value) for value in values["id"][0]]
-    hashes = digests(made["text"], made.get("text_pair"))
-    is_missing = {role: [not value for value in column] for role, column in made.items()}
-    if source.empty_text == "skip":  # a skipped row needs no label
-        has_text = [all(row) for row in zip(*(made[role] for role in TEXT_ROLES if role in made), strict=True)]
+def _batch(count: int, columns: Columns, reading: Reading) -> pa.RecordBatch:
+    """Makes the texts, labels, ids and digests of a chunk, and notes what is missing."""
+    values: dict[str, list[Any]] = {}
+    for role, used in reading.roles.items():
+        parts = [_checked_values(columns.get(column) or [None] * count, column, reading) for column in used]
+        if role in TEXT_ROLES:
+            values[role] = _join_texts(parts)
+        elif role == "label":
+            values[role] = [label_text(value) for value in parts[0]] if parts else [None] * count
+        else:
+            values[role] = ["" if value is None else str(value) for value in parts[0]]
+    is_missing = {role: [not value for value in column] for role, column in values.items()}
+    if reading.origin.source.empty_text == "skip":  # a skipped row needs no label
+        has_text = map(all, zip(*(values[role] for role in TEXT_ROLES if role in values), strict=True))
         is_missing["label"] = [a and b for a, b in zip(is_missing["label"], has_text, strict=True)]
     for role, rows in is_missing.items():
-        found.add_missing(role, rows)
-    if found.not_text:  # refused at the end; until then Arrow must not meet half a character
-        made = {role: [v and v.encode("utf-8", "replace").decode() for v in column] for role, column in made.items()}
-    arrays = [pa.array(made[role], pa.large_string()) for role in roles]
-    arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), count, [None, pa.py_buffer(hashes)]))
-    return pa.RecordBatch.from_arrays(arrays, schema=_schema(roles))
+        reading.add_missing(role, rows)
+    hashes = pa.py_buffer(digests(values["text"], values.get("text_pair")))
+    if reading.not_text:  # refused at the end; until then Arrow must not meet half a character
+        values = {role: [v and v.encode("utf-8", "replace").decode() for v in some] for role, some in values.items()}
+    arrays = [pa.array(column, pa.large_string()) for column in values.values()]
+    arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), count, [None, hashes]))
+    return pa.RecordBatch.from_arrays(arrays, schema=_schema(reading.roles))
 
 
 def _join_texts(columns: list[list[Any]]) -> list[str]:
@@ -285,11 +284,9 @@ def _join_texts(columns: list[list[Any]]) -> list[str]:
     return parts[0] if len(parts) == 1 else [" ".join(filter(None, row)) for row in zip(*parts, strict=True)]
 
 
-def _checked_values(values: list[Any], column: str, found: Findings) -> list[Any]:
+def _checked_values(values: list[Any], column: str, reading: Reading) -> list[Any]:
     """Returns the values of a column, and notes the first that is no text."""
-    if column in found.not_text:
-        return values
-    for row, value in enumerate(values, start=sum(found.file_rows)):
+    for row, value in enumerate(values if column not in reading.not_text else (), start=reading.num_rows):
         if isinstance(value, str):
             if value.isascii() or not re.search("[\ud800-\udfff]", value):
                 continue
@@ -298,7 +295,7 @@ def _checked_values(values: list[Any], column: str, found: Findings) -> list[Any
             kind = f"a {type(value).__name__}, no text"
         else:
             continue
-        found.not_text[column] = row, f"column {column!r} holds {kind}"
+        reading.not_text[column] = row, f"column {column!r} holds {kind}"
         break
     return values
 
@@ -306,82 +303,66 @@ def _checked_values(values: list[Any], column: str, found: Findings) -> list[Any
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def _refuse_incomplete(origin: Origin, roles: dict[str, list[str]], found: Findings, labels_required: bool) -> None:
+def _refuse_incomplete(reading: Reading, labels_required: bool) -> None:
     """Refuses a source without rows, or without a column that must be there."""
-    source, columns = origin.source, list(found.columns)
-    missing = [
-        (role, column)
-        for role, used in roles.items()
-        for column in used
-        if column not in columns and (role != "label" or labels_required)
-    ]
+    source, option, columns = reading.origin.source, reading.origin.option, list(reading.columns)
+    needed = [(role, column) for role, used in reading.roles.items() for column in used]
+    missing = [pair for pair in needed if pair[1] not in columns and (pair[0] != "label" or labels_required)]
     if columns and missing:
-        group = "--" if origin.name == "input" else "data."
-        named = {"label": "label_column", "id": "id_column"}
-        setting = named.get(missing[0][0], "text_columns") if len(missing) == 1 else "text_columns"
+        group = "--" if reading.origin.name == "input" else "data."
+        setting = {"label": "label_column", "id": "id_column"}.get(missing[0][0]) if len(missing) == 1 else None
         hint = "" if source.column_names else f"; for a file without a header name its columns in {group}column_names"
         alike = "".join(describe_look_alikes(column, columns) for _, column in missing)
         raise UserError(
-            f"{origin.option}: {source.path} has no column {', '.join(repr(column) for _, column in missing)}; it has "
-            f"{', '.join(repr(column[:40]) for column in columns[:12])}{alike} (see {group}{setting}{hint})"
+            f"{option}: {source.path} has no column {', '.join(repr(column) for _, column in missing)}; it has "
+            f"{', '.join(repr(c[:40]) for c in columns[:12])}{alike} (see {group}{setting or 'text_columns'}{hint})"
         )
-    if not columns or not sum(found.file_rows):
-        raise UserError(f"{origin.option}: {source.path} has no rows")
+    if not columns or not reading.num_rows:
+        raise UserError(f"{option}: {source.path} has no rows")
 
 
-def _problem(origin: Origin, roles: dict[str, list[str]], found: Findings) -> str | None:
-    """Describes the first problem of the rows that stops a run."""
+def _problem(reading: Reading) -> str | None:
+    """Describes the first problem that stops a run."""
+    origin = reading.origin
     fixes = dict.fromkeys(TEXT_ROLES, f"; {option_prefix(origin.name)}empty_text skip leaves them out")
     if origin.name == "input":
         fixes |= {"label": "; --ignore_labels true reads none", "id": "; --id_column '' takes the row's number"}
-    for role, columns in roles.items():
-        for column in columns:
-            if column in found.not_text:
-                row, reason = found.not_text[column]
-                rows = _describe_rows(origin, found.file_rows, [row])
-                return f"{origin.option}: {origin.source.path}: {rows}: {reason}"
-        is_absent = role == "label" and not set(columns) & set(found.columns)  # as in an unlabelled input
+    for role, columns in reading.roles.items():
+        for row, reason in (reading.not_text[column] for column in columns if column in reading.not_text):
+            return f"{origin.option}: {origin.source.path}: {_describe_rows(reading, [row])}: {reason}"
+        is_unlabelled = role == "label" and not set(columns) & set(reading.columns)
         is_accepted = role in TEXT_ROLES and origin.source.empty_text != "refuse"
-        if role in found.missing and not is_absent and not is_accepted:
-            return _describe_missing(origin, roles, found.file_rows, found.missing, role) + fixes.get(role, "")
+        if role in reading.missing and not is_unlabelled and not is_accepted:
+            return _describe_missing(reading, role) + fixes.get(role, "")
     return None
 
 
-def _warnings(
-    origin: Origin, roles: dict[str, list[str]], file_rows: list[int], missing: dict[str, list[int]]
-) -> list[str]:
+def _warnings(reading: Reading) -> list[str]:
     """Warns of empty texts that are accepted, and of text in columns without a name."""
-    actions = dict.fromkeys(TEXT_ROLES, f"they are {'skipped' if origin.source.empty_text == 'skip' else 'kept'}")
-    actions[TRAILING_TEXT] = (
+    origin = reading.origin
+    results = dict.fromkeys(TEXT_ROLES, f"they are {'skipped' if origin.source.empty_text == 'skip' else 'kept'}")
+    results[TRAILING_TEXT] = (
         "it is ignored; quote such texts, or name the columns in the header and list them in "
         f"{option_prefix(origin.name)}text_columns"
     )
-    return [
-        f"{_describe_missing(origin, roles, file_rows, missing, what)}; {action}"
-        for what, action in actions.items()
-        if what in missing
-    ]
+    return [f"{_describe_missing(reading, w)}; {result}" for w, result in results.items() if w in reading.missing]
 
 
-def _describe_missing(
-    origin: Origin, roles: dict[str, list[str]], file_rows: list[int], missing: dict[str, list[int]], what: str
-) -> str:
-    count, *first = missing[what]
-    if what in TEXT_ROLES:
-        what = f"an empty or missing text ({', '.join(roles[what])})"
-    elif what != TRAILING_TEXT:
-        what = f"an empty or missing {what}"
-    rows = _describe_rows(origin, file_rows, first) + (", ..." if count > MAX_SHOWN_ROWS else "")
+def _describe_missing(reading: Reading, what: str) -> str:
+    count, *first = reading.missing[what]
+    columns = f" ({', '.join(reading.roles[what])})" if what in TEXT_ROLES else ""
+    text = what if what == TRAILING_TEXT else f"an empty or missing {what.removesuffix('_pair')}{columns}"
+    rows = _describe_rows(reading, first) + (", ..." if count > MAX_SHOWN_ROWS else "")
     has = "row has" if count == 1 else "rows have"
-    return f"{origin.option}: {origin.source.path}: {count} {has} {what}: {rows}"
+    return f"{reading.origin.option}: {reading.origin.source.path}: {count} {has} {text}: {rows}"
 
 
-def _describe_rows(origin: Origin, file_rows: list[int], rows: list[int]) -> str:
+def _describe_rows(reading: Reading, rows: list[int]) -> str:
     """Names rows, counted from 1: "row 3, 5", or "row 3, 5 of a.csv; row 1 of b.csv"."""
-    if len(file_rows) == 1:
+    if len(reading.file_rows) == 1:
         return f"row {', '.join(str(row + 1) for row in rows)}"
-    ends = np.cumsum(file_rows)
+    starts = np.cumsum([0, *reading.file_rows])
     numbers: dict[str, list[str]] = {}
-    for row, file in zip(rows, np.searchsorted(ends, rows, side="right"), strict=True):
-        numbers.setdefault(origin.paths[file], []).append(str(row - int(ends[file]) + file_rows[file] + 1))
+    for row, file in zip(rows, np.searchsorted(starts, rows, side="right") - 1, strict=True):
+        numbers.setdefault(reading.origin.paths[file], []).append(str(row - int(starts[file]) + 1))
     return "; ".join(f"row {', '.join(some)} of {path}" for path, some in numbers.items())
