@@ -484,7 +484,7 @@ def test_predict_with_what_is_no_finished_run(predict, finished, tmp_path):
     )
     shutil.copytree(finished[0], tmp_path / "begun", ignore=shutil.ignore_patterns("summary.json"))
     assert predict("--input", path, "--run", tmp_path / "begun") == (
-        f"--run: {tmp_path}/begun is not finished; type its training command again to finish it"
+        f"--run: {tmp_path}/begun is not finished; run its training command again to finish it"
     )
 
 

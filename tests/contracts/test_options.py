@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from trainer.config import loading as options
 from trainer.config import schema as config
 from trainer.config.loading import option_names
-from trainer.config.schema import GROUPS, NOT_IDENTITY, Source
+from trainer.config.schema import CHANGEABLE_OPTIONS, GROUPS, Source
 
 PAGE = ROOT / "docs" / "options.md"
 
@@ -41,7 +41,7 @@ def test_options_are_exactly_these():
 
 def test_each_option_has_help():
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    text = " ".join(options._parser().format_help().split())
+    text = " ".join(options._build_parser().format_help().split())
     for group, kind in GROUPS.items():
         for item in dataclasses.fields(kind):
             key = f"--{group}.{item.name}"
@@ -82,9 +82,9 @@ A split is a path, or a path with settings of its own:
 
 
 def render_page():
-    may_change = ", ".join(f"`{group}.{name}`" for group in GROUPS for name in sorted(NOT_IDENTITY.get(group, ())))
+    changeable = [f"`{group}.{name}`" for group, names in CHANGEABLE_OPTIONS.items() for name in sorted(names)]
     parts = [
-        INTRODUCTION.format(may_change=may_change),
+        INTRODUCTION.format(may_change=", ".join(changeable)),
         *(render_group(f"`{group}`", kind) for group, kind in GROUPS.items()),
     ]
     return "".join([*parts, render_group("`data.train`, `data.validation`, `data.test`", Source, SPLIT_FORM)])

@@ -49,7 +49,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         UserError: every problem found, one line each.
         SystemExit: after `--help`.
     """
-    parser = _parser()
+    parser = _build_parser()
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         raise SystemExit(0)
@@ -98,7 +98,7 @@ def load_finished_run(folder: Path, name: str | None = None, revision: str | Non
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--run: {folder} is not a run folder (no config.yaml)")
     if not (folder / "summary.json").is_file():
-        raise UserError(f"--run: {folder} is not finished; type its training command again to finish it")
+        raise UserError(f"--run: {folder} is not finished; run its training command again to finish it")
     try:
         labels = json.loads((folder / "adapter" / "labels.json").read_text(encoding="utf-8"))
         label_names = [str(label) for label in labels]
@@ -111,7 +111,7 @@ def load_finished_run(folder: Path, name: str | None = None, revision: str | Non
 
 
 @functools.cache
-def _parser() -> jsonargparse.ArgumentParser:
+def _build_parser() -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="run.py",

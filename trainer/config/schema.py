@@ -268,7 +268,7 @@ GROUPS: dict[str, Any] = {
 SPLITS = ("data.train", "data.validation", "data.test")
 # Options that may change when a run resumes: none of them changes an example, a gradient or a score. The paths and the
 # format of data files are here because the content of the data is compared instead (data/corpus.py).
-NOT_IDENTITY = {
+CHANGEABLE_OPTIONS = {
     "run": {"name", "output_dir", "resume", "quiet"},
     "data": {"train", "validation", "test", "delimiter", "encoding", "quoting"},
     "batch": {"max_tokens", "eval_max_tokens"},
@@ -291,7 +291,7 @@ def identity(config: Config) -> dict[str, dict[str, Any]]:
     """Returns the options that change the result. Two runs are the same if these are equal."""
     groups = as_dict(config)
     return {
-        group: {name: value for name, value in values.items() if name not in NOT_IDENTITY.get(group, set())}
+        group: {name: value for name, value in values.items() if name not in CHANGEABLE_OPTIONS.get(group, set())}
         for group, values in groups.items()
     }
 
