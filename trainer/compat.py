@@ -111,9 +111,9 @@ def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep memory that is freed for what is asked for next; up to 2 GiB, and glibc alone can.
+    """Lets glibc keep up to 2 GiB of freed memory for the next tensors; other C libraries are left alone.
 
-    From the kernel it would come back page by page and set to zero, which takes a twentieth of a step on a CPU.
+    The kernel would give it back page by page, filled with zeros. That takes 5 % of a step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
@@ -121,13 +121,13 @@ def keep_freed_memory() -> None:
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array on the device; the host does not wait until a GPU has taken it."""
+    """The array on the device. The host does not wait until a GPU has copied it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def on_host(tensor: torch.Tensor) -> Callable[[], list[float]]:
-    """What gives the numbers [n]; the host waits for a GPU when it calls this, and no longer than for these."""
+    """A function that returns the numbers [n]. It waits for a GPU when called, and only for these numbers."""
     if tensor.device.type != "cuda":
         return tensor.tolist
     copy, copied = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -142,7 +142,7 @@ def on_host(tensor: torch.Tensor) -> Callable[[], list[float]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: on the device, or of this process on a CPU."""
+    """Most memory held so far: on a GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
