@@ -1,7 +1,7 @@
 """The check before step 1: training computes the function that evaluation computes, and no example changes another.
 
-Always holds: a model that passes gives an example the same logits in training (with nothing dropped) and in evaluation,
-alone and in a batch, padded and packed. The check runs in fp32 on a twin of the model and changes no weight.
+Always holds: a model that passes gives an example the same logits alone and in a batch, padded and packed, and in
+training with nothing dropped. The check runs in fp32 on a twin of the model and changes no weight.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _Trial:
         if padding.left:
             self.keys.sites = dict.fromkeys(self.keys.sites)
         if not is_same(self.logits_in_training(rows, padding.left), alone):
-            raise Refused("in training it computes other logits than in evaluation, though nothing is dropped")
+            raise Refused("with nothing dropped, its logits in training differ from those in evaluation")
         packs = why_not_packed(self.model) is not None or is_same(self.packed_logits(rows), alone)
         return dataclasses.replace(padding, packs=packs)
 

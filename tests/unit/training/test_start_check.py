@@ -92,7 +92,7 @@ class Raising(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (Noisy, "in training it computes other logits than in evaluation"),
+        (Noisy, "its logits in training differ from those in evaluation"),
         (Mixing, "the logits of an example depend on the other examples"),
         (lambda inner: Raising(), "cannot compute an example: an error of two lines"),
     ],
