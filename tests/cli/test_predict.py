@@ -185,7 +185,7 @@ def test_neither_the_run_nor_its_data_is_written_over(run, labelled, tmp_path, f
     folder = tmp_path / "folder.csv"
     folder.mkdir()
     each = {
-        run / "metrics.jsonl": "lies in the run's folder",
+        run / "metrics.jsonl": "is in the run's folder",
         fault_data / "train.csv": "is data of the run",
         folder: "cannot be written",
     }

@@ -17,9 +17,10 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from tests.conftest import ROOT, WORDS, topic_rows, write_csv
 from trainer.config.loading import parse_config
+from trainer.config.prediction import Copy, Options
 from trainer.errors import UserError
 from trainer.export import export
-from trainer.predict import Copy, Options, predict
+from trainer.predict import predict
 from trainer.training.pipeline import train_and_report
 
 OLD, NEW = 40 * "a", 40 * "b"

@@ -31,7 +31,6 @@ PENDING: tuple[str, ...] = (
     "trainer/launcher.py",
     "trainer/packed/forward.py",
     "trainer/packed/projections.py",
-    "trainer/predict.py",
     "trainer/reporting/tracking.py",
     "trainer/run.py",
     "trainer/training/loop.py",

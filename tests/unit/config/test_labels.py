@@ -11,12 +11,20 @@ import pytest
 
 from tests.conftest import write_csv
 from trainer.config.labels import label_text, look_alikes, match_labels
+from trainer.config.prediction import Options
 from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source
 from trainer.data.corpus import id_columns, load_corpus, load_for_prediction
 from trainer.errors import UserError
-from trainer.predict import Options, _id_column, _refuse_other_classes, _rendered, _summary, labels_to_write, main
+from trainer.predict import main
 from trainer.tasks.single_label import TASK, example_weights, prediction_columns
 from trainer.tasks.task import metric_value
+from trainer.training.prediction import (
+    check_label_names,
+    choose_id_column,
+    choose_labels,
+    read_summary,
+    render_predictions,
+)
 from trainer.training.setup import _check_names
 
 
@@ -154,9 +162,11 @@ def submission(folder, config, classes, values, output="x.csv", **options):
     """The labels that a prediction of each class in turn is written as, and the line that says what they are."""
     summary = {} if values is None else {"label_values": values}
     asked = Options(str(folder), "input.csv", output, layout="contest", **options)
-    labels, told = labels_to_write(asked, config, summary, classes)
+    labels, told = choose_labels(asked, config, summary, classes)
     columns = prediction_columns(np.eye(len(labels)) * 9, classes)
-    text = _rendered(asked, [str(i) for i in range(len(labels))], columns, dict(zip(classes, labels, strict=True)))
+    text = render_predictions(
+        asked, [str(i) for i in range(len(labels))], columns, dict(zip(classes, labels, strict=True))
+    )
     return text, told
 
 
@@ -216,8 +226,8 @@ def test_a_mapping_to_no_class_of_the_run_is_refused(names):
         "--label_names: 'sports' is not a class of the run; classes: 'World', 'Sports', 'Business', 'Tech'; 'sports', "
     )
     with pytest.raises(UserError, match=re.escape(f"{told}'Sports' differ only in case")):
-        _refuse_other_classes(Source("x.csv", label_names=names), FOUR)
-    _refuse_other_classes(Source("x.csv", label_names=FOUR[:2]), FOUR)
+        check_label_names(Source("x.csv", label_names=names), FOUR)
+    check_label_names(Source("x.csv", label_names=FOUR[:2]), FOUR)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +261,7 @@ def test_truth_values_of_a_run_of_an_earlier_version(tmp_path):
 def test_a_summary_that_is_damaged(tmp_path, content):
     (tmp_path / "summary.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"summary\.json cannot be read"):
-        _summary(tmp_path)
+        read_summary(tmp_path)
 
 
 def test_whole_numbers_are_numbers_in_jsonl(tmp_path):
@@ -340,12 +350,12 @@ def test_the_column_of_ids_is_found(tmp_path, header, found):
     path = tmp_path / "x.csv"
     path.write_text(f"{header}\n{','.join('abc'[: header.count(',') + 1])}\n")
     assert id_columns(Source(str(path)), DataConfig(train="x")) == found
-    column, told = _id_column(Options("r", "i", "o"), found)
+    column, told = choose_id_column(Options("r", "i", "o"), found)
     assert column == (found[0] if len(found) == 1 else None)
     assert told == {0: "holds the row, counted from 0", 1: f"holds column {found[:1]} of the input"}.get(
         len(found), "holds the row, counted from 0, since 'id', 'ID' could hold ids (see --id_column)"
     ).replace("[", "").replace("]", "")
-    assert _id_column(Options("r", "i", "o", id_column=""), found)[0] is None
+    assert choose_id_column(Options("r", "i", "o", id_column=""), found)[0] is None
     assert id_columns(Source(str(path)), DataConfig(train="x", text_columns=["ID"], label_column="id")) == [
         column for column in found if column == " Id "
     ]
@@ -516,8 +526,8 @@ def test_class_names_that_a_file_stores_and_a_submission(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("text_columns", "body", "--text_columns: 'body' is no list; write [body]"),
-        ("column_names", "id,text", "--column_names: 'id,text' is no list; write [id,text]"),
+        ("text_columns", "body", "--text_columns: 'body' is not a list; write [body]"),
+        ("column_names", "id,text", "--column_names: 'id,text' is not a list; write [id,text]"),
         ("layout", "kaggle", "--layout: Expected a typing.Literal['full', 'contest']. Got value: kaggle"),
     ],
 )

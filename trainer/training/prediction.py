@@ -1,0 +1,176 @@
+"""A finished run scores a file: predictions of every row, in the order of the rows.
+
+Always holds: each row is scored exactly once on any number of processes. By default this computes in fp32 on the
+backbone's original weights, so the numbers equal those of plain PEFT.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.labels import describe_look_alikes, is_number, match_labels, quoted
+from trainer.config.loading import parse_label_names
+from trainer.config.prediction import Options
+from trainer.config.schema import Config, Source, resolve
+from trainer.data.corpus import id_columns, load_for_prediction
+from trainer.data.tokens import Examples, tokenise
+from trainer.distributed.session import choose_precision, join_processes
+from trainer.errors import UserError
+from trainer.files import write_atomic
+from trainer.model.adapter import find_trained_backbone, load_trained_model
+from trainer.model.backbone import Backbone, silence_libraries
+from trainer.model.build import COMPUTE_TYPES
+from trainer.packed.forward import PackedForward, PaddedForward, Padding, why_not_packed
+from trainer.tasks import TASKS
+from trainer.tasks.task import measure
+from trainer.training.scoring import predictions_csv, score_split
+
+HEADERS = {"full": ("id", "prediction"), "contest": ("ID", "Label")}
+"""by layout: the columns of ids and of predictions"""
+
+
+def predict_file(options: Options, config: Config, label_names: list[str]) -> None:
+    """Scores the input, writes the output and, if the input has labels, prints its metrics.
+
+    Args:
+        options: checked by predict.py.
+        config: of the run.
+        label_names: of the run, [C].
+
+    Raises:
+        UserError: the input cannot be read or holds unknown labels, or the backbone is not that of the run.
+    """
+    silence_libraries()
+    run, task, source = Path(options.run), TASKS[config.task.type], source_of(options)
+    check_label_names(source, label_names)
+    summary = read_summary(run)
+    labels, about_labels = choose_labels(options, config, summary, label_names)
+    found = id_columns(source, config.data) if options.id_column is None else []
+    id_column, about_ids = choose_id_column(options, found)
+    split, ids, warnings = load_for_prediction(
+        source, config.data, task, label_names, id_column, options.ignore_labels, options.quiet
+    )
+    backbone = find_trained_backbone(run, config.model, label_names)
+    examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
+    padding = Padding(**summary.get("padding", {}))
+    may_pack = config.model.packed is not False and padding.packs
+    logits, is_main_process = _score(options, backbone, examples, padding, may_pack, len(label_names))
+    assert len(ids) == len(split) == len(logits), "a row was lost"
+    if not is_main_process:
+        return
+    columns = task.prediction_columns(logits, label_names)
+    text = render_predictions(options, ids, columns, dict(zip(label_names, labels, strict=True)))
+    write_atomic(Path(options.output), text)
+    if not options.quiet:
+        id_field, label_field = HEADERS[options.layout]
+        lines = [f"{len(ids)} predictions: {options.output}", f"{id_field} {about_ids}; {label_field} {about_labels}"]
+        print(*(f"warning: {line}" for line in warnings), *lines, sep="\n", file=sys.stderr)
+    if split.labels is not None:
+        print(json.dumps(measure(task, logits, split.labels, label_names), indent=2, ensure_ascii=False))
+
+
+def _score(
+    options: Options, backbone: Backbone, examples: Examples, padding: Padding, may_pack: bool, num_labels: int
+) -> tuple[np.ndarray, bool]:
+    """Scores the examples on all processes; returns the logits [N, C], and whether this is the main process."""
+    precision = choose_precision(options.precision)
+    same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
+    with join_processes(precision, same) as (accelerator, _):
+        model = load_trained_model(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
+        model.to(accelerator.device)
+        logits = score_split(
+            PackedForward(model, None) if may_pack and why_not_packed(model) is None else PaddedForward(model, padding),
+            examples,
+            accelerator,
+            max_tokens=options.max_tokens,
+            pad_token_id=backbone.tokenizer.pad_token_id,
+            num_labels=num_labels,
+            progress=None if options.quiet or not accelerator.is_main_process else "predicting",
+        )
+        return logits, accelerator.is_main_process
+
+
+def source_of(options: Options) -> Source:
+    """How to read the input; null fields are the run's."""
+    return Source(
+        path=options.input,
+        column_names=options.column_names,
+        delimiter=options.delimiter,
+        encoding=options.encoding,
+        quoting=options.quoting,
+        text_columns=options.text_columns,
+        text_pair_columns=options.text_pair_columns,
+        label_column=options.label_column,
+        label_names=parse_label_names(options.label_names) if options.label_names is not None else None,
+    )
+
+
+def check_label_names(source: Source, label_names: list[str]) -> None:
+    """Refuses `--label_names` that name no class of the run."""
+    given = source.label_names or ()
+    for name in given.values() if isinstance(given, dict) else given:
+        if not match_labels([name], label_names):
+            hint = describe_look_alikes(name, label_names)
+            raise UserError(f"--label_names: {name!r} is not a class of the run; classes: {quoted(label_names)}{hint}")
+
+
+def choose_id_column(options: Options, found: list[str]) -> tuple[str | None, str]:
+    """The column of the ids, None for the row's number; and a sentence about it."""
+    if options.id_column is not None:
+        found = [options.id_column] if options.id_column else []
+    if len(found) == 1:
+        return found[0], f"holds column {found[0]!r} of the input"
+    several = f", since {quoted(found)} could hold ids (see --id_column)" if found else ""
+    return None, f"holds the row, counted from 0{several}"
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    try:
+        return dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--run: {run}: summary.json cannot be read: {error}") from None
+
+
+def choose_labels(
+    options: Options, config: Config, summary: dict[str, Any], label_names: list[str]
+) -> tuple[list[str], str]:
+    """The label that the output holds for each class [C], and a sentence about them."""
+    if options.layout == "full":
+        return label_names, "holds the names of the classes"
+    configured = resolve(config.data.train or "", config.data).label_names
+    mappings: list[tuple[str, Any]] = [
+        ("--label_names", source_of(options).label_names),
+        ("the training data", summary.get("label_values")),
+        ("data.label_names", configured),  # a run of an earlier version has no other record
+    ]
+    if configured is None or all(map(is_number, label_names)):
+        mappings.append(("the training data", {name: name for name in label_names}))
+    return TASKS[config.task.type].contest_labels(mappings, label_names)
+
+
+def render_predictions(options: Options, ids: list[str], columns: dict[str, list[Any]], labels: dict[str, Any]) -> str:
+    """The text of the output.
+
+    Args:
+        options: layout and type of the output.
+        ids: [N].
+        columns: the task's, of N values each.
+        labels: {class name: what a contest's file holds for it}.
+    """
+    table: dict[str, list[Any]] = {"id": ids, **columns}
+    in_json = options.output.lower().endswith(".jsonl")
+    if options.layout == "contest":
+        if in_json and all(re.fullmatch("0|-?[1-9][0-9]*", label) for label in labels.values()):
+            labels = {name: int(label) for name, label in labels.items()}
+        table = {"ID": ids, "Label": [labels.get(name, name) for name in columns["prediction"]]}
+    if not in_json:
+        return predictions_csv(table)
+    rows = (dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True))
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
