@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Roberta
 from trainer.batching.plan import Plan, collate
 from trainer.distributed.session import choose_precision
 from trainer.dropout import sites as dropout
+from trainer.dropout.masks import dropped
 from trainer.model.backbone import silence_libraries
 from trainer.model.build import COMPUTE_TYPES, set_precision
 from trainer.training.setup import CPU_TOKENS
@@ -153,7 +154,10 @@ def draw(keys, examples, plan, steps):
         lengths = examples.lengths[part.ids]
         with keys.micro_batch(steps[0], part.ids, lengths):
             for (caller, _), site in keys.sites.items():
-                keys.drop(one.expand(len(lengths), *site.shape(int(lengths.max()))), P, caller)
+                longest = int(lengths.max())
+                shapes = {"tokens": (longest, site.width), "attention": (site.width, longest, longest)}
+                x = one.expand(len(lengths), *shapes.get(site.kind, (site.width,)))
+                dropped(x, keys.mask(x, P, caller))
 
 
 def quartiles(ratios):

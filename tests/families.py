@@ -24,7 +24,8 @@ if __name__ == "__main__":
 from trainer.data.tokens import Examples
 from trainer.errors import UserError
 from trainer.model.peft_options import add_adapter
-from trainer.packed.forward import PaddedForward, why_not_packed
+from trainer.packed.families import why_not_packed
+from trainer.packed.forward import PaddedForward
 from trainer.training.scoring import score_split
 from trainer.training.start_check import check_start
 

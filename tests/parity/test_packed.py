@@ -9,17 +9,25 @@ import pytest
 import torch
 from peft import TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig, XLMRobertaConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from tests.unit.model.test_build import METHODS
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
 from trainer.model.build import set_precision
-from trainer.packed import attention
+from trainer.packed import attention, families
 from trainer.packed import forward as packed
 from trainer.packed import projections as products
 from trainer.packed.attention import group_sizes, lay_out
-from trainer.packed.forward import PackedForward, PaddedForward, why_not_packed
+from trainer.packed.families import why_not_packed
+from trainer.packed.forward import PackedForward, PaddedForward
 
 PAD = 1
 FAMILIES = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
@@ -132,6 +140,18 @@ def test_packed_is_padded_is_one_by_one(family, p, segments):
     assert (difference(padded, expected) > 1e-3) == (p > 0), "dropout did not drop"
 
 
+def test_a_new_family_is_one_entry(monkeypatch):
+    """ELECTRA has BERT's layers, and a head that reads the first token."""
+    like_bert = families.Family(lambda config: 0, lambda model, first_tokens: model.classifier(first_tokens))
+    monkeypatch.setitem(FAMILIES, "electra", ElectraConfig)
+    model, keys = build("electra", embedding_size=SIZE["hidden_size"])
+    assert "electra is not among" in why_not_packed(model)
+    monkeypatch.setitem(families.FAMILIES, ElectraForSequenceClassification, like_bert)
+    assert why_not_packed(model) is None
+    expected = results(PaddedForward(model), keys, segments=True)
+    assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"], segments=True)) < 1e-12
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_peft_method(method):
     model, keys = build(method=method.split(" ")[0], options=METHODS[method])
@@ -153,21 +173,21 @@ def test_whatever_lora_is_put_on(options):
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="a CPU without bf16 instructions")
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 32), (7, 33), (2304, 768)])
-def test_a_weight_laid_out_for_the_processor_gives_the_same_products(outputs, inputs):
+def test_a_prepacked_weight_gives_the_same_products(outputs, inputs):
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in [(outputs, inputs), (outputs,)])
-    laid_out, plain = products.FrozenWeight(weight, bias, trains=True), products.FrozenWeight(weight, bias, False)
+    prepacked, plain = products.FrozenWeight(weight, bias, trains=True), products.FrozenWeight(weight, bias, False)
     plain._forward = None
-    assert laid_out._forward is not None
+    assert prepacked._forward is not None
     for rows in (1, 5, 300):
         x, gradient = (torch.randn(rows, n, generator=generator).bfloat16() for n in (inputs, outputs))
         for found, expected in [
-            (laid_out.product(x), plain.product(x)),
-            (laid_out.back(gradient), plain.back(gradient)),
+            (prepacked.multiply(x), plain.multiply(x)),
+            (prepacked.multiply_back(gradient), plain.multiply_back(gradient)),
         ]:
             assert found.shape == expected.shape
             assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
-        assert torch.equal(laid_out.product(x[:, None])[:, 0], laid_out.product(x))
+        assert torch.equal(prepacked.multiply(x[:, None])[:, 0], prepacked.multiply(x))
 
 
 def projections(forward):

@@ -108,7 +108,7 @@ class Masks:
         self._thresholds = (rates + uniform) >> 48  # [S, B], 0 to 256
 
     def keep(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
-        """`Mask.keep` of site `number`, to be asked for once.
+        """`Mask.keep` of site `number`; a second call for the same draws it again.
 
         Args:
             number: of the site.

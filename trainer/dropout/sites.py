@@ -1,8 +1,8 @@
-"""Dropout whose masks are a pure function of (seed, step, example id, site).
+"""Keyed dropout in a model: where the model drops, and which example and site each mask is for.
 
 Always holds: one process or eight, resumed or not, padded or packed, drop the same units of an example. A *site* is one
-dropout call of the forward, counted in the order of execution; `install` finds them by one forward over two dummy
-examples and puts our dropout in the place of the model's own. What a site drops is drawn in masks.py.
+dropout call of the forward, counted in the order of execution. `install` replaces the model's own dropout. It finds the
+sites by one forward over two dummy examples. The masks themselves are drawn in masks.py.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from trainer.compat import TorchDispatchMode, can_replace_sdpa, replace_sdpa
 from trainer.dropout.masks import Mask, Masks, Site, dropped, unkeyed_mask
 
 ATTENTION = "isotrain"
-# Keywords that change what SDPA attention computes and that `keyed_attention` passes through without keying dropout.
+# With these keywords of SDPA attention `keyed_attention` leaves the work to transformers, dropout included.
 UNKEYED = {*inspect.signature(sdpa_attention_forward).parameters, "softcap"} - {
     "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "position_bias", "kwargs",
 }  # fmt: skip
-PROBE_BATCH, PROBE_LENGTH = 2, 11  # the length is the least
-# What a site drops, by which of the axes behind the example's are as long as the example.
+PROBE_BATCH, PROBE_LENGTH = 2, 11  # the length at least
+# The kind of a site, by which axes are as long as the example; the first axis, of the examples, is left out.
 KINDS = {(False,): "pooled", (True, False): "tokens", (False, True, True): "attention"}
 
 
 class DropoutKeys:
-    """The masks of the micro-batch at hand. One for a model; the only mutable state of this module."""
+    """The masks of the current micro-batch. One object per model; the only mutable state of this module."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.sites: dict[tuple[Hashable, int], Site | None] = {}
-        """by who calls and the number of its call, in order of execution; None: its shape shows no example or token"""
+        """by calling module and the number of its call, in order of execution; None: the shape has no known kind"""
         self.unreached: list[str] = []
-        """random operations of the forward that are not ours"""
+        """random operations of the forward that stay the model's own"""
         self.skips_layers = False
         """whether a step may leave a layer without gradient"""
-        self._probe_length: int | None = None  # while sites are recorded
+        self._probe_length: int | None = None  # set while sites are recorded
         self._drops_nothing = False
         self._calls: Counter[Hashable] = Counter()
         self._numbers: dict[tuple[Hashable, int], int] = {}
@@ -56,7 +56,7 @@ class DropoutKeys:
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
-        """Inside, the model's forward over these examples [B] drops their units."""
+        """Inside, the model's forward is over these examples, [B], and drops their units."""
         global _current
         self._micro_batch = (step, ids, lengths)
         self._calls.clear()
@@ -67,24 +67,21 @@ class DropoutKeys:
             _current = None
             self._masks = None
 
-    def drop(self, x: torch.Tensor, p: float, caller: Hashable) -> torch.Tensor:
-        """Drops units of `x` with probability p and scales the others by 1 / (1 - p); `x` and `caller` as in `mask`."""
-        return dropped(x, self.mask(x, p, caller))
-
     def mask(self, x: torch.Tensor, p: float, caller: Hashable, first: int = 0) -> Mask | None:
         """Which units of `x` to drop; None while sites are recorded.
 
         Args:
-            x: a unit of the site, for examples on the first axis; or for tokens end to end, [T, width]. Of an example
-                it may have more than its units (padding) or only the first ones along each axis.
-                Only its shape and device matter.
+            x: a tensor with the examples on its first axis, or the tokens end to end, [T, width]. An example may have
+                padding, or only its first units along an axis. Only shape and device matter.
             p: probability.
-            caller: whose call this is: the module.
-            first: number of the first example of `x` in the micro-batch; after 0, calls go on with the same site.
+            caller: the calling module.
+            first: number of the first example of `x` in the micro-batch. With another number than 0 the call belongs
+                to the site of the call before it.
         """
         if self._drops_nothing:
             return None
-        key = self._call_of(caller, first)
+        self._calls[caller] += first == 0
+        key = caller, self._calls[caller]
         if self._probe_length is not None:
             self.sites[key] = _site_of(x.shape, p, self._probe_length)
             return None if self.sites[key] is not None else unkeyed_mask(x, p)
@@ -94,10 +91,6 @@ class DropoutKeys:
         assert p == site.p, "dropout has changed since the sites were recorded"
         masks = self._masks_on(x.device)
         return Mask(masks.keep(self._numbers[key], tuple(x.shape), first), 1 / (1 - p))
-
-    def _call_of(self, caller: Hashable, first: int) -> tuple[Hashable, int]:
-        self._calls[caller] += first == 0
-        return caller, self._calls[caller]
 
     def _masks_on(self, device: torch.device) -> Masks:
         """The masks of the micro-batch."""
@@ -110,7 +103,7 @@ class DropoutKeys:
 
     @contextlib.contextmanager
     def dropping_nothing(self) -> Iterator[None]:
-        """Inside, a forward in training mode computes as with dropout, but drops no unit: neither ours nor torch's."""
+        """Inside, a forward in training mode drops nothing, neither by keys nor by torch."""
         global _current
         self._drops_nothing, _current = True, self
         try:
@@ -121,7 +114,7 @@ class DropoutKeys:
 
     @contextlib.contextmanager
     def recording(self, length: int) -> Iterator[None]:
-        """Inside, the model's forward over examples of this length tells its sites and drops nothing."""
+        """Inside, a forward over examples of this length records the model's sites and drops nothing."""
         global _current
         self.sites, self.unreached = {}, []
         self._calls.clear()
@@ -137,7 +130,7 @@ _current: DropoutKeys | None = None
 
 
 class _DropAdd(torch.autograd.Function):
-    """`residual`, to which `x` with units dropped and the others scaled is added."""
+    """residual + dropout(x)"""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -150,7 +143,7 @@ class _DropAdd(torch.autograd.Function):
 
 
 class KeyedDropout(nn.Module):
-    """Stands where an `nn.Dropout` stood. Outside of a keyed micro-batch its units are torch's choice."""
+    """Replaces an `nn.Dropout`. Outside of a keyed micro-batch it drops as torch does."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -166,18 +159,14 @@ class KeyedDropout(nn.Module):
         return x + residual if mask is None else _DropAdd.apply(x, residual, mask)
 
     def mask(self, x: torch.Tensor) -> Mask | None:
-        """Which units of `x` to drop; None where none is."""
+        """Which units of `x` to drop; None for no unit."""
         if not self.training or self.p == 0:
             return None
         return _current.mask(x, self.p, self) if _current is not None else unkeyed_mask(x, self.p)
 
-    def extra_repr(self) -> str:
-        """Shown in `print(model)`."""
-        return f"p={self.p}"
-
 
 def install(model: nn.Module, seed: int) -> DropoutKeys:
-    """Puts keyed dropout in place of the model's own: modules, PEFT's, and inside attention.
+    """Replaces the model's own dropout by keyed dropout: in its modules, in PEFT's and in attention.
 
     Args:
         model: transformers model for sequence classification, perhaps PEFT-wrapped; changed in place.
@@ -202,7 +191,7 @@ def install(model: nn.Module, seed: int) -> DropoutKeys:
 
 
 def twin_of(model: nn.Module) -> Any:
-    """The same model with modules of its own around the same parameters: a trial forward may change its modules."""
+    """A copy of the model that shares its parameters, for a trial forward that may change modules."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, shared | {id(buffer): buffer.clone() for buffer in model.buffers()})
 
@@ -210,18 +199,18 @@ def twin_of(model: nn.Module) -> Any:
 def _use_keyed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION, keyed_attention)
     AttentionMaskInterface.register(ATTENTION, _whole_mask)
-    # A family without transformers' attention interface keeps its own attention, whose dropout is a module; the probe
-    # tells whether that was reached. One that chose another attention than SDPA has features that SDPA lacks.
+    # A family without transformers' attention interface keeps its own attention. Its dropout may be a module; the probe
+    # finds out. A family that chose another attention needs features that SDPA lacks.
     if can_replace_sdpa(model):
         model.set_attn_implementation(ATTENTION)
-        for module in model.modules():  # the layers that PEFT's layer_replication adds have configurations of their own
+        for module in model.modules():  # layers of PEFT's layer_replication have their own configurations
             config = getattr(module, "config", None)
             if isinstance(config, PretrainedConfig):
                 replace_sdpa(config, ATTENTION)
 
 
 def _whole_mask(**facts: Any) -> Any:
-    """transformers' mask, also where it masks nothing: it would be read to see that, and a GPU waited for."""
+    """transformers' mask, also where nothing is masked: to find that out, the host would wait for a GPU."""
     return sdpa_mask(**{**facts, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
@@ -236,24 +225,13 @@ def keyed_attention(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention with keyed dropout on its probabilities, as transformers' attention interface wants it.
+    """Attention with keyed dropout on its probabilities, for transformers' attention interface.
 
-    Without dropout, for causal models, and with keywords of SDPA attention that it does not know, it is transformers'
-    own SDPA attention.
+    It calls transformers' own SDPA attention without dropout, for causal models, and with keywords in UNKEYED.
 
-    Args:
-        module: the attention layer that calls.
-        query: [B, heads, L, head size]; key and value likewise.
-        key: see query.
-        value: see query.
-        attention_mask: bool [B, 1, L, L], True where attended; or numbers to add to the scores; or None.
-        dropout: probability, 0 in evaluation.
-        scaling: factor on the scores; None = 1 / sqrt(head size).
-        position_bias: added to the scores (T5), [1 or B, heads, L, L].
-        kwargs: what SDPA attention takes besides.
-
-    Returns:
-        [B, L, heads, head size], and None for the probabilities.
+    `query`, `key` and `value` are [B, heads, L, head size]. `attention_mask` is bool [B, 1, L, L], True where attended.
+    Other numbers are added to the scores, as `position_bias` is (T5). Returns [B, L, heads, head size], and None for
+    the probabilities.
     """
     unkeyed = any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNKEYED)
     causal = getattr(module, "is_causal", False)
@@ -269,11 +247,12 @@ def keyed_attention(
         scores = scores + position_bias
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         scores = scores + attention_mask
-    elif attention_mask is not None:  # added, for filling in every head costs more; the exponential is 0 as well
+    elif attention_mask is not None:  # adding is cheaper than to fill in every head; the exponential is 0 too
         unattended = torch.zeros_like(attention_mask, dtype=scores.dtype)
         scores += unattended.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
     shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    attended = _current.drop(shares.to(value.dtype), dropout, module)
+    shares = shares.to(value.dtype)
+    attended = dropped(shares, _current.mask(shares, dropout, module))
     return torch.matmul(attended, value).transpose(1, 2).contiguous(), None
 
 
@@ -285,7 +264,7 @@ def _site_of(shape: torch.Size, p: float, length: int) -> Site | None:
 
 
 def _probe(model: nn.Module, keys: DropoutKeys, config: PretrainedConfig) -> None:
-    """Fills `keys.sites` by one forward of a twin in training mode over dummy examples; no random state changes."""
+    """Fills `keys.sites` by one forward of a twin over dummy examples; leaves torch's random state alone."""
     device = next(model.parameters()).device
     length = _probe_length(model, config)
     ids = torch.ones(PROBE_BATCH, length, dtype=torch.long, device=device)
@@ -299,14 +278,14 @@ def _probe(model: nn.Module, keys: DropoutKeys, config: PretrainedConfig) -> Non
 
 
 def _probe_length(model: nn.Module, config: PretrainedConfig) -> int:
-    """A length that nothing else of the model has, so that an axis as long as the example is known for one."""
+    """A length that no size of the model equals, so that an axis of this length is the example's."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     sizes.update(value for value in config.to_dict().values() if isinstance(value, int))
     return next(length for length in itertools.count(PROBE_LENGTH) if length not in sizes)
 
 
 class _NoDropout(TorchFunctionMode):
-    """Turns off torch's own dropout, as modules, functions and in SDPA, the choice of layers to skip, and noise."""
+    """Turns off what else is random in a forward: torch's dropout, the choice of layers to skip, and noise."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -323,7 +302,7 @@ class _NoDropout(TorchFunctionMode):
 
 
 class _RandomOperations(TorchDispatchMode):
-    """Notes each random operation that runs inside."""
+    """Collects the names of the random operations that run inside."""
 
     def __init__(self, found: list[str]) -> None:
         super().__init__()

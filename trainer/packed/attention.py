@@ -1,8 +1,8 @@
-"""Attention among the tokens of each example, where the examples of a micro-batch lie end to end on one token axis.
+"""Attention within each example, where the examples of a micro-batch lie end to end on one token axis.
 
-Examples of like length attend together, as a *group*, padded for that to the longest of them and for nothing else.
-Products, dropout and the way there and back are one function, whose gradient is written out: torch's own attention for
-packed examples (varlen_attn, flex_attention) has no dropout.
+Always holds: no token attends to a token of another example, or to padding. Examples of similar length form a *group*.
+A group is padded to its longest example, for attention alone. The gradient is written out here, since torch's own
+attention for packed examples (varlen_attn, flex_attention) has no dropout.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from trainer.compat import on_device, softmax, softmax_backward
 from trainer.dropout.masks import Mask, dropped, masked
 
-# What one more group costs beside its scores, in scores: some twenty operations more are started in each layer. A GPU
-# computes far more scores in the time that this takes. The CPU's is the fastest of some in steps of roberta-base.
+# The cost of one more group, in scores: each layer starts some twenty operations more. The CPU's value was the fastest
+# of a few in steps of roberta-base. A GPU computes far more scores in the time of these operations.
 GROUP_COST, GROUP_COST_ON_GPU = 2**18, 2**24
 
 
@@ -32,17 +32,17 @@ class Group:
     size: int
     """G"""
     longest: int
-    """tokens, N"""
+    """tokens of the longest example, N"""
     bias: torch.Tensor
-    """added to the scores: 0, or minus infinity where a key is padding; [G * heads, 1, N]"""
+    """added to the scores: minus infinity where a key is padding, else 0; [G * heads, 1, N]"""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The way from rows of the tokens, in whatever parts, to the places of the groups one after another, and back."""
+    """Where rows of the token axis lie in the padded groups, and the way back."""
 
     take: torch.Tensor
-    """row at each place, int64; at a place of padding the row behind the last, or any"""
+    """row at each place of the groups, int64; at padding any row, or the one behind the last"""
     back: torch.Tensor
     """place of each row, int64"""
 
@@ -57,42 +57,34 @@ class Layout:
     starts: torch.Tensor
     """first token of each example, int64 [B]"""
     positions: torch.Tensor
-    """place of each token within its example, int64 [T]"""
+    """position of each token in its example, int64 [T]"""
     num_heads: int
-    homes: torch.Tensor
-    """of each token, the places before its group, G, N, the number of its example in the group, and its position in
-    the example; int64 [T, 5]"""
+    addresses: torch.Tensor
+    """for each token: places before its group, G, N, its example's number in the group, and its position; [T, 5]"""
     tokens: torch.Tensor
-    """the token at each place, T where it is padding; int64 [places]"""
+    """the token at each place of the groups, T at padding; int64 [places]"""
 
     @cached_property
     def projected(self) -> Rows:
-        """[T, 3, heads, D], of queries, keys and values, to [3, G, heads, N, D] of each group; padding takes any."""
+        """Queries, keys and values: [T, 3, heads, D] to [3, G, heads, N, D] of each group; padding takes any row."""
         return _rows(self, 3, self.num_heads)
 
     @cached_property
     def attended(self) -> Rows:
-        """[T, heads, D] to [G, heads, N, D]; padding takes the row behind the last, to be 0."""
+        """[T, heads, D] to [G, heads, N, D] of each group; padding takes the row behind the last, which is 0."""
         return _rows(self, 1, self.num_heads, any_for_padding=False)
 
     @cached_property
     def whole(self) -> Rows:
-        """[T, W] to [G, N, W]; padding takes any."""
+        """[T, W] to [G, N, W] of each group; padding takes any row."""
         return _rows(self, 1, 1)
 
 
 def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype) -> Layout:
-    """The layout of examples of these lengths [B], on the device.
-
-    Args:
-        lengths: tokens of each example.
-        num_heads: of attention.
-        device: where the tokens are.
-        dtype: that of the scores.
-    """
+    """The layout of examples of these lengths [B]; `dtype` is that of the scores."""
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
-    groups, tokens, homes = [], [], []
+    groups, tokens, addresses = [], [], []
     first, num_places = 0, 0
     cost = GROUP_COST if device.type == "cpu" else GROUP_COST_ON_GPU
     for size in group_sizes(lengths, cost / num_heads):
@@ -100,24 +92,24 @@ def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: to
         width = int(own.max())
         real = np.arange(width) < own[:, None]
         tokens.append(np.where(real, starts[first : first + size, None] + np.arange(width), num_tokens))
-        homes.append(np.stack(np.broadcast_arrays(num_places, size, width, np.arange(size)), axis=-1))
+        addresses.append(np.stack(np.broadcast_arrays(num_places, size, width, np.arange(size)), axis=-1))
         bias = on_device(np.where(real, np.float32(0), np.float32(-np.inf)), device).to(dtype)
         groups.append(Group(first, size, width, bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
         first, num_places = first + size, num_places + size * width
-    of_tokens = np.column_stack([np.repeat(np.concatenate(homes), lengths, axis=0), positions])
+    addresses_of_tokens = np.repeat(np.concatenate(addresses), lengths, axis=0)
     return Layout(
         lengths=np.ascontiguousarray(lengths),
         groups=tuple(groups),
         starts=on_device(starts, device),
         positions=on_device(positions, device),
         num_heads=num_heads,
-        homes=on_device(of_tokens, device),
+        addresses=on_device(np.column_stack([addresses_of_tokens, positions]), device),
         tokens=on_device(np.concatenate([each.ravel() for each in tokens]), device),
     )
 
 
 def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
-    """How many examples attend together, group by group, so that padding and groups cost the least in all.
+    """How many examples each group takes, so that padding and groups together cost the least.
 
     Example: lengths [9, 8, 3, 3] -> [2, 2] for cost 40, [4] for cost 200   (162 + 18 + 2 * 40, or 324 + 200 for one)
 
@@ -125,7 +117,7 @@ def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
         lengths: tokens of each example, [B]; best in descending order.
         cost: of a group, in scores of one head.
     """
-    if len(lengths) * int(lengths.max()) ** 2 <= cost:  # a second group would not pay, whatever it saved
+    if len(lengths) * int(lengths.max()) ** 2 <= cost:  # a second group costs more than it can save
         return [len(lengths)]
     ends = np.append(np.flatnonzero(np.diff(lengths)) + 1, len(lengths))  # examples of one length stay together
     starts, runs = np.append(0, ends[:-1]), lengths[ends - 1]
@@ -143,18 +135,18 @@ def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
 
 
 def _rows(layout: Layout, components: int, num_heads: int, any_for_padding: bool = True) -> Rows:
-    """From [T, C, heads] to [C, G, heads, N] of each group; made on the device, for they are more than tokens.
+    """From [T, C, heads] to [C, G, heads, N] of each group. Computed on the device: they are many more than tokens.
 
     Args:
         layout: of the tokens.
         components: C.
         num_heads: of attention.
-        any_for_padding: where padding is, take some row; else that behind the last.
+        any_for_padding: padding takes any row; else the one behind the last.
     """
     groups, device = layout.groups, layout.tokens.device
     component = torch.arange(components, device=device)[:, None]
     head = torch.arange(num_heads, device=device)
-    before, size, longest, example, position = layout.homes[:, :, None, None].unbind(1)
+    before, size, longest, example, position = layout.addresses[:, :, None, None].unbind(1)
     block = (before * components + component * size * longest) * num_heads
     back = block + (example * num_heads + head) * longest + position
     num_rows = back.numel()
@@ -168,30 +160,24 @@ def _rows(layout: Layout, components: int, num_heads: int, any_for_padding: bool
 
 @dataclass(frozen=True)
 class Attention:
-    """How the tokens of a layout attend to one another."""
+    """Attention of one layer in one micro-batch. The hidden size H is heads times D."""
 
     layout: Layout
-    num_heads: int
-    """H = heads D"""
     scaling: float
     """factor on the scores"""
     draw: Callable[[torch.Tensor, int], Mask | None]
-    """gives dropout's mask, if any, of shares [G, heads, queries, N] and the number of their first example"""
+    """dropout's mask of shares [G, heads, queries, N], or None; also takes the number of their first example"""
 
     def of_all(self, projected: torch.Tensor) -> torch.Tensor:
-        """What each token attends to, [T, H].
-
-        Args:
-            projected: query, key and value of every token, [T, 3 H].
-        """
+        """The output of every token, [T, H], from its query, key and value, [T, 3 H]."""
         attended: torch.Tensor = _Attention.apply(projected, self)
         return attended
 
     def of_first(self, query: torch.Tensor, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """What the first token of each example attends to, [B, 1, H], without any token's key or value.
+        """The output of the first token of each example, [B, 1, H], without any token's key or value.
 
-        A score is query . (key x) = (query key) . x, and a sum of shares times (value x) is value times that of shares
-        times x: so the two weights are read once for each example in place of each token.
+        A score is query . (key x) = (query key) . x. The sum of shares times (value x) is value times the sum of shares
+        times x. So the two weights multiply once per example and not once per token.
 
         Args:
             query: of the first tokens, [B, 1, H].
@@ -199,15 +185,16 @@ class Attention:
             key: weight that makes a key of x, [H, W].
             value: weight that makes a value of x, [H, W].
         """
-        per_head = (self.num_heads, -1, x.shape[-1])
-        asked = query.view(len(query), self.num_heads, -1).transpose(0, 1).bmm(key.view(per_head)).transpose(0, 1)
+        num_heads = self.layout.num_heads
+        per_head = (num_heads, -1, x.shape[-1])
+        asked = query.view(len(query), num_heads, -1).transpose(0, 1).bmm(key.view(per_head)).transpose(0, 1)
         sums, begin = [], 0
         gathered = _Gather.apply(x, self.layout.whole)
         for group in self.layout.groups:
             own = gathered[begin : begin + group.size * group.longest].view(group.size, group.longest, -1)
             asking = asked[group.first : group.first + group.size]
-            unread = group.bias.view(group.size, self.num_heads, -1)
-            shares = _softmax(torch.baddbmm(unread, asking, own.transpose(1, 2), alpha=self.scaling)).unsqueeze(2)
+            bias = group.bias.view(group.size, num_heads, -1)
+            shares = _softmax(torch.baddbmm(bias, asking, own.transpose(1, 2), alpha=self.scaling)).unsqueeze(2)
             sums.append(dropped(shares, self.draw(shares, group.first)).squeeze(2).bmm(own))
             begin += group.size * group.longest
         attended = torch.cat(sums).transpose(0, 1).bmm(value.view(per_head).transpose(1, 2))
@@ -219,16 +206,16 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, projected: torch.Tensor, how: Attention) -> torch.Tensor:
-        layout, num_heads = how.layout, how.num_heads
+        layout, num_heads = how.layout, how.layout.num_heads
         gathered = projected.reshape(-1, projected.shape[-1] // 3 // num_heads).index_select(0, layout.projected.take)
         outputs = torch.empty_like(gathered[: len(gathered) // 3])
         kept, masks = [], []
-        for group, q, k, v, output in _by_group(layout, num_heads, gathered, outputs):
+        for group, q, k, v, output in _by_group(layout, gathered, outputs):
             shares = _softmax(torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=how.scaling))
             mask = how.draw(shares.unflatten(0, (group.size, num_heads)), group.first)
             if mask is not None:
                 mask = Mask(mask.keep.flatten(0, 1), mask.scale)
-            _product_into(output, masked(shares, mask), v, _scale(mask))
+            _multiply_into(output, masked(shares, mask), v, _scale(mask))
             kept.append(shares)
             masks.append(mask)
         ctx.save_for_backward(gathered, *kept)
@@ -238,28 +225,28 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         gathered, *kept = ctx.saved_tensors
-        layout, num_heads, size = ctx.how.layout, ctx.how.num_heads, gathered.shape[-1]
+        layout, size = ctx.how.layout, gathered.shape[-1]
         with_zeros = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # for queries of padding
-        of_outputs = with_zeros.view(-1, size).index_select(0, layout.attended.take)
-        of_gathered = torch.empty_like(gathered)
-        inputs = _by_group(layout, num_heads, gathered, of_outputs)
-        results = _by_group(layout, num_heads, of_gathered, of_outputs)
+        grad_outputs = with_zeros.view(-1, size).index_select(0, layout.attended.take)
+        grad_gathered = torch.empty_like(gathered)
+        inputs = _by_group(layout, gathered, grad_outputs)
+        results = _by_group(layout, grad_gathered, grad_outputs)
         each = zip(inputs, results, kept, ctx.masks, strict=True)
-        for (_, q, k, v, of_output), (_, of_q, of_k, of_v, _), shares, mask in each:
-            _product_into(of_v, masked(shares, mask).transpose(1, 2), of_output, _scale(mask))
-            of_shares = torch.empty_like(shares)
-            _product_into(of_shares, of_output, v.transpose(1, 2), _scale(mask) * ctx.how.scaling)
-            of_scores = softmax_backward(masked(of_shares, mask), shares)
-            _product_into(of_q, of_scores, k)
-            _product_into(of_k, of_scores.transpose(1, 2), q)
-        return of_gathered.index_select(0, layout.projected.back).view(len(gradient), -1), None
+        for (_, q, k, v, grad_output), (_, grad_q, grad_k, grad_v, _), shares, mask in each:
+            _multiply_into(grad_v, masked(shares, mask).transpose(1, 2), grad_output, _scale(mask))
+            grad_shares = torch.empty_like(shares)
+            _multiply_into(grad_shares, grad_output, v.transpose(1, 2), _scale(mask) * ctx.how.scaling)
+            grad_scores = softmax_backward(masked(grad_shares, mask), shares)
+            _multiply_into(grad_q, grad_scores, k)
+            _multiply_into(grad_k, grad_scores.transpose(1, 2), q)
+        return grad_gathered.index_select(0, layout.projected.back).view(len(gradient), -1), None
 
 
 def _by_group(
-    layout: Layout, num_heads: int, gathered: torch.Tensor, outputs: torch.Tensor
+    layout: Layout, gathered: torch.Tensor, outputs: torch.Tensor
 ) -> Iterator[tuple[Group, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Each group with its part of the inputs and of the outputs: q, k, v and output, [G * heads, N, D] each."""
-    before = 0
+    before, num_heads = 0, layout.num_heads
     for group in layout.groups:
         span = slice(before, before + group.size * num_heads * group.longest)
         q, k, v = gathered[3 * span.start : 3 * span.stop].view(3, group.size * num_heads, group.longest, -1).unbind()
@@ -268,7 +255,7 @@ def _by_group(
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of x at the places of the groups. What reads those of padding gives them no gradient."""
+    """The rows of x at the places of the groups. Those at padding have no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -281,13 +268,13 @@ class _Gather(torch.autograd.Function):
 
 
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Over the last axis, in the type of the scores but computed in at least fp32."""
-    if scores.device.type != "cpu":  # this one does so by itself; a CPU's takes longer for it
+    """Over the last axis, in the type of the scores, computed in at least fp32."""
+    if scores.device.type != "cpu":  # computes in fp32 by itself; the CPU's is slower at that
         return softmax(scores)
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
-def _product_into(output: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> None:
+def _multiply_into(output: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> None:
     output.baddbmm_(one, other, beta=0, alpha=scale)
 
 

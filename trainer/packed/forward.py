@@ -1,10 +1,8 @@
-"""The forward of BERT and RoBERTa without padding: the examples of a micro-batch end to end on one token axis [T, H].
+"""The forward without padding: the examples of a micro-batch end to end on one token axis [T, H].
 
 Always holds: logits and gradients are those of the model's own forward over the padded examples, dropout included, up
-to rounding. The model's own modules compute, PEFT's wrappers among them, but for frozen products
-(projections.py) and attention (attention.py). What nothing reads is left out: the last layer
-queries, and feeds forward, for each example's first token alone, since the head reads no other; where it may, it makes
-no keys and values either.
+to rounding. The model's own modules compute, PEFT's wrappers too. Only frozen products (projections.py) and attention
+(attention.py) are ours. The head reads the first token of each example. So the last layer computes no other token.
 
 Unpadding before the embeddings follows ModernBERT (Warner et al., arXiv 2412.13663).
 """
@@ -18,15 +16,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from transformers import BertForSequenceClassification, RobertaForSequenceClassification
-from transformers import XLMRobertaForSequenceClassification as XLMRoberta
 
 from trainer.dropout.masks import Mask
 from trainer.dropout.sites import DropoutKeys, KeyedDropout
 from trainer.packed.attention import Attention, Layout, lay_out
+from trainer.packed.families import FAMILIES
 from trainer.packed.projections import Projection, is_joinable, widened
-
-ROBERTA = (RobertaForSequenceClassification, XLMRoberta)
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Padding:
     one_length: bool = False
     """examples of one length only, since this model's logits depend on padding"""
     packs: bool = True
-    """packed examples give the same logits, where `why_not_packed` knows of no reason"""
+    """packed examples have the same logits, where `why_not_packed` knows of no reason"""
 
 
 class Forward(Protocol):
@@ -66,34 +61,17 @@ class PaddedForward:
         return self.model(**inputs).logits
 
 
-def why_not_packed(model: PeftModel) -> str | None:
-    """Why this model needs its own, padded forward; None where `PackedForward` can take its place."""
-    backbone = model.get_base_model()
-    config: Any = backbone.config
-    if type(backbone) not in (BertForSequenceClassification, *ROBERTA):
-        return f"{config.model_type} is not among bert, roberta, xlm-roberta"
-    if config.is_decoder or config.add_cross_attention:
-        return "this backbone is a decoder"
-    if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        return f"its positions are {config.position_embedding_type}"
-    return None
-
-
 class PackedForward:
     """Logits of packed examples, by the modules of a model for which `why_not_packed` is None."""
 
     packed, padding = True, Padding()
 
     def __init__(self, model: PeftModel, keys: DropoutKeys | None) -> None:
-        """`keys`: what `dropout.install` gave for the model; None for a model that never trains."""
+        """`keys`: of the model's dropout, from `install`; None for a model that never trains."""
         self.model = model
-        self._keys = keys
         classifier: Any = model.get_base_model()
-        self._classifier, self._encoder = classifier, classifier.base_model
-        self._dtype = classifier.dtype
-        # positions of RoBERTa start behind the padding id
-        self._first_position = classifier.config.pad_token_id + 1 if type(classifier) in ROBERTA else 0
-        layers = self._encoder.encoder.layer
+        self._classifier, self._family = classifier, FAMILIES[type(classifier)]
+        layers = classifier.base_model.encoder.layer
         self._layers = [_Layer(layer, layer is layers[-1], keys) for layer in layers]
 
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
@@ -103,33 +81,27 @@ class PackedForward:
             inputs: input_ids and, where segments are told apart, token_type_ids; int64 [T] each.
             lengths: tokens of each example, on the host, int64 [B]; best in descending order.
         """
-        layout = self._lay_out(lengths, inputs["input_ids"].device)
+        device, model = inputs["input_ids"].device, self._classifier
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+        layout = lay_out(lengths, model.config.num_attention_heads, device, dtype)
         x = self._embed(inputs, layout)
         for layer in self._layers:
             x = layer(x, layout)
-        head = self._classifier
-        if type(head) in ROBERTA:
-            logits: torch.Tensor = head.classifier(x)
-        else:
-            logits = head.classifier(head.dropout(self._encoder.pooler(x)))
-        return logits
-
-    def _lay_out(self, lengths: np.ndarray, device: torch.device) -> Layout:
-        computes_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self._dtype
-        return lay_out(lengths, self._classifier.config.num_attention_heads, device, computes_in)
+        return self._family.classify(model, x)
 
     def _embed(self, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
         """[T, H]"""
-        embeddings, ids = self._encoder.embeddings, inputs["input_ids"]
+        embeddings, ids = self._classifier.base_model.embeddings, inputs["input_ids"]
         segments = inputs.get("token_type_ids", torch.zeros_like(ids[:1]))
+        positions = layout.positions + self._family.first_position(self._classifier.config)
         x = embeddings.word_embeddings(ids) + embeddings.token_type_embeddings(segments)
-        x = x + embeddings.position_embeddings(layout.positions + self._first_position)
+        x = x + embeddings.position_embeddings(positions)
         hidden: torch.Tensor = embeddings.dropout(embeddings.LayerNorm(x))
         return hidden
 
 
 class _Layer:
-    """One layer; the last one gives the first token of each example."""
+    """One layer. The last one computes the first token of each example alone."""
 
     def __init__(self, layer: Any, last: bool, keys: DropoutKeys | None) -> None:
         """`keys` draw the masks of attention."""
@@ -140,7 +112,7 @@ class _Layer:
         self.intermediate, self.output = layer.intermediate, layer.output
         query, key, value = self.attention.query, self.attention.key, self.attention.value
         self.last, self.keys = last, keys
-        # whether a key and a value need not be made of each token, see Attention.of_first
+        # whether keys and values need not be computed, see Attention.of_first
         self.reads_first = last and all(map(is_joinable, (query, key, value)))
         trains = keys is not None
         self.projection = Projection(query, *(() if self.reads_first else (key, value)), trains=trains)
@@ -150,14 +122,13 @@ class _Layer:
 
     def __call__(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """[T, H] -> [T, H], or [B, 1, H] of the last layer."""
-        attention = self.attention
-        attend = Attention(layout, attention.num_attention_heads, attention.scaling, self._draw)
+        attention = Attention(layout, self.attention.scaling, self._draw)
         first = x[layout.starts].unsqueeze(1) if self.last else x
         if self.reads_first:
-            wide, (key, value) = widened(x, (attention.key, attention.value))
-            attended = attend.of_first(self.projection(first), wide, key, value)
+            wide, (key, value) = widened(x, (self.attention.key, self.attention.value))
+            attended = attention.of_first(self.projection(first), wide, key, value)
         else:
-            attended = attend.of_all(self.projection(x))
+            attended = attention.of_all(self.projection(x))
             attended = attended[layout.starts].unsqueeze(1) if self.last else attended
         x = _add_and_norm(self.attention_output, self.join(attended), first)
         return _add_and_norm(self.output, self.down(self.intermediate.intermediate_act_fn(self.up(x))), x)

@@ -1,7 +1,7 @@
-"""Products with frozen weights, and LoRA beside them: all modules that read the same input in one product.
+"""Products with frozen weights and LoRA: all linear modules of one input in a single product.
 
-Always holds: outputs and gradients are those of the modules one by one, up to rounding. The gradients are written out,
-so that a frozen weight can be kept as the processor wants it and no product is computed that nothing reads.
+Always holds: outputs and gradients are those of the modules one by one, up to rounding. The gradients are written out.
+So a frozen weight can be prepacked for the processor, and no product is computed that nothing reads.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from trainer.compat import has_fast_bf16, has_reordered_weights, reorder_weight,
 from trainer.dropout.masks import Mask, masked
 from trainer.dropout.sites import KeyedDropout
 
-LAID_OUT_FOR = 1024  # rows of a product; oneDNN's layout is the same for most numbers
+PREPACKED_FOR = 1024  # rows of a product; oneDNN packs alike for most numbers
 
 
 class FrozenWeight:
     """A weight [O, H] and its bias [O] that never change.
 
-    On a CPU with bf16 instructions also as oneDNN lays a weight out for them, for each direction: else it would do so
-    in every product, which costs a tenth of its time. The price is the weight's memory once more for each.
+    On a CPU with bf16 instructions it is also prepacked by oneDNN, once for each direction. Otherwise oneDNN would pack
+    it in every product, which costs a tenth of the time. The price is the weight's memory once more for each.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, trains: bool) -> None:
-        """`trains`: whether `back` is called."""
+        """`trains`: whether `multiply_back` is called."""
         self.weight, self.bias = weight, bias
         self._forward = self._back = None
-        if _has_layout_of_its_own(weight):
-            self._forward = reorder_weight(weight, LAID_OUT_FOR)
+        if _can_prepack(weight):
+            self._forward = reorder_weight(weight, PREPACKED_FOR)
             if trains:
-                self._back = reorder_weight(weight.t().contiguous(), LAID_OUT_FOR)
+                self._back = reorder_weight(weight.t().contiguous(), PREPACKED_FOR)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x weight^T + bias: [..., H] -> [..., O]."""
         if self._forward is None:
             return nn.functional.linear(x, self.weight, self.bias)
         return reordered_linear(x, self._forward, self.bias)
 
-    def back(self, gradient: torch.Tensor) -> torch.Tensor:
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
         """gradient weight: [..., O] -> [..., H]."""
         if self._back is None:
             return gradient @ self.weight
         return reordered_linear(gradient, self._back, None)
 
 
-def _has_layout_of_its_own(weight: torch.Tensor) -> bool:
+def _can_prepack(weight: torch.Tensor) -> bool:
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return has_reordered_weights and has_fast_bf16()
 
 
 class Projection:
-    """Linear modules of one input in a single product: frozen ones, with plain LoRA or without; others one by one.
+    """Linear modules of one input in a single product, where all are joinable; others run one by one.
 
-    The frozen weights become parts of one tensor, [outputs of all, H], so that they take no more memory than before.
+    The frozen weights become parts of one tensor, [outputs of all, H]. They take no more memory than before.
     """
 
     def __init__(self, *modules: Any, trains: bool) -> None:
@@ -98,16 +98,15 @@ class Projection:
 
 
 def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """x beside what the adapters' A make of it and ones; and for each module the weight with which that is its output.
-
-    So each module is one product, bias and adapter included.
+    """Turns each module into a single product, bias and adapter included.
 
     Args:
         x: [..., H].
         modules: joinable ones.
 
     Returns:
-        [..., W], W a multiple of 8; and [O, W] for each module, whose output is x weight^T.
+        x with the adapters' A x and ones beside it, [..., W]; W is a multiple of 8. And a weight [O, W] for each
+        module, whose output is the product of the two.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(_base(modules[0]).weight.dtype)
@@ -132,7 +131,7 @@ def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list
 
 
 def is_joinable(module: Any) -> bool:
-    """Whether a module is a frozen linear one, with plain LoRA or without."""
+    """Whether a module is linear and frozen, with plain LoRA or without."""
     linear = _base(module)
     if type(linear) is not nn.Linear or linear.bias is None or any(p.requires_grad for p in linear.parameters()):
         return False
@@ -153,11 +152,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, frozen: FrozenWeight) -> torch.Tensor:
         ctx.frozen = frozen
-        return frozen.product(x)
+        return frozen.multiply(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.frozen.back(gradient), None
+        return ctx.frozen.multiply_back(gradient), None
 
 
 @dataclass(frozen=True)
@@ -172,14 +171,14 @@ class _Part:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x weight^T + bias; to the outputs of each part is added: x, its units dropped, times A^T B^T times the scale."""
+    """x weight^T + bias. Each part adds scale * dropout(x) A^T B^T to its outputs."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, frozen: FrozenWeight, parts: Sequence[_Part], *weights: torch.Tensor
     ) -> torch.Tensor:
         """`weights`: A [R, H] and B [outputs of the part, R] of each part."""
-        output = frozen.product(x)
+        output = frozen.multiply(x)
         flat, cast, lows = output.flatten(0, -2), [weight.to(x.dtype) for weight in weights], []
         for part, a, b in zip(parts, cast[::2], cast[1::2], strict=True):
             low = masked(x, part.mask).flatten(0, -2) @ a.t()
@@ -193,12 +192,12 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         cast, lows = saved[: 2 * len(ctx.parts)], saved[2 * len(ctx.parts) :]
-        of_x = ctx.frozen.back(gradient) if ctx.needs_input_grad[0] else None
-        of_weights = []
+        grad_x = ctx.frozen.multiply_back(gradient) if ctx.needs_input_grad[0] else None
+        grad_weights = []
         for part, a, b, low in zip(ctx.parts, cast[::2], cast[1::2], lows, strict=True):
             own = gradient.flatten(0, -2)[:, part.outputs]
-            of_low = (own @ b).mul_(part.scale)
-            of_weights += [of_low.t() @ masked(x, part.mask).flatten(0, -2), (low.t() @ own).t().mul_(part.scale)]
-            if of_x is not None:
-                of_x += masked((of_low @ a).view_as(x), part.mask)
-        return of_x, None, None, *(of.to(dtype) for of, dtype in zip(of_weights, ctx.dtypes, strict=True))
+            grad_low = (own @ b).mul_(part.scale)
+            grad_weights += [grad_low.t() @ masked(x, part.mask).flatten(0, -2), (low.t() @ own).t().mul_(part.scale)]
+            if grad_x is not None:
+                grad_x += masked((grad_low @ a).view_as(x), part.mask)
+        return grad_x, None, None, *(grad.to(dtype) for grad, dtype in zip(grad_weights, ctx.dtypes, strict=True))

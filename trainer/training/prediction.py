@@ -26,7 +26,8 @@ from trainer.files import write_atomic
 from trainer.model.adapter import find_trained_backbone, load_trained_model
 from trainer.model.backbone import Backbone, silence_libraries
 from trainer.model.build import COMPUTE_TYPES
-from trainer.packed.forward import PackedForward, PaddedForward, Padding, why_not_packed
+from trainer.packed.families import why_not_packed
+from trainer.packed.forward import PackedForward, PaddedForward, Padding
 from trainer.tasks import TASKS
 from trainer.tasks.task import measure
 from trainer.training.scoring import predictions_csv, score_split

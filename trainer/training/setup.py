@@ -27,7 +27,8 @@ from trainer.model.adapter import SavedAdapter, read_adapter
 from trainer.model.backbone import FP32_ONLY_FAMILIES, Backbone, find_backbone
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
 from trainer.model.identity import Identity, check_same_backbone
-from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding, why_not_packed
+from trainer.packed.families import why_not_packed
+from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import TASKS
 from trainer.training.optim import build_optimizer

@@ -21,7 +21,8 @@ from trainer.data.corpus import TextSplit
 from trainer.data.tokens import Examples
 from trainer.dropout.sites import DropoutKeys, install, twin_of
 from trainer.errors import UserError, one_line
-from trainer.packed.forward import PackedForward, Padding, why_not_packed
+from trainer.packed.families import why_not_packed
+from trainer.packed.forward import PackedForward, Padding
 
 MIN_TOKENS, MAX_TOKENS = 16, 512
 """limits of the longer example's length"""

@@ -393,7 +393,7 @@ def keep_masks(p, num_examples, step=0, seed=SEED, num_sites=1, width=500):
     keys.sites = {("caller", 1 + call): Site("pooled", width, p) for call in range(num_sites)}
     ones = torch.ones(num_examples, width)
     with keys.micro_batch(step, np.arange(num_examples), np.full(num_examples, 4)):
-        return torch.stack([keys.drop(ones, p, "caller") != 0 for _ in range(num_sites)]).numpy()
+        return torch.stack([masks.dropped(ones, keys.mask(ones, p, "caller")) != 0 for _ in range(num_sites)]).numpy()
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.999])
@@ -421,7 +421,8 @@ def test_the_expectation_is_kept(p):
     keys.sites = {("caller", 1): Site("tokens", 32, p)}
     x = torch.linspace(0.5, 1.5, 20 * 32, dtype=torch.float64).reshape(20, 32)
     with keys.micro_batch(0, np.arange(3000), np.full(3000, 20)):
-        dropped = keys.drop(x.expand(3000, 20, 32), p, "caller")
+        many = x.expand(3000, 20, 32)
+        dropped = masks.dropped(many, keys.mask(many, p, "caller"))
     values = dropped[dropped != 0] / x.expand(3000, 20, 32)[dropped != 0]
     assert torch.allclose(values, torch.full_like(values, 1 / (1 - p)))
     spread = np.sqrt(p / (1 - p) / 3000)
