@@ -381,6 +381,31 @@ def stopped(arguments, in_flight):
         return saved, type(error).__name__
 
 
+def reads(arguments):
+    """How often the host reads a tensor while it enqueues two steps, and while it asks whether one is void.
+
+    On a GPU the host would wait for each of them.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from trainer.training.step import train_step
+
+    class Reads(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+            self.number += function.overloadpacket.__name__ == "_local_scalar_dense"
+            return function(*arguments, **(settings or {}))
+
+    run = build(arguments)
+    with Reads() as enqueued:
+        first = train_step(run, 0, run.plan.micro_batches(0, 0, 1))
+        train_step(run, 1, run.plan.micro_batches(1, 0, 1), first)
+    with Reads() as asking:
+        assert not bool(first.last)
+    return enqueued.number, asking.number
+
+
 # --- a whole run, and scoring -----------------------------------------------------------------------------------------
 
 

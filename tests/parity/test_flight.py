@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.parity.ranks import flights, looped, on_ranks, stopped, whole_run
+from tests.parity.ranks import flights, looped, on_ranks, reads, stopped, whole_run
 
 SETTINGS = ("--batch.size", "20", "--batch.max_tokens", "60")
 SAYS = {
@@ -43,6 +43,11 @@ def test_one_that_is_not_told_counts(parity_arguments):
     arguments = arguments_of(parity_arguments, "adamw")
     for [(_, untouched, _), (_, parameters, _), _] in on_ranks(1, flights, arguments, "loss", 0, False):
         assert np.abs(parameters - untouched).max() > 1e-3
+
+
+def test_the_host_enqueues_a_step_without_reading_a_tensor(parity_arguments):
+    """The numbers of a step are read once, by `result_of`, when the next step is enqueued."""
+    assert on_ranks(1, reads, arguments_of(parity_arguments, "adamw")) == [(0, 1)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
