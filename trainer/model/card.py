@@ -19,8 +19,12 @@ def model_card(
     front = {"library_name": "peft", "pipeline_tag": "text-classification"}
     if backbone.commit:  # the hub accepts no local folder as a base model
         front["base_model"] = backbone.path
-    scored = [(split, summary[split]) for split in ("validation", "test") if split in summary]
-    rows = "".join(f"| {s} | {m['accuracy']:.4f} | {m['f1_macro']:.4f} | {m['num_examples']} |\n" for s, m in scored)
+    scored = [(split, dict(summary[split])) for split in ("validation", "test") if split in summary]
+    scores = "".join(
+        f"- {split}, {numbers.pop('num_examples')} examples: "
+        f"{', '.join(f'{name} {value:.4f}' for name, value in numbers.items())}\n"
+        for split, numbers in scored
+    )
     names = "\n".join(f"    {i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(label_names))
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
@@ -31,9 +35,7 @@ A {config.peft.peft_type} adapter and classification head, trained by Isotrain: 
 trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]}. `backbone/identity.json` names the
 backbone, with its commit on the hub and the SHA-256 of its files.
 
-| split | accuracy | macro F1 | examples |
-|---|---|---|---|
-{rows}
+{scores}
 Classes by number (also in labels.json):
 
 {names}

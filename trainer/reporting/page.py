@@ -138,13 +138,15 @@ def read_split(folder: Path) -> Split:
 def find_confident_errors(path: Path) -> list[dict[str, str]]:
     """Finds the wrong predictions with the highest confidence in predictions.csv, at most NUM_ERRORS.
 
-    Ties keep the order of the file. Returns no rows if the file does not exist.
+    Ties keep the order of the file. Returns no rows if there is no file, or if its task has no confidence.
 
     Raises:
         UserError: a column is missing or a confidence is not a number.
     """
     rows = _read_csv(path)
     header = next(rows, [])
+    if "prediction" in header and "confidence" not in header:
+        return []
     named_rows = (dict(zip(header, row, strict=False)) for row in rows)
     try:
         wrong = (row for row in named_rows if row["label"] != row["prediction"])
