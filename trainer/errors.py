@@ -24,7 +24,7 @@ class UserError(Exception):
     """A mistake that the user can fix: one or two lines, printed without a traceback; exit code 2."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Returns a library's error message on one line."""
     return " ".join(str(error).split())[:240] or type(error).__name__
 

@@ -27,7 +27,6 @@ PENDING: tuple[str, ...] = (
     "trainer/data/rows.py",
     "trainer/data/sources.py",
     "trainer/launcher.py",
-    "trainer/reporting/tracking.py",
     "trainer/run.py",
     "trainer/training/loop.py",
     "trainer/training/pipeline.py",

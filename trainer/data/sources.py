@@ -300,7 +300,7 @@ def _find_hub(name: str, source: ResolvedSource) -> Origin:
     try:
         table = datasets.load_dataset(f"{owner}/{repository}", *settings, split=split or name)
     except Exception as error:  # its loaders raise anything
-        option, reason = option_name(name), one_line(error.__cause__ or error)[:160]  # type: ignore[arg-type]
+        option, reason = option_name(name), one_line(error.__cause__ or error)[:160]
         raise UserError(
             f"{option}: {source.path!r} was not found as a local file, in the cache, or on the hub ({reason})\n"
             f"Use local files: --{option.removeprefix('--')} FILE.csv (csv, tsv, json, jsonl, parquet), "

@@ -1,7 +1,7 @@
-"""What a run tells while it goes: numbers to Accelerate's trackers and metrics.jsonl, lines and a bar to the console.
+"""Logs a run: numbers to Accelerate's trackers and metrics.jsonl, lines and a progress bar to the console.
 
-Always holds: metrics.jsonl has each step's numbers once, also after a resume; a tracker that fails is named once and
-never stops a run or another tracker.
+metrics.jsonl has the numbers of each step once, also after a resume. A tracker that fails is named once, and stops
+neither the run nor another tracker.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import numpy.typing as npt
 from tqdm import tqdm
 
-from trainer.errors import bar_settings
+from trainer.errors import bar_settings, one_line
 from trainer.files import write_atomic, writing
 
 PROJECT = "isotrain"
-"""project or experiment of a tracker that has such, unless its own environment variable names another"""
-GIVE_UP = 3
-"""failures in a row after which a tracker is left out: each may wait minutes for a server"""
-# How a tracker names its run, so that a later start can continue it.
+"""project or experiment in a tracker, unless the tracker's environment variable names another"""
+MAX_FAILURES = 3
+"""failures in a row after which a tracker is skipped, because each may wait minutes for a server"""
+# The id of a tracker's run, with which a later start can resume it.
 _RUN_IDS: dict[str, Callable[[Any], str]] = {
     "wandb": lambda run: run.id,
     "mlflow": lambda run: run.info.run_id,
@@ -37,10 +37,10 @@ _RUN_IDS: dict[str, Callable[[Any], str]] = {
 
 
 class RunLog:
-    """The numbers of one run, written by the main process only; on the other ranks every method does nothing.
+    """The log of one run, written by the main process. On other ranks every method does nothing.
 
-    `open` starts it at a step, `close` ends it. Between them `scalars` adds a line to metrics.jsonl and the same values
-    to the trackers; `say` prints a line above the progress bar.
+    Call `open` first and `close` last. `scalars` writes to metrics.jsonl and the trackers. `say` prints
+    above the progress bar.
     """
 
     def __init__(self, folder: Path, is_main: bool, quiet: bool) -> None:
@@ -54,158 +54,149 @@ class RunLog:
     def open(
         self, backends: Sequence[str], step: int, evaluated_step: int, total_steps: int, config: Mapping[str, Any]
     ) -> None:
-        """Starts at `step`: what an interrupted run wrote beyond it is dropped, so no step stands twice."""
+        """Starts at `step`. Drops what an interrupted run logged after it, so that no step is logged twice."""
         if not self.is_main:
             return
         kept = keep_steps(self.folder / "metrics.jsonl", step, evaluated_step)
-        # an evaluation of this very step may be in the trackers and is to come again: the step is voided and rewritten
+        # an evaluation of this step may be in the trackers and will be repeated, so the step is dropped and rewritten
         first = step if evaluated_step < step else step + 1
         for name in dict.fromkeys(backends):
-            self._guarded(name, self._start_tracker, name, first, config)
+            self._call_safely(name, self._start_tracker, name, first, config)
         text = "".join(f"    {line}\n" for line in json.dumps(config, indent=2, ensure_ascii=False).splitlines())
-        self._with_tensorboard(lambda board: board.add_text("config", text, first))
-        boards = [tracker for tracker in self._trackers if tracker.name == "tensorboard"]  # others void nothing
+        self._write_tensorboard(lambda board: board.add_text("config", text, first))
+        boards = [tracker for tracker in self._trackers if tracker.name == "tensorboard"]  # only it can drop steps
         for line in kept:
             if line["step"] >= first:
                 self._log({tag: value for tag, value in line.items() if "/" in tag}, line["step"], boards)
-        self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            desc="training",
-            unit="step",
-            disable=self.quiet,
-            **bar_settings(),
-        )
+        bar = {"total": total_steps, "initial": step, "desc": "training", "unit": "step", "disable": self.quiet}
+        self._bar = tqdm(**bar, **bar_settings())
 
     def scalars(self, values: Mapping[str, float], step: int, epoch: float) -> None:
-        """Adds values, tagged as `group/name`, at a step."""
+        """Logs the values of a step, by tag `group/name`."""
         if not self.is_main:
             return
-        self._record(values, step, epoch)
+        self._append_record(values, step, epoch)
         self._log(values, step, self._trackers)
 
     def confusion_matrix(self, tag: str, counts: npt.NDArray[Any], label_names: Sequence[str], step: int) -> None:
-        """Adds the confusion matrix as a figure to TensorBoard."""
+        """Adds a confusion matrix to TensorBoard as a figure."""
 
         def draw(board: Any) -> None:
-            from trainer.reporting.figures import (
-                confusion_matrix_figure,  # matplotlib can wait until the first step is done
-            )
+            from trainer.reporting.figures import confusion_matrix_figure  # imports matplotlib after the first step
 
             board.add_figure(tag, confusion_matrix_figure(counts, label_names), step)
 
-        self._with_tensorboard(draw)
+        self._write_tensorboard(draw)
 
     def finals(
         self, config: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float], step: int, epoch: float
     ) -> None:
-        """Adds the final metrics (`final/...`), in TensorBoard's table of runs beside the flattened configuration.
+        """Logs the final metrics (`final/...`). TensorBoard also gets the configuration, for its table of runs.
 
-        Trackers get them one step behind the last: where the run is killed before its end, the next start voids them.
+        Trackers get them one step after the last. If the run is killed before its end, the next start drops them.
         """
         if not self.is_main:
             return
-        self._record(metrics, step, epoch)
-        plain = _plain(config)
+        self._append_record(metrics, step, epoch)
 
         def add(board: Any) -> None:
             from torch.utils.tensorboard.summary import hparams
 
-            # what SummaryWriter.add_hparams does, but in the same file: TensorBoard reads files in the order of the
-            # times in their names, so that a second one would come first where the clock has been set back
-            for summary in hparams(plain, dict(metrics)):
+            # like SummaryWriter.add_hparams, but without its second file: TensorBoard sorts files by the time in their
+            # names, and the second would come first if the clock has been set back
+            for summary in hparams(_flatten(config), dict(metrics)):
                 board.file_writer.add_summary(summary, step + 1)
             for tag, value in metrics.items():
                 board.add_scalar(tag, value, step + 1)
 
-        self._with_tensorboard(add)
+        self._write_tensorboard(add)
         self._log(metrics, step + 1, [tracker for tracker in self._trackers if tracker.name != "tensorboard"])
 
     def progress(self, steps: int, **shown: str) -> None:
-        """Moves the bar; `shown` stands behind it."""
+        """Advances the progress bar and shows the values next to it."""
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(steps)
 
     def say(self, line: str) -> None:
-        """One line for the user, above the bar."""
+        """Prints a line above the progress bar."""
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
 
     def bar_label(self, label: str) -> str | None:
-        """The label for a short bar below the training's; None (no bar) where nobody looks at a terminal."""
+        """Returns the label of a second progress bar, or None (no bar) without a terminal."""
         return None if self.quiet or not sys.stderr.isatty() else label
 
     def end_progress(self) -> None:
-        """Takes the bar away."""
+        """Removes the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def close(self) -> None:
-        """Ends bar and trackers."""
+        """Closes the progress bar and the trackers."""
         self.end_progress()
-        # not accelerate's end_training, which would take the process group away from the others as well
+        # accelerate's end_training would also destroy the process group of all ranks
         for tracker in self._trackers:
-            self._guarded(tracker.name, tracker.finish)
+            self._call_safely(tracker.name, tracker.finish)
 
-    def _record(self, values: Mapping[str, float], step: int, epoch: float) -> None:
-        """Adds a line to metrics.jsonl."""
+    def _append_record(self, values: Mapping[str, float], step: int, epoch: float) -> None:
+        """Appends a line to metrics.jsonl."""
         line, path = {"step": step, "epoch": round(epoch, 6), **values}, self.folder / "metrics.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _log(self, values: Mapping[str, float], step: int, trackers: Sequence[Any]) -> None:
         for tracker in trackers:
-            # MLflow refuses all values of a step for a character that it does not allow in one name
-            allowed = {re.sub(r"[^\w /.:-]", "_", tag): v for tag, v in values.items()}
-            given = allowed if tracker.name == "mlflow" else dict(values)
-            self._guarded(tracker.name, tracker.log, given, step)
+            given = dict(values)
+            if tracker.name == "mlflow":  # one invalid character in a name makes it refuse all values of the step
+                given = {re.sub(r"[^\w /.:-]", "_", tag): value for tag, value in values.items()}
+            self._call_safely(tracker.name, tracker.log, given, step)
 
     def _start_tracker(self, name: str, first: int, config: Mapping[str, Any]) -> None:
-        """Starts a tracker. It goes on with its run of an earlier start, as far as it can do that."""
+        """Starts a tracker. Resumes its run of an earlier start if the tracker can do that."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         kind, path = LOGGER_TYPE_TO_CLASS[name], self.folder / "trackers.json"
         try:
             ids = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # the first start, or a file that no training needs
+        except (OSError, ValueError, TypeError):  # the first start, or a damaged file
             ids = {}
-        named = os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
-        place = (self.folder.name, str(self.folder.parent)) if kind.requires_logging_directory else (named,)
-        tracker = kind(*place, **_tracker_settings(name, self.folder, ids.get(name), first))
+        project = os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
+        location = (self.folder.name, str(self.folder.parent)) if kind.requires_logging_directory else (project,)
+        tracker = kind(*location, **_tracker_settings(name, self.folder, ids.get(name), first))
         tracker.start()
         self._trackers.append(tracker)
         if name in _RUN_IDS:
             write_atomic(path, json.dumps({**ids, name: str(_RUN_IDS[name](tracker.tracker))}) + "\n")
-        if name != "tensorboard" and (name != "mlflow" or name not in ids):  # MLflow lets nobody change a parameter
-            tracker.store_init_configuration(_plain(config))
+        if name != "tensorboard" and (name != "mlflow" or name not in ids):  # MLflow parameters are final
+            tracker.store_init_configuration(_flatten(config))
 
-    def _with_tensorboard(self, write: Callable[[Any], Any]) -> None:
+    def _write_tensorboard(self, write: Callable[[Any], Any]) -> None:
         def add(board: Any) -> None:
             write(board)
             board.flush()
 
         for tracker in self._trackers:
             if tracker.name == "tensorboard":
-                self._guarded("tensorboard", add, tracker.writer)
+                self._call_safely("tensorboard", add, tracker.writer)
 
-    def _guarded(self, name: str, action: Callable[..., Any], *arguments: Any) -> None:
+    def _call_safely(self, name: str, action: Callable[..., Any], *arguments: Any) -> None:
         failures = self._failed.get(name, 0)
-        if failures == GIVE_UP:
+        if failures == MAX_FAILURES:
             return
         try:
             action(*arguments)
-        except (Exception, SystemExit) as error:  # a tracker is never worth a run
+        except (Exception, SystemExit) as error:
             if name not in self._failed:
-                self.say(f"warning: {name} failed and may miss values: {' '.join(str(error).split())[:240]}")
+                self.say(f"warning: {name} failed and may miss values: {one_line(error)}")
             self._failed[name] = failures + 1
         else:
             self._failed.update({name: 0} if failures else {})
 
 
 def keep_steps(path: Path, last_step: int, last_evaluated_step: int) -> list[dict[str, Any]]:
-    """Drops what is to be written again: lines beyond these steps, final metrics, a torn line. Returns the others."""
+    """Drops lines that will be repeated or are damaged: later steps, final metrics, a torn line. Returns the others."""
     if not path.exists():
         return []
     kept = []
@@ -221,16 +212,16 @@ def keep_steps(path: Path, last_step: int, last_evaluated_step: int) -> list[dic
     return kept
 
 
-def _plain(config: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | int | float | str]:
-    """The configuration as trackers take it: {"group.field": value}, with lists, mappings and null as text."""
+def _flatten(config: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | int | float | str]:
+    """Flattens the configuration for trackers: {"group.field": value}, with lists, mappings and null as text."""
     flat = {f"{group}.{key}": value for group, values in config.items() for key, value in values.items()}
     return {key: v if isinstance(v, bool | int | float | str) else json.dumps(v) for key, v in flat.items()}
 
 
 def _tracker_settings(name: str, folder: Path, run_id: str | None, first: int) -> dict[str, Any]:
-    """What a tracker is started with: the run's name, and the id of its run of an earlier start."""
+    """Returns the arguments of a tracker: the run's name, and the id of its run of an earlier start."""
     settings: dict[str, dict[str, Any]] = {
-        "tensorboard": {"purge_step": first},  # its way to say that what was written from this step on is void
+        "tensorboard": {"purge_step": first},  # drops everything from this step on
         "wandb": {"name": os.environ.get("WANDB_NAME", folder.name), "id": run_id, "resume": "allow"},
         "mlflow": {"run_name": folder.name, "run_id": run_id},
         "comet_ml": {"experiment_key": run_id, "mode": "get_or_create"},
