@@ -204,7 +204,6 @@ def measure_start(chosen):
         "tokenise", lambda: {n: tokenise(s, tokenizer, MAX_LENGTH, True) for n, s in corpus.splits.items()}
     )
     stage("fingerprints", lambda: [split.fingerprint() for split in examples.values()])
-    summary = stage("duplicates", corpus.summary)
     train = examples["train"]
     plan = plan_of(train.lengths)
     parts = stage("plan", lambda: plan.micro_batches(0, 0, 1))
@@ -214,7 +213,7 @@ def measure_start(chosen):
         "seconds": time.perf_counter() - begun,
         "stages": stages,
         "tokens_per_example": float(np.mean(train.lengths)),
-        "num_duplicates": summary["train"]["num_duplicates"],
+        "num_duplicates": corpus.counts["train"]["num_duplicates"],
     }
 
 

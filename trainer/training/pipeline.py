@@ -197,7 +197,7 @@ def _probe(run: Training, state: TrainState) -> tuple[dict[str, torch.Tensor], t
 def _data_lines(inputs: Inputs) -> list[str]:
     """What the user should know about the data."""
     corpus, max_length = inputs.corpus, inputs.config.data.max_length
-    counts = corpus.summary()
+    counts = corpus.counts
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in corpus.splits.items())
     cut = sum(int((split.lengths == max_length).sum()) for split in inputs.examples.values())
     is_held_out = inputs.config.data.validation is None and "validation" in corpus.splits
@@ -335,5 +335,5 @@ def _summary(run: Training, inputs: Inputs, state: TrainState, metrics: dict[str
         "label_names": inputs.corpus.label_names,
         "label_values": inputs.corpus.label_values,
         "parameters": parameter_table(run.model),
-        "data": inputs.corpus.summary(),
+        "data": inputs.corpus.counts,
     }

@@ -391,12 +391,12 @@ def test_splits_agree_on_pairs(tmp_path):
 def test_rows_of_train_in_validation_and_test_are_counted(tmp_path):
     train = write_csv(tmp_path / "train.csv", [("x", "a"), ("x", "a"), ("y", "b"), ("z", "b")])
     both = write_csv(tmp_path / "both.csv", [("x", "a"), ("q", "b"), ("z", "b"), ("z", "b")])
-    summary = load(train, validation=str(both), test=str(train)).summary()
+    summary = load(train, validation=str(both), test=str(train)).counts
     assert {name: part.get("num_in_train") for name, part in summary.items()} == {
         "train": None, "validation": 3, "test": 4,
     }  # fmt: skip
     assert summary["train"]["num_duplicates"] == 1
-    assert load(train).summary()["train"]["num_duplicates"] == 1
+    assert load(train).counts["train"]["num_duplicates"] == 1
 
 
 def test_equal_texts_stay_on_one_side_of_the_hold_out(tmp_path):
@@ -409,7 +409,7 @@ def test_equal_texts_stay_on_one_side_of_the_hold_out(tmp_path):
         train, held = corpus.splits["train"], corpus.splits["validation"]
         assert not set(train.texts) & set(held.texts)
         assert sorted([*train.rows, *held.rows]) == list(range(len(rows)))
-        assert corpus.summary()["validation"]["num_in_train"] == 0
+        assert corpus.counts["validation"]["num_in_train"] == 0
         shares = np.bincount(held.labels) / np.bincount(np.concatenate([train.labels, held.labels]))
         assert np.abs(shares - 0.2).max() < 0.02
         again = load(path, seed=seed, validation_fraction=0.2)

@@ -557,7 +557,7 @@ def test_named_validation_is_taken_whole(tmp_path):
 def test_summary_counts_duplicates_and_test_rows_in_train(tmp_path):
     train = write_csv(tmp_path / "train.csv", [("x", "a"), ("x", "b"), ("y", "a"), ("x", "a"), ("z", "b")])
     test = write_csv(tmp_path / "test.csv", [("x", "a"), ("q", "b"), (" z ", "a"), ("Z", "a")])
-    summary = load(train, test=str(test)).summary()
+    summary = load(train, test=str(test)).counts
     assert summary["train"] == {"num_examples": 5, "label_counts": {"a": 3, "b": 2}, "num_duplicates": 2}
     assert summary["test"] == {"num_examples": 4, "label_counts": {"a": 3, "b": 1}, "num_in_train": 2}
 
@@ -565,7 +565,7 @@ def test_summary_counts_duplicates_and_test_rows_in_train(tmp_path):
 def test_summary_tells_pairs_apart(tmp_path):
     rows = [("x", "y\0z", "a"), ("x\0y", "z", "b"), ("xy", "z", "a"), ("x", "yz", "b"), ("x", "yz", "a")]
     train = write_csv(tmp_path / "train.csv", rows, ("p", "q", "label"))
-    summary = load(train, text_columns=["p"], text_pair_columns=["q"]).summary()
+    summary = load(train, text_columns=["p"], text_pair_columns=["q"]).counts
     assert summary["train"]["num_duplicates"] == 1
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import ROOT, write_csv
 from trainer.config.schema import DataConfig, Source
-from trainer.data.corpus import _equal_texts, load_corpus, load_for_prediction
+from trainer.data.corpus import _number_texts, load_corpus, load_for_prediction
 from trainer.data.rows import Texts, digests
 from trainer.data.sources import Origin
 from trainer.errors import UserError
@@ -61,7 +61,7 @@ def kept_rows(cache):
 
 def content(corpus):
     """All that a corpus says, for comparison."""
-    return corpus.label_names, corpus.warnings, corpus.summary(), {
+    return corpus.label_names, corpus.warnings, corpus.counts, {
         name: (
             list(s.texts), s.text_pairs and list(s.text_pairs), s.labels.tolist(), s.rows.tolist(), s.digests.tolist()
         )
@@ -401,7 +401,7 @@ def test_duplicates_are_those_of_a_naive_count(tmp_path, seed):
     other = str(write_csv(tmp_path / "test.csv", test, header))
     for layout in ({"text_columns": ["p"]}, {"text_columns": ["p"], "text_pair_columns": ["q"]}):
         corpus = load(path, test=other, validation_fraction=0.3, **layout)
-        summary = corpus.summary()
+        summary = corpus.counts
         rows = {
             name: list(zip(s.texts, s.text_pairs or [None] * len(s), strict=True)) for name, s in corpus.splits.items()
         }
@@ -410,12 +410,10 @@ def test_duplicates_are_those_of_a_naive_count(tmp_path, seed):
 
 
 def test_half_a_digest_is_no_duplicate(tmp_path):
-    corpus = load(write_csv(tmp_path / "x.csv", ROWS))
-    split = corpus.splits["train"]
+    split = load(write_csv(tmp_path / "x.csv", ROWS)).splits["train"]
     same = split.digests.copy()
     same[:, 0] = 7
-    assert corpus.equal_texts["train"].tolist() == [-1] * len(split)
-    numbers = _equal_texts({"train": dataclasses.replace(split, digests=same)})["train"].tolist()
+    numbers = _number_texts({"train": dataclasses.replace(split, digests=same)})["train"].tolist()
     assert len(set(numbers)) == len(split), "two texts that differ are never equal"
 
 
