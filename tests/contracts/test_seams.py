@@ -1,0 +1,190 @@
+"""One change, one place: each test adds a task, a metric, an optimizer, a schedule or a family, and trains with it."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import CamembertForSequenceClassification
+
+from tests.conftest import TOPICS, topic_rows, write_csv
+from trainer.config.loading import parse_config
+from trainer.config.schema import TaskConfig
+from trainer.errors import UserError
+from trainer.packed.families import FAMILIES, Family
+from trainer.tasks import TASKS
+from trainer.tasks.single_label import METRICS
+from trainer.tasks.task import Metric, Task
+from trainer.training.optim import OPTIMIZERS, SCHEDULES
+from trainer.training.pipeline import train_and_report
+
+RATE = 2**-8  # a power of 2, so that sums of steps are exact
+
+
+@pytest.fixture
+def train(tiny_arguments, tmp_path, monkeypatch):
+    """Trains 8 steps in this process and returns the run folder; keyword arguments replace fields of a group."""
+    monkeypatch.setattr("trainer.training.pipeline.StopRequest.listen", lambda _: None)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    arguments = [*tiny_arguments, "--run.quiet", "true", "--optim.max_steps", "8", "--evaluation.every_steps", "2"]
+
+    def run(*more, **groups):
+        config = parse_config([*arguments, *map(str, more)])
+        for group, values in groups.items():
+            config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+        assert train_and_report(config, tmp_path / "runs" / "tiny") == 0
+        return tmp_path / "runs" / "tiny"
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def records(run, tag):
+    """{step: value} of a tag of metrics.jsonl."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[tag] for line in lines if tag in line}
+
+
+def adapter(run):
+    return safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+# --- a task: the label is an amount, and the model's one logit predicts it ---
+
+
+def mean_error(logits, targets):
+    return float(np.abs(logits[:, 0] - targets).mean())
+
+
+AMOUNT = Task(
+    name_labels=lambda train: ([train.name], None),
+    encode=lambda column, names: (np.array([float(value) for value in column.values])[column.codes], []),
+    label_values=lambda train, names: {},
+    contest_labels=lambda mappings, names: (names, "holds amounts"),
+    count_labels=lambda targets, names: {},
+    find_fault=lambda targets, names: None,
+    strata=lambda targets: np.zeros(len(targets), dtype=np.int64),
+    losses=lambda logits, targets, label_smoothing: (logits[:, 0] - targets) ** 2,
+    example_weights=lambda class_weights, targets, names: np.ones(len(targets)),
+    metrics={"mean_error": Metric(mean_error, higher_is_better=False)},
+    headline=("mean_error",),
+    class_scores=lambda logits, targets, names: {},
+    confusion=None,
+    files=lambda logits, targets, names: {"range.txt": f"{targets.min()} to {targets.max()}\n"},
+    prediction_columns=lambda logits, names: {"prediction": logits[:, 0].astype(float).tolist()},
+    format_targets=lambda targets, names: targets.tolist(),
+)
+
+
+def test_a_task(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "amount", AMOUNT)
+    amounts = {topic: 0.5 * i for i, topic in enumerate(TOPICS)}
+    for name, count in (("train", 61), ("test", 23)):
+        rows = [(text, amounts[topic]) for text, topic in topic_rows(count, seed=count)]
+        write_csv(tmp_path / "data" / f"{name}.csv", rows, ("text", "stars"))
+    run = train(
+        "--data.label_column", "stars", "--optim.learning_rate", "1e-2", "--evaluation.metric", "mean_error",
+        task={"type": "amount"},
+    )  # fmt: skip
+    with (run / "evaluation" / "test" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["id", "label", "prediction", "text"]
+    errors = [abs(float(row["label"]) - float(row["prediction"])) for row in rows]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test"] == {"mean_error": pytest.approx(np.mean(errors), abs=1e-6), "num_examples": 23}
+    assert (run / "evaluation" / "test" / "range.txt").read_text() == "0.0 to 1.5\n"
+    assert [tensor.shape for name, tensor in adapter(run).items() if "out_proj.bias" in name] == [(1,)]
+    losses = list(records(run, "train/loss").values())
+    assert losses[-1] < losses[0], "the loss of the task is what the optimizer lowers"
+    assert "mean_error" in (run / "report.html").read_text()
+    assert TaskConfig().type == "single_label"
+
+
+# --- a metric ---
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_a_metric(train, monkeypatch, higher_is_better):
+    spread = Metric(lambda logits, targets: float(logits.std()), higher_is_better)
+    monkeypatch.setitem(METRICS, "spread", spread)
+    run = train("--evaluation.metric", "spread", "--optim.learning_rate", "1e-2")
+    found = records(run, "validation/spread")
+    assert len(set(found.values())) == len(found) == 4
+    best = (max if higher_is_better else min)(found, key=found.get)
+    assert json.loads((run / "summary.json").read_text())["best_step"] == best
+
+
+def test_an_unknown_metric_is_refused(train):
+    with pytest.raises(UserError, match=r"evaluation\.metric: 'spread' is unknown; known: accuracy, "):
+        train("--evaluation.metric", "spread")
+
+
+# --- an optimizer and a schedule ---
+
+
+class Signs(torch.optim.Optimizer):
+    """Moves each weight by the learning rate against the sign of its gradient."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        keep = 1 - getattr(self, "found_inf", torch.tensor(0.0))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= keep * group["lr"] * parameter.grad.sign()
+
+
+class Unskippable(Signs):
+    """The same, but it applies a step that must be skipped."""
+
+    def step(self, closure=None):
+        self.found_inf = torch.tensor(0.0)
+        super().step()
+
+
+def test_an_optimizer_and_a_schedule(train, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "signs", lambda groups, config: Signs(groups))
+    monkeypatch.setitem(SCHEDULES, "stairs", lambda progress: 1.0 if progress < 0.5 else 0.25)
+    settings = {"name": "signs", "schedule": "stairs", "learning_rate": RATE}
+    run = train("--tracking.every_steps", 1, "--evaluation.metric", "loss", optim=settings)
+    assert records(run, "train/learning_rate") == {step: RATE if step <= 4 else RATE / 4 for step in range(1, 9)}
+    summary = json.loads((run / "summary.json").read_text())
+    farthest = sum(records(run, "train/learning_rate")[step] for step in range(1, summary["best_step"] + 1))
+    for name, tensor in adapter(run).items():
+        if "lora_B" in name:  # it begins at 0
+            steps = tensor / (RATE / 4)
+            assert np.array_equal(steps, steps.round()) and 0 < np.abs(tensor).max() <= farthest, name
+
+
+def test_an_optimizer_that_cannot_skip_a_step_is_refused(train, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "unskippable", lambda groups, config: Unskippable(groups))
+    with pytest.raises(UserError, match=r"optim\.name: unskippable is not supported"):
+        train(optim={"name": "unskippable"})
+
+
+# --- a family for the forward without padding ---
+
+
+def test_a_family(train, tiny_backbone, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_backbone, tmp_path / "camembert")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "camembert", "architectures": ["CamembertForMaskedLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"model\.packed: true is not supported here: camembert"):
+        train("--model.name", folder, "--model.packed", "true")
+    family = Family(
+        first_position=lambda config: config.pad_token_id + 1,
+        classify=lambda model, first_tokens: model.classifier(first_tokens),
+    )
+    monkeypatch.setitem(FAMILIES, CamembertForSequenceClassification, family)
+    run = train("--model.name", folder, "--model.packed", "true")
+    assert json.loads((run / "summary.json").read_text())["padding_fraction"] == 0
