@@ -142,14 +142,11 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
         UserError: the weights cannot be read, or lack more than the head and the pooler.
     """
     backbone.identity  # noqa: B018  # refuses missing files, and an adapter that transformers would add
-    config = copy.deepcopy(backbone.config)
-    if getattr(config, "attention_type", None) == "block_sparse":
-        config.attention_type = "original_full"  # BigBird's own choice for the lengths that check_fit accepts
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             backbone.path,
             revision=backbone.commit,
-            config=config,
+            config=copy.deepcopy(backbone.config),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -251,6 +248,8 @@ def _set_task(config: PreTrainedConfig, label_names: list[str]) -> None:
     for name, value in NEUTRAL_SETTINGS.items():
         if hasattr(config, name):
             setattr(config, name, value)
+    if getattr(config, "attention_type", None) == "block_sparse":
+        config.attention_type = "original_full"  # BigBird's sparse attention draws blocks at random
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
     # transformers chooses its own loss by this; ours is computed from the logits

@@ -22,13 +22,7 @@ from trainer.compat import layer_classes
 from trainer.config.schema import PeftConfig
 from trainer.errors import UserError, one_line
 from trainer.model.backbone import Backbone, load_weights
-from trainer.model.peft_options import (
-    adapter_config,
-    add_adapter,
-    check_adapted_modules,
-    check_module_names,
-    check_parameter_budget,
-)
+from trainer.model.peft_options import adapter_config, add_adapter, check_effects, check_parameter_budget
 
 MATRIX_MODULES = (nn.Linear, Conv1D)
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,11 +32,7 @@ COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: bool) -> PeftModel:
     """Builds the model without weights, and refuses what cannot train before anything large is read.
 
-    Args:
-        backbone: without weights.
-        settings: the peft options.
-        max_length: longest example in tokens.
-        pairs: whether an example is two texts.
+    An example has `max_length` tokens at most; with `pairs` it is two texts.
 
     Raises:
         UserError: an impossible max_length, targets that match nothing, or too many trained parameters.
@@ -55,9 +45,8 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
             model = AutoModelForSequenceClassification.from_config(copy.deepcopy(backbone.config))
         except Exception as error:  # a family's code raises many kinds at sizes that do not fit together
             raise UserError(f"model.name: {backbone.path} cannot be built: {one_line(error)}") from None
-        check_module_names(model, settings)
         model = add_adapter(model, config, set())
-        check_adapted_modules(model, settings)
+    check_effects(model, settings)
     check_parameter_budget(model, settings)
     return model
 
@@ -66,13 +55,6 @@ def _check_max_length(backbone: Backbone, max_length: int, pairs: bool) -> None:
     positions = backbone.max_positions
     if positions is not None and max_length > positions:
         raise UserError(f"data.max_length: {max_length} is above the {positions} positions of {backbone.path}")
-    if getattr(backbone.config, "attention_type", None) == "block_sparse":
-        full = (5 + 2 * backbone.config.num_random_blocks) * backbone.config.block_size
-        if max_length > full:
-            raise UserError(
-                f"data.max_length: {max_length} is not supported: above {full} tokens this backbone attends to "
-                f"random blocks, which differ in evaluation; use --data.max_length {full}"
-            )
     num_special = backbone.tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_length <= num_special:
         raise UserError(f"data.max_length: {max_length} leaves no room for text beside {num_special} special tokens")

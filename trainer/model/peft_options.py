@@ -117,7 +117,7 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
         UserError: PEFT cannot adapt the model.
     """
     prefix = str(model.base_model_prefix)
-    head = {name for name, child in model.named_children() if name != prefix and _has_parameters(child)}
+    head = {name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())}
     config = copy.deepcopy(config)
     # a new module inside the backbone (BERT's pooler) is named by its path below the model, a head by its name
     inside = {name for name in new_modules if name.split(".")[0] == prefix}
@@ -126,79 +126,59 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
     config.modules_to_save = sorted(extra) or None  # type: ignore[attr-defined]
     try:
         return peft.get_peft_model(model, config)
+    except re.error as error:
+        raise UserError(f"peft: {error.pattern!r} is not a regular expression: {error}") from None
     except Exception as error:  # its methods raise many kinds at modules that they do not support
-        if "No modules were targeted" in str(error):
+        if "No modules were targeted" in str(error) or "not found in the base model" in str(error):
             raise UserError(
-                "peft.target_modules: no module gets an adapter. The head and peft.modules_to_save train whole; "
-                "peft.exclude_modules and peft.layers_to_transform leave others out"
+                f"peft.target_modules: no module gets an adapter; choose from {_linear_layers(model)}. The head "
+                "trains whole, and peft.exclude_modules and peft.layers_to_transform leave modules out"
             ) from None
         raise UserError(f"peft: {one_line(error)}") from None
 
 
-def check_module_names(model: nn.Module, settings: PeftConfig) -> None:
-    """Refuses options that name modules or parameters which the model lacks; PEFT ignores them.
+def check_effects(model: PeftModel, settings: PeftConfig) -> None:
+    """Refuses options that name modules, parameters or layers to no effect; PEFT ignores them.
 
     Raises:
-        UserError: names the option, the name, and the model's linear layers.
+        UserError: names the option, the value, and the layers that may get an adapter.
     """
-    modules = dict(model.named_modules())
-    kinds = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
-    for option in ("modules_to_save", "exclude_modules", "target_modules"):
+    tuner: Any = model.base_model
+    modules: dict[str, Any] = {path_in_model(name): module for name, module in model.named_modules()}
+    layers: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    adapted = [name for name, module in layers.items() if any(p.requires_grad for p in module.parameters())]
+    saved_whole = [n for n, m in modules.items() if isinstance(m, ModulesToSaveWrapper)]
+    names_by_option: dict[str, Iterable[str]] = {
+        "target_modules": adapted, "rank_pattern": adapted, "alpha_pattern": adapted, "layers_to_transform": adapted,
+        "target_parameters": tuner.targeted_parameter_names, "modules_to_save": saved_whole,
+        "exclude_modules": modules,
+    }  # fmt: skip
+    for option, names in names_by_option.items():
         value = settings.options.get(option)
         if value is None or value == "all-linear":
             continue
-        if value == [] and option == "target_modules":
-            raise UserError(f"peft.target_modules: [] names no module; this backbone has {', '.join(kinds)}")
-        for wanted in [value] if isinstance(value, str) else value:
-            found = _find_matches(option, modules, wanted, is_regex=isinstance(value, str))
-            if not found:
-                raise UserError(f"peft.{option}: {wanted!r} matches no module; this backbone has {', '.join(kinds)}")
-            empty = [name for name in found if not _has_parameters(modules[name])]
-            if empty and option == "target_modules":
-                raise UserError(f"peft.target_modules: {empty[0]} has no parameters that an adapter could change")
-    parameters = [name for name, _ in model.named_parameters()]
-    for wanted in settings.options.get("target_parameters") or []:
-        if not _find_matches("target_parameters", parameters, wanted, is_regex=False):
-            raise UserError(f"peft.target_parameters: {wanted!r} matches no parameter, as {parameters[0]}")
+        for wanted in value if isinstance(value, list | dict) else [value]:
+            if not any(_matches(option, wanted, name, is_regex=isinstance(value, str)) for name in names):
+                raise UserError(
+                    f"peft.{option}: {wanted!r} has no effect; adapters fit {_linear_layers(model)}, and "
+                    f"{', '.join(saved_whole)} trains whole"
+                )
 
 
-def check_adapted_modules(model: PeftModel, settings: PeftConfig) -> None:
-    """Refuses names that led to no adapter; PEFT ignores those inside modules that are saved whole.
-
-    Raises:
-        UserError: names the option and the name.
-    """
-    modules = {path_in_model(name): module for name, module in model.named_modules()}
-    adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
-    whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
-    targets = settings.options.get("target_modules")
-    for target in targets if isinstance(targets, list) else []:
-        found = _find_matches("target_modules", modules, target, is_regex=False)
-        if all(any(f"{name}.".startswith(f"{module}.") for module in whole) for name in found):
-            raise UserError(
-                f"peft.target_modules: {target!r} is only in {', '.join(whole)}, which trains and is saved whole; "
-                "leave it out"
-            )
-    layers = settings.options.get("layers_to_transform")
-    for layer in layers if isinstance(layers, list) else [layers]:
-        if layer is not None and not any(f".{layer}." in name for name in adapted):
-            raise UserError(f"peft.layers_to_transform: layer {layer} has no module that gets an adapter")
-    for option in ("rank_pattern", "alpha_pattern"):
-        for pattern in settings.options.get(option) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
-                raise UserError(f"peft.{option}: {pattern!r} matches no module that has an adapter")
+def _matches(option: str, wanted: Any, name: str, is_regex: bool) -> bool:
+    """Whether PEFT takes a value of an option for this module or parameter."""
+    if option == "layers_to_transform":
+        return f".{wanted}." in name
+    if option.endswith("_pattern"):
+        return re.fullmatch(rf"(.*\.)?({wanted})", name) is not None
+    return re.fullmatch(wanted, name) is not None if is_regex else f".{name}".endswith(f".{wanted}")
 
 
-def _find_matches(option: str, names: Iterable[str], wanted: str, is_regex: bool) -> list[str]:
-    """Names that PEFT selects: by a regular expression for the whole name, or by the last parts of the name."""
-    try:
-        return [n for n in names if (re.fullmatch(wanted, n) if is_regex else f".{n}".endswith(f".{wanted}"))]
-    except re.error as error:
-        raise UserError(f"peft.{option}: {wanted!r} is not a regular expression: {error}") from None
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def _linear_layers(model: nn.Module) -> str:
+    """Last names of the linear layers, without those that PEFT saves whole."""
+    owners = {plain_owner(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    whole = tuple(f"{path_in_model(n)}." for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper))
+    return ", ".join(sorted({name.rpartition(".")[2] for name in owners if not f"{name}.".startswith(whole)}))
 
 
 def parameter_table(model: PeftModel) -> list[dict[str, Any]]:
