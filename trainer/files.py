@@ -38,11 +38,7 @@ LOCK_TIMEOUT_SECONDS = 600
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Adds the path to the message of a disk error.
-
-    Raises:
-        OSError: for each disk error inside, also of Rust libraries, which have their own types.
-    """
+    """Adds the path to the message of a disk error, also of Rust libraries, which have their own error types."""
     try:
         yield
     except Exception as error:
@@ -76,11 +72,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def replace_folder(target: Path, files: dict[str, bytes]) -> None:
-    """Writes a folder with these files, all or nothing.
-
-    Raises:
-        OSError: the disk is full or not writable; nothing has changed.
-    """
+    """Writes a folder with these files. If that raises an `OSError`, nothing has changed."""
     temporary = target.parent / f"{UNFINISHED}{target.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -95,11 +87,7 @@ def replace_folder(target: Path, files: dict[str, bytes]) -> None:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes one file, all or nothing.
-
-    Raises:
-        OSError: the disk is full or not writable; the old file is unchanged.
-    """
+    """Writes one file. If that raises an `OSError`, the old file is unchanged."""
     temporary = path.with_name(f"{UNFINISHED}{path.name}")
     with writing(path):
         try:
@@ -122,11 +110,7 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 
 @contextlib.contextmanager
 def hold_run_folder(folder: Path) -> Iterator[None]:
-    """Locks a run folder. Creates it if needed, and removes it again if it stays empty.
-
-    Raises:
-        UserError: another command uses it, or it cannot be written.
-    """
+    """Locks a run folder. Creates it if needed, and removes it again if it stays empty."""
     path = folder / RUN_LOCKS[0]
     try:
         created = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -39,15 +39,9 @@ def option_names() -> list[str]:
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """Parses `--recipe NAME-or-PATH` and `--group.field value`.
-
-    Order: defaults < recipe < command line.
+    """Parses `--recipe NAME-or-PATH` and `--group.field value`. Order: defaults < recipe < command line.
 
     Example: ["--recipe", "quickstart", "--optim.learning_rate", "1e-4"]
-
-    Raises:
-        UserError: every problem found, one line each.
-        SystemExit: after `--help`.
     """
     parser = _build_parser()
     if {"-h", "--help"} & set(argv):
@@ -76,11 +70,7 @@ def config_text(config: Config) -> str:
 
 
 def load_config(path: Path) -> Config:
-    """Loads a configuration from a file that holds a `config_text`.
-
-    Raises:
-        UserError: the file is missing or not a configuration.
-    """
+    """Loads a configuration from a file with a `config_text`."""
     return parse_config(["--recipe", str(path)])
 
 
@@ -91,9 +81,6 @@ def load_finished_run(folder: Path, name: str | None = None, revision: str | Non
         folder: the run folder.
         name: replaces `model.name`, if the backbone has moved.
         revision: replaces `model.revision`.
-
-    Raises:
-        UserError: the folder is not a run folder, or the run is not finished.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--run: {folder} is not a run folder (no config.yaml)")
@@ -140,11 +127,7 @@ def _raise_problems(problems: Sequence[str]) -> None:
 def _build_config(
     parser: jsonargparse.ArgumentParser, settings: Sequence[tuple[str, Any]], recipe: str | None
 ) -> Config:
-    """Builds the configuration from valid settings. A later setting overrides an earlier one.
-
-    Raises:
-        UserError: a split has settings but no path.
-    """
+    """Builds the configuration from valid settings. A later setting overrides an earlier one."""
     nested = _nest([(key, value) for key, value in settings if not _is_peft_option(key)])
     for split in SPLITS:
         source = nested.get("data", {}).get(split.partition(".")[2])
@@ -378,11 +361,7 @@ def _tag_as_text(node: yaml.Node) -> None:
 
 
 def _parse_yaml(text: str, keep_text: bool = False) -> Any:
-    """Parses YAML. With `keep_text`, the scalars in a list or a mapping stay text.
-
-    Raises:
-        UserError: the text is not YAML, or refers to itself.
-    """
+    """Parses YAML. With `keep_text`, the scalars in a list or a mapping stay text."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -407,11 +386,7 @@ jsonargparse.set_loader("yaml", _load_value, exceptions=(UserError,))  # predict
 
 
 def parse_label_names(text: str) -> list[str] | dict[str, str]:
-    """Parses `--label_names` of predict.py.
-
-    Raises:
-        UserError: the text is neither a list of names nor a mapping to names.
-    """
+    """Parses `--label_names` of predict.py."""
     try:
         names = _parse_yaml(text, keep_text=True)
     except UserError as error:

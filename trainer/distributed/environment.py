@@ -47,22 +47,14 @@ SUPPORTED_FSDP = {"FSDP_VERSION": {"2"}, **dict.fromkeys(OFF_WITH_FSDP, FALSE)}
 
 
 def read_environment() -> None:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the launcher's variables; unsets them if alone.
-
-    Raises:
-        UserError: the processes cannot find each other, or a setting of accelerate is not supported.
-    """
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the launcher's variables; unsets them if alone."""
     _end_with_launcher()
     _check_accelerate_settings()
     _set_group()
 
 
 def _end_with_launcher() -> None:
-    """Makes the kernel send SIGTERM if launch.sh is killed, so that the run saves and exits.
-
-    Raises:
-        UserError: launch.sh has already ended.
-    """
+    """Makes the kernel send SIGTERM if launch.sh is killed, so that the run saves and exits."""
     launcher = os.environ.get("ISOTRAIN_LAUNCHER")
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -130,11 +122,7 @@ def _check_group(source: str) -> None:
 
 
 def _refuse_unconnected_processes() -> None:
-    """Refuses several processes that do not know of each other, because each would train the whole run.
-
-    Raises:
-        UserError: there are several.
-    """
+    """Refuses several processes that do not know of each other, because each would train the whole run."""
     environment = os.environ
     if "SLURM_STEP_ID" in environment or _read_number("SLURM_PROCID", 0) > 0:
         for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):

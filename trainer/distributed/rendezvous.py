@@ -48,11 +48,7 @@ class Group:
 
 
 def join_ranks(facts: dict[str, str]) -> Group:
-    """Finds the other ranks and connects to them.
-
-    Raises:
-        UserError: a rank is missing or unreachable, or the ranks differ in `facts`.
-    """
+    """Finds the other ranks and connects to them. All must have the same `facts`."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # the store still holds the previous addresses
         raise UserError("restarts by torchrun are not supported; use ./launch.sh --max-restarts N")
     try:
@@ -81,11 +77,7 @@ def join_ranks(facts: dict[str, str]) -> Group:
 
 
 def check_equal(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> None:
-    """Checks that all ranks have the same facts.
-
-    Raises:
-        UserError: names the first fact that differs, and where.
-    """
+    """Checks that all ranks have the same facts; names the first one that differs, and where."""
     for rank, own in enumerate(facts):
         for name, value in facts[0].items():
             if own.get(name) != value:
@@ -207,11 +199,7 @@ def _find_interface(address: str) -> str:
 
 
 def _check_routes(store: Any, rank: int, cards: list[Any]) -> None:
-    """Checks that every host can connect to every other host.
-
-    Raises:
-        UserError: on all ranks, names the pairs that cannot connect.
-    """
+    """Checks that all hosts can connect to each other; names the pairs that cannot, on all ranks."""
     hosts = [other["host"] for other in cards]
     first_ranks = [hosts.index(host) for host in dict.fromkeys(hosts)]
 
@@ -236,11 +224,7 @@ def _check_routes(store: Any, rank: int, cards: list[Any]) -> None:
 
 
 def _accept_ranks(listener: socket.socket, token: str, hosts: list[str]) -> dict[int, socket.socket]:
-    """Accepts the connection of every other rank, and ignores all other connections, such as those of `_check_routes`.
-
-    Raises:
-        UserError: names a rank that does not connect.
-    """
+    """Accepts the connection of every other rank. Ignores others, such as those of `_check_routes`."""
     connections: dict[int, socket.socket] = {}
     deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
     with selectors.DefaultSelector() as selector:

@@ -42,11 +42,7 @@ def _is_cpu_requested() -> bool:
 
 
 def check_device() -> None:
-    """Checks that the device is the planned one, and that torch can use all visible GPUs.
-
-    Raises:
-        UserError: torch cannot use the GPUs that launch.sh or nvidia-smi sees, or there are too few.
-    """
+    """Checks that the device is the planned one, and that torch can use all visible GPUs."""
     planned, found = os.environ.get("ISOTRAIN_DEVICE"), "cpu" if is_on_cpu() else "cuda"
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or int(os.environ.get("LOCAL_RANK", "0")) + 1)
     if found == "cuda" and num_local > torch.cuda.device_count():
@@ -89,9 +85,6 @@ def choose_precision(wanted: str, begun: bool = False) -> str:
     Args:
         wanted: the option, or the precision of the run that resumes.
         begun: the run resumes, so its precision cannot change.
-
-    Raises:
-        UserError: fp16 on a CPU, or another precision than launch.sh planned.
     """
     on_cpu = is_on_cpu()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
@@ -114,11 +107,7 @@ def choose_precision(wanted: str, begun: bool = False) -> str:
 
 
 def start_accelerator(precision: str) -> Accelerator:
-    """Starts accelerate with the processes of the launcher, in precision no, bf16 or fp16.
-
-    Raises:
-        UserError: the number of processes is not the requested one.
-    """
+    """Starts accelerate with the processes of the launcher, in precision no, bf16 or fp16."""
     keep_freed_memory()
     try:
         accelerator = Accelerator(
@@ -145,9 +134,7 @@ def join_processes(precision: str, facts: Mapping[str, str]) -> Iterator[tuple[A
         precision: no, bf16 or fp16. Rank 0's counts, because the others may not see the run folder.
         facts: settings that must be equal on all ranks, by name.
 
-    Raises:
-        UserError: a process is missing or unreachable, or the facts differ.
-        SystemExit: an error on another rank.
+    An error on another rank ends this process too.
     """
     watch = Watch()
     try:
@@ -179,11 +166,7 @@ def join_processes(precision: str, facts: Mapping[str, str]) -> Iterator[tuple[A
 
 @contextlib.contextmanager
 def _guard_first_collective(watch: Watch) -> Iterator[None]:
-    """Names the setting that helps if the first collective fails. NCCL and gloo choose their own network interfaces.
-
-    Raises:
-        UserError: the collective fails.
-    """
+    """Names the setting that helps if the first collective fails. NCCL and gloo choose their own network interfaces."""
     watch.position = "the first all-reduce"
     message = f"the first all-reduce timed out; {NETWORK_HINT}"
     timeout = threading.Timer(rendezvous.RENDEZVOUS_TIMEOUT_SECONDS, watch.stop_all, [message, 2])
@@ -198,11 +181,7 @@ def _guard_first_collective(watch: Watch) -> Iterator[None]:
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
-    """Checks that all processes have the same facts.
-
-    Raises:
-        UserError: on all ranks, names the first fact that differs and where.
-    """
+    """Checks that all processes have the same facts; names the first one that differs, and where."""
     everyone = gather_object([(socket.gethostname(), dict(facts))])
     rendezvous.check_equal([theirs for _, theirs in everyone], [host for host, _ in everyone])
 

@@ -72,9 +72,6 @@ def confusion_matrix_figure(matrix: npt.NDArray[Any], labels: Sequence[str]) -> 
     Args:
         matrix: counts, rows true and columns predicted, [C, C].
         labels: class names in the order of the rows, [C].
-
-    Raises:
-        ValueError: the matrix does not have the shape [C, C].
     """
     num_classes = len(labels)
     if matrix.shape != (num_classes, num_classes):

@@ -67,11 +67,7 @@ class Run:
 
 
 def read_run(folder: Path, summary: Record | None) -> Run:
-    """Reads a run folder. Reads summary.json only if no `summary` is given.
-
-    Raises:
-        UserError: the folder does not exist or is not a run folder, or one of its files is damaged.
-    """
+    """Reads a run folder. Reads summary.json only if no `summary` is given."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --run takes a run folder, such as runs/NAME")
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
@@ -101,11 +97,7 @@ def _read_mapping(path: Path) -> Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Reads metrics.jsonl. Skips an incomplete last line, which a killed run may leave.
-
-    Raises:
-        UserError: any other line is not a JSON object with a "step".
-    """
+    """Reads metrics.jsonl. Skips an incomplete last line, which a killed run may leave."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
@@ -139,9 +131,6 @@ def find_confident_errors(path: Path) -> list[dict[str, str]]:
     """Finds the wrong predictions with the highest confidence in predictions.csv, at most NUM_ERRORS.
 
     Ties keep the order of the file. Returns no rows if there is no file, or if its task has no confidence.
-
-    Raises:
-        UserError: a column is missing or a confidence is not a number.
     """
     rows = _read_csv(path)
     header = next(rows, [])
@@ -231,10 +220,6 @@ def build_report(folder: Path, summary: Record | None = None) -> Path:
     """Writes the figures and report.html into a run folder; returns the path of the page.
 
     A run passes its `summary`, because it writes summary.json last.
-
-    Raises:
-        UserError: the folder is not a run folder, or one of its files is damaged.
-        OSError: the folder cannot be written.
     """
     run = read_run(folder, summary)
     with matplotlib.rc_context(STYLE):
