@@ -1,11 +1,10 @@
 """All families of text classifiers of transformers, tiny and random: which train here, and how they are padded.
 
-    python tests/families.py        writes tests/families.tsv: a family and its verdict a line
+    python -m tests.families        writes tests/families.tsv: a family and its verdict a line
 
 A family that is not built reads images or layouts too, or has parts whose sizes a few numbers do not set.
 """
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +16,6 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.data.tokens import Examples
 from trainer.errors import UserError
@@ -154,7 +150,7 @@ def listed():
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    lines = [f"# transformers {transformers.__version__}; made by python tests/families.py"]
+    lines = [f"# transformers {transformers.__version__}; made by python -m tests.families"]
     for family in FAMILIES:
         lines.append(f"{family}\t{'not built' if family in NOT_TINY else verdict_of(family)[0]}")
         print(lines[-1], flush=True)

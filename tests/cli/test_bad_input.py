@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import run_script, topic_rows, write_csv
+from tests.harness.commands import run_script
+from tests.harness.data import topic_rows, write_csv
 from trainer.config.loading import parse_config
 from trainer.errors import main_guard
 from trainer.run import execute

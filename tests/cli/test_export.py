@@ -10,10 +10,9 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from tests.conftest import topic_rows
-from tests.faults.harness import changed, command
+from tests.harness.commands import changed, command
+from tests.harness.data import topic_rows
 
-pytest_plugins = ["tests.faults.fixtures"]
 LENGTH = 48  # data.max_length of the run
 TEXTS = [text for text, _ in topic_rows(9, seed=5)]
 

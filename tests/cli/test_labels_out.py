@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from tests.conftest import topic_rows, write_csv
-from tests.faults.harness import command, read_csv
+from tests.harness.commands import command
+from tests.harness.data import topic_rows, write_csv
+from tests.harness.runs import read_csv
 
-pytest_plugins = ["tests.faults.fixtures"]
 TEXTS = [text for text, _ in topic_rows(6, seed=3)]
 
 

@@ -9,9 +9,9 @@ import signal
 import numpy as np
 import pytest
 
-from tests.faults.harness import assert_same, changed, command, tensors
+from tests.harness.commands import changed, command
+from tests.harness.runs import assert_same, tensors
 
-pytest_plugins = ["tests.faults.fixtures"]
 LESS = ("no_figures",)
 UNREAD = ("at_call", "load_corpus")  # killed if it reads any data
 

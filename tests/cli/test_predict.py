@@ -13,10 +13,11 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-from tests.conftest import ROOT, topic_rows, write_csv
-from tests.faults.harness import command, read_csv
+from tests.harness.commands import command
+from tests.harness.data import topic_rows, write_csv
+from tests.harness.processes import ROOT
+from tests.harness.runs import read_csv
 
-pytest_plugins = ["tests.faults.fixtures"]
 CLASSES = ["Business", "Sci/Tech", "Sports", "World"]
 ROWS = [*topic_rows(30, seed=7), ("no known word here", "World"), ('a, "quoted"\nline', "Sports")]
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.conftest import ROOT, topic_rows, write_csv
-from tests.faults.harness import changed, checkpoints, command, read_csv, records, tensorboard, tensors
+from tests.harness.commands import changed, command
+from tests.harness.data import topic_rows, write_csv
+from tests.harness.processes import ROOT
+from tests.harness.runs import checkpoints, read_csv, records, tensorboard, tensors
 from trainer.config.loading import parse_config
 from trainer.tasks.single_label import METRICS
 from trainer.training.optim import learning_rate
 
-pytest_plugins = ["tests.faults.fixtures"]
 LESS = ("no_figures",)
 SCORES = {"accuracy", "f1_macro", "loss", "num_examples"}
 SUMMARY = {

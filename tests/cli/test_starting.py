@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 
 OUTSIDE = "NNODES|NODE_RANK|MASTER_|OMP_|SLURM_|VIRTUAL_ENV|PET_|WORLD_SIZE|RANK|LOCAL_|ACCELERATE_"
 

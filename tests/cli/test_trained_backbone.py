@@ -15,7 +15,8 @@ from huggingface_hub import constants
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from tests.conftest import ROOT, WORDS, topic_rows, write_csv
+from tests.harness.data import WORDS, topic_rows, write_csv
+from tests.harness.processes import ROOT
 from trainer.config.loading import parse_config
 from trainer.config.prediction import Copy, Options
 from trainer.errors import UserError

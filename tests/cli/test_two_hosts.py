@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, topic_rows, write_csv
+from tests.harness.data import topic_rows, write_csv
+from tests.harness.processes import ROOT
 from trainer.training.checkpoint import load_newest
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import dropout_cost, scale
 from benchmarks import parity_with_trainer as parity
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 from tests.parity import ranks
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,7 +11,8 @@ from accelerate.state import GradientState
 from transformers import RobertaConfig
 
 from benchmarks import compare, ours, overhead, peers, workload
-from tests.conftest import AGNEWS, ROOT
+from tests.harness.data import AGNEWS
+from tests.harness.processes import ROOT
 
 LENGTHS = {0: 5, 0.5: 12, 0.9: 20, 1: 45}
 STEPS = range(1, 3)

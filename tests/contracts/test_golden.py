@@ -14,8 +14,8 @@ import tarfile
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.contracts.golden import record
+from tests.harness.processes import ROOT
 
 KIND = record.machine_kind()
 RECORDED = {name: results for (kind, name), results in record.read_records().items() if kind == KIND}

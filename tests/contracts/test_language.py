@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 
 MAX_WORDS = 30
 BANNED = (

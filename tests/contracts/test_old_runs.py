@@ -13,7 +13,7 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification
 
 from tests.contracts.golden.record import INPUTS
-from tests.faults.harness import command
+from tests.harness.commands import command
 
 OLD_RUNS = INPUTS.parents[1] / "old_runs"
 OPTIONS = [

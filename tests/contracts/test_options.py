@@ -10,7 +10,7 @@ import os
 import docstring_parser
 from jsonargparse import set_parsing_settings
 
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 from trainer.config import loading as options
 from trainer.config import schema as config
 from trainer.config.loading import option_names

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 from trainer import export, launcher, predict, report
 from trainer.config.loading import RECIPES, parse_config
 from trainer.errors import UserError

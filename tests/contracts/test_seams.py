@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import CamembertForSequenceClassification
 
-from tests.conftest import TOPICS, topic_rows, write_csv
+from tests.harness.data import TOPICS, topic_rows, write_csv
 from trainer.config.loading import parse_config
 from trainer.config.schema import TaskConfig
 from trainer.errors import UserError

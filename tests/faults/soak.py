@@ -1,12 +1,11 @@
 """Breaks short runs of two ranks, each in one way at a random moment, types the same command again, and compares.
 
-    python tests/faults/soak.py --rounds 200 --seed 1
+    python -m tests.faults.soak --rounds 200 --seed 1
 
 A run is lost where the command does not finish it, and diverged where it ends in other bytes than undisturbed.
 """
 
 import argparse
-import inspect
 import random
 import re
 import shutil
@@ -18,11 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from tests import conftest
-from tests.faults.harness import assert_same, changed, checkpoints, on_ranks, outcome
+from tests.harness.commands import changed, on_ranks
+from tests.harness.data import save_backbone, topic_rows, write_csv
+from tests.harness.runs import assert_same, checkpoints, outcome
 
 OPTIONS = {
     "data__max_length": 48,
@@ -198,8 +195,8 @@ def soak(backbone, place, rounds, seed):
     """Prints a line a round; returns how many runs were lost and how many diverged."""
     print(f"seed {seed}", flush=True)
     chooser = random.Random(seed)
-    conftest.write_csv(place / "train.csv", conftest.topic_rows(40, seed=1))
-    conftest.write_csv(place / "test.csv", conftest.topic_rows(9, seed=2))
+    write_csv(place / "train.csv", topic_rows(40, seed=1))
+    write_csv(place / "test.csv", topic_rows(9, seed=2))
     data = {"data__train": place / "train.csv", "data__test": place / "test.csv"}
     options = changed([], model__name=backbone, **data, **OPTIONS)
     for name in ("reference", "again"):  # the second time is timed, with caches filled as in all that follow
@@ -248,26 +245,13 @@ def _remove(room):
     shutil.rmtree(room)
 
 
-@dataclass
-class Folders:
-    """Stands for pytest's tmp_path_factory."""
-
-    place: Path
-
-    def mktemp(self, name):
-        (self.place / name).mkdir()
-        return self.place / name
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=20)
     asked = parser.parse_args()
-    conftest.pytest_configure(None)
     with tempfile.TemporaryDirectory(prefix="isotrain-soak-") as place:
-        tokenizer = inspect.unwrap(conftest.tiny_tokenizer)()
-        backbone = inspect.unwrap(conftest.tiny_backbone)(Folders(Path(place)), tokenizer)
+        backbone = save_backbone(Path(place) / "tiny-roberta")
         return int(any(soak(backbone, Path(place), asked.rounds, asked.seed)))
 
 

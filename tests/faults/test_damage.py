@@ -10,10 +10,10 @@ import subprocess
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import topic_rows, write_csv
-from tests.faults.harness import assert_same, changed, checkpoints, command, on_ranks, outcome, start, tensors
+from tests.harness.commands import changed, command, on_ranks, start
+from tests.harness.data import topic_rows, write_csv
+from tests.harness.runs import assert_same, checkpoints, outcome, tensors
 
-pytest_plugins = ["tests.faults.fixtures"]
 LESS = ("no_figures",)
 FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "trainer_state.json"]
 FILES += ["best_adapter.safetensors", "manifest.json"]

@@ -13,10 +13,10 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.faults.harness import assert_same, changed, checkpoints, command, records, start, tensors
+from tests.harness.commands import changed, command, start
+from tests.harness.processes import ROOT
+from tests.harness.runs import assert_same, checkpoints, records, tensors
 
-pytest_plugins = ["tests.faults.fixtures"]
 SEED = int(os.environ.get("ISOTRAIN_FAULT_SEED", "20"))
 LESS = ("no_figures",)
 # A place in the program, and how often at least an uninterrupted run comes by it.

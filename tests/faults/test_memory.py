@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
-from tests.faults.harness import assert_each_once, changed, checkpoints, command, distance, on_ranks, trained_ids
+from tests.harness.commands import changed, command, on_ranks
+from tests.harness.runs import assert_each_once, checkpoints, distance, trained_ids
 from trainer.training.checkpoint import load_checkpoint
 
-pytest_plugins = ["tests.faults.fixtures"]
 LESS, AHEAD = ("no_figures",), ("in_flight", 2)
 SETTINGS = {"optim__learning_rate": "1e-3", "checkpoint__every_steps": 4, "tracking__every_steps": 1}
 BUDGET = 100  # as configured in fixtures.py

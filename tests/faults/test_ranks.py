@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from tests.conftest import topic_rows, write_csv
-from tests.faults.harness import assert_same, changed, on_ranks, outcome
+from tests.harness.commands import changed, on_ranks
+from tests.harness.data import topic_rows, write_csv
+from tests.harness.runs import assert_same, outcome
 
-pytest_plugins = ["tests.faults.fixtures"]
 LESS = ("no_figures",)
 LOST = os.EX_TEMPFAIL
 AT_ONCE = 10  # seconds; a collective would wait for half an hour

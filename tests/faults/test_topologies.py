@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from tests.faults.harness import assert_each_once, changed, checkpoints, distance, on_ranks, records, trained_ids
+from tests.harness.commands import changed, on_ranks
+from tests.harness.runs import assert_each_once, checkpoints, distance, records, trained_ids
 
-pytest_plugins = ["tests.faults.fixtures"]
 LESS = ("no_figures",)
 SETTINGS = {"optim__learning_rate": "1e-3", "checkpoint__every_steps": 4, "tracking__every_steps": 1}
 TOLERANCE = 1e-5

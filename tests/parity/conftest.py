@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import topic_rows, write_csv
+from tests.harness.data import topic_rows, write_csv
 
 
 @pytest.fixture(scope="session")

@@ -1,90 +1,12 @@
-"""Functions run on several gloo ranks of this machine, each rank a process of its own.
-
-The processes come from a fork server in which all that is slow once is done, so a rank starts in half a second.
-What a rank runs is the trainer itself, built by `trainer/training/pipeline.py` from a command line.
-"""
+"""What each rank does in the parity tests: it trains with a run that is built from a command line."""
 
 import dataclasses
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import socket
-import time
-import traceback
 from pathlib import Path
 
 import numpy as np
-
-PRELOADED = ["tests.warm"]  # found from the root, where tests run
-TIMEOUT = 200
-
-
-def on_ranks(world_size, function, *arguments):
-    """What `function(*arguments)` returns on each rank.
-
-    Raises:
-        AssertionError: a rank failed or did not answer; has its traceback.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ends, processes = [], []
-    try:
-        for rank in range(world_size):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(theirs, rank, world_size, port, function, arguments))
-            process.start()
-            theirs.close()
-            ends.append(mine)
-            processes.append(process)
-        return _answers(ends)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _answers(ends):
-    """What each rank sends, as it comes: where one fails, the others would wait for it in vain."""
-    values, latest = {}, time.monotonic() + TIMEOUT
-    while len(values) < len(ends):
-        waiting = [end for rank, end in enumerate(ends) if rank not in values]
-        ready = multiprocessing.connection.wait(waiting, latest - time.monotonic())
-        assert ready, f"no answer within {TIMEOUT} s from {len(waiting)} of {len(ends)} ranks"
-        for end in ready:
-            try:
-                failure, value = end.recv()
-            except EOFError:
-                failure, value = "died without a word", None
-            assert failure is None, f"rank {ends.index(end)}: {failure}"
-            values[ends.index(end)] = value
-    return [values[rank] for rank in range(len(ends))]
-
-
-def _rank(end, rank, world_size, port, function, arguments):
-    os.environ.update(CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
-    if world_size > 1:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )  # fmt: skip
-    import torch
-
-    from trainer.packed import attention
-
-    torch.set_num_threads(1)
-    attention.GROUP_COST = 500  # else all of these short examples would attend together
-    try:
-        end.send((None, function(*arguments)))
-        if world_size > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-    except BaseException:
-        end.send((traceback.format_exc(), None))
 
 
 def build(arguments, double=False, precision="no"):
@@ -93,8 +15,10 @@ def build(arguments, double=False, precision="no"):
     from trainer.distributed.session import StopRequest, start_accelerator
     from trainer.distributed.watch import Watch
     from trainer.model import backbone
+    from trainer.packed import attention
     from trainer.training import setup as building
 
+    attention.GROUP_COST = 500  # else all of these short examples would attend together
     backbone.silence_libraries()
     config = parse_config(list(map(str, arguments)))
     folder = Path(config.run.output_dir) / config.run.name

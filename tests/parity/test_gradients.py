@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from tests.parity.ranks import gradients, on_ranks, plain_gradient
+from tests.harness.ranks import call_on_ranks
+from tests.parity.ranks import gradients, plain_gradient
 
 WORLDS = (1, 2, 3, 4)
 DROPOUT = (0.0, 0.1)
@@ -28,7 +29,7 @@ def found(parity_arguments):
         name = f"gradients-{world_size}-{dropout}-{wrong}-{packed}-{precision}"
         arguments = parity_arguments(name, dropout, *STEP_IS_GRADIENT, "--model.packed", packed)
         cases = CASES if wrong is None else CASES[:5]
-        return on_ranks(world_size, gradients, arguments, cases, wrong, precision)
+        return call_on_ranks(world_size, gradients, arguments, cases, wrong, precision)
 
     return lambda world_size, dropout, wrong=None, packed="true", precision=None: compute(
         world_size, dropout, wrong, packed, precision
@@ -116,13 +117,13 @@ def test_the_step_is_that_of_torchs_own_loss_and_autograd(found, parity_argument
     arguments = parity_arguments("plain", 0.0, *STEP_IS_GRADIENT)
     unweighted = [*arguments, "--optim.class_weights", "null", "--run.name", "unweighted"]
     for batch_size, step in BATCHES[:2]:
-        [[(loss, gradient), (weighted_loss, weighted_gradient)]] = on_ranks(
+        [[(loss, gradient), (weighted_loss, weighted_gradient)]] = call_on_ranks(
             1, plain_gradient, arguments, batch_size, step
         )
         ours = found(1, 0.0)[0][(batch_size, step, 70)]
         assert ours["loss"] == pytest.approx(weighted_loss, rel=TOLERANCE)
         assert np.abs(ours["gradient"] - weighted_gradient).max() < TOLERANCE
-        [plain] = on_ranks(1, gradients, unweighted, [(batch_size, step, 70)])
+        [plain] = call_on_ranks(1, gradients, unweighted, [(batch_size, step, 70)])
         assert plain[(batch_size, step, 70)]["loss"] == pytest.approx(loss, rel=TOLERANCE)
         assert np.abs(plain[(batch_size, step, 70)]["gradient"] - gradient).max() < TOLERANCE
         assert abs(loss - weighted_loss) > 1e-4

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.parity.ranks import on_ranks, scores
+from tests.harness.ranks import call_on_ranks
+from tests.parity.ranks import scores
 from trainer.tasks.single_label import TASK, confusion
 from trainer.tasks.task import measure
 
@@ -13,14 +14,14 @@ NAMES = ["World", "Sports", "Business", "Sci/Tech"]
 
 @pytest.fixture(scope="module")
 def alone(parity_arguments):
-    [result] = on_ranks(1, scores, parity_arguments("scores-1", 0.1), SIZES)
+    [result] = call_on_ranks(1, scores, parity_arguments("scores-1", 0.1), SIZES)
     return result
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_equal_to_the_last_bit_on_any_number_of_ranks(alone, parity_arguments, world_size):
     expected, labels = alone
-    ranks = on_ranks(world_size, scores, parity_arguments(f"scores-{world_size}", 0.1), SIZES)
+    ranks = call_on_ranks(world_size, scores, parity_arguments(f"scores-{world_size}", 0.1), SIZES)
     for size in SIZES:
         for found, _ in ranks:
             assert found[size].shape == (size, 4)

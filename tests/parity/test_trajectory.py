@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from tests.parity.ranks import on_ranks, raw_run, sharded_run, whole_run, whole_runs
+from tests.harness.ranks import call_on_ranks
+from tests.parity.ranks import raw_run, sharded_run, whole_run, whole_runs
 
 # 61 examples in batches of 20: the fourth step is the epoch's tail, one example, fewer than there are ranks
 SETTINGS = (
@@ -28,7 +29,7 @@ def found(parity_arguments):
         budgets = [max(20, budget // world_size) for budget in BUDGETS]
         name = f"{world_size}-{dropout}-{packed}"
         arguments = [*parity_arguments("whole", dropout, *SETTINGS), "--model.packed", packed, "--run.name", name]
-        return on_ranks(world_size, whole_runs, arguments, budgets if wrong is None else budgets[-1:], wrong)
+        return call_on_ranks(world_size, whole_runs, arguments, budgets if wrong is None else budgets[-1:], wrong)
 
     return lambda world_size, dropout, wrong=None, packed="true": compute(world_size, dropout, wrong, packed)
 
@@ -78,21 +79,21 @@ def test_wrong_weighting_and_masks_keyed_by_rank_would_be_rejected(found, wrong)
 
 def test_frozen_weights_shared_out_train_the_same_adapter(found, parity_arguments):
     arguments = parity_arguments("sharded", 0.1, *SETTINGS, "--batch.max_tokens", "100", "--run.name", "sharded")
-    for adapter, held in on_ranks(2, sharded_run, arguments):
+    for adapter, held in call_on_ranks(2, sharded_run, arguments):
         assert distance(adapter, found(1, 0.1)[0][10_000][0]) < TOLERANCE
         assert 0.4 < held < 0.6
 
 
 def test_frozen_weights_shared_out_and_all_biases_trained(parity_arguments):
     arguments = parity_arguments("biases", 0.1, *SETTINGS, "--batch.max_tokens", "100", "--peft.bias", "all")
-    [(expected, *_)] = on_ranks(1, whole_run, [*arguments, "--run.name", "biases-whole"])
-    for adapter, _ in on_ranks(2, sharded_run, [*arguments, "--run.name", "biases-sharded"]):
+    [(expected, *_)] = call_on_ranks(1, whole_run, [*arguments, "--run.name", "biases-whole"])
+    for adapter, _ in call_on_ranks(2, sharded_run, [*arguments, "--run.name", "biases-sharded"]):
         assert distance(adapter, expected) < TOLERANCE
 
 
 def test_another_seed_trains_another_adapter(found, parity_arguments):
     other = [*parity_arguments("whole", 0.1, *SETTINGS), "--run.seed", "43", "--run.name", "seed"]
-    [(adapter, *_)] = on_ranks(1, whole_run, other)
+    [(adapter, *_)] = call_on_ranks(1, whole_run, other)
     assert distance(adapter, found(1, 0.1)[0][10_000][0]) > 100 * TOLERANCE
 
 
@@ -100,6 +101,6 @@ def test_a_plain_data_parallel_loop_trains_the_same_adapter(parity_arguments):
     """Against the outside: three steps of 16 examples, dealt evenly to two ranks."""
     arguments = parity_arguments("raw", 0.0, *SETTINGS, "--optim.class_weights", "null", "--batch.size", "16")
     arguments += ["--optim.max_steps", "3", "--batch.max_tokens", "100"]
-    (theirs, _) = on_ranks(2, raw_run, [*arguments, "--run.name", "raw-theirs"])
-    ((ours, *_), _) = on_ranks(2, whole_run, [*arguments, "--run.name", "raw-ours"])
+    (theirs, _) = call_on_ranks(2, raw_run, [*arguments, "--run.name", "raw-theirs"])
+    ((ours, *_), _) = call_on_ranks(2, whole_run, [*arguments, "--run.name", "raw-ours"])
     assert distance(ours, theirs) < TOLERANCE

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 from trainer.errors import bar_settings, quote_path
 from trainer.files import writing
 

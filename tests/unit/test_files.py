@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 from trainer import files as locks
 from trainer.config.loading import parse_config
 from trainer.errors import UserError

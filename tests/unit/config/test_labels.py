@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import write_csv
+from tests.harness.data import write_csv
 from trainer.config.labels import label_text, look_alikes, match_labels
 from trainer.config.prediction import Options
 from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import write_csv
+from tests.harness.data import write_csv
 from trainer.config.loading import parse_label_names
 from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import load_corpus, load_for_prediction

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import ROOT, write_csv
+from tests.harness.data import write_csv
+from tests.harness.processes import ROOT
 from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import _number_texts, load_corpus, load_for_prediction
 from trainer.data.rows import Texts, digests

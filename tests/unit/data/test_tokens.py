@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 
-from tests.conftest import WORDS
+from tests.harness.data import WORDS
 from trainer.data.corpus import TextSplit
 from trainer.data.rows import digests
 from trainer.data.tokens import Examples, tokenise

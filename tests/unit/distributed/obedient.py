@@ -1,59 +1,25 @@
 """Ranks that meet as those of a run do and then do as test_session.py says, each a process of its own.
 
-The processes come from the fork server of tests/parity, so one starts in a fraction of a second. Host names are given
-out here: ranks of two machines live on this one.
+Host names are given out here: ranks of two machines live on this one.
 """
 
 import contextlib
-import multiprocessing
 import os
 import socket
 from datetime import timedelta
-from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from tests.parity.ranks import PRELOADED
-
-PATIENCE = 60
-"""seconds after which a process that should have answered or ended counts as stuck"""
-
-
-class Rank:
-    """One process: what it says on stderr, what it answers, how it ended."""
-
-    def __init__(self, process, end, errors):
-        self.process, self._end, self._errors = process, end, errors
-
-    def tell(self, order):
-        self._end.send(order)
-
-    def answer(self):
-        assert self._end.poll(PATIENCE), f"no answer; it said: {self.said()}"
-        try:
-            return self._end.recv()
-        except EOFError:
-            raise AssertionError(f"ended without an answer; it said: {self.said()}") from None
-
-    def code(self):
-        self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, f"still there; it said: {self.said()}"
-        return self.process.exitcode
-
-    def said(self):
-        return self._errors.read_text()
+from tests.harness.processes import TIMEOUT, start_process
 
 
 class Ranks:
     """The ranks of one run, on hosts named by letters: `start("aab")` is two on a, one on b."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+    def __init__(self):
         self._started = []
         # as the first machine's agent of torchrun keeps it
-        self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=PATIENCE), wait_for_workers=False)
+        self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=TIMEOUT), wait_for_workers=False)
 
     def start(self, hosts, only=None, function=None, constants=None, **environment):
         """Starts `function` (obey) on each rank, or on `only` some, with constants of rendezvous or watch replaced."""
@@ -62,16 +28,11 @@ class Ranks:
             variables = {
                 "RANK": str(rank), "LOCAL_RANK": str(hosts[:rank].count(hosts[rank])), "WORLD_SIZE": str(len(hosts)),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment,
+                "CUDA_VISIBLE_DEVICES": "", **environment,
             }  # fmt: skip
-            mine, theirs = self._context.Pipe()
-            errors = self._folder / f"rank-{len(self._started)}"
-            arguments = (theirs, errors, f"host-{hosts[rank]}", variables, constants or {}, function or obey)
-            process = self._context.Process(target=_live, args=arguments)
-            process.start()
-            theirs.close()
-            ranks.append(Rank(process, mine, errors))
-            self._started.append(process)
+            host = f"host-{hosts[rank]}"
+            ranks.append(start_process(_live, constants or {}, function or obey, environment=variables, host=host))
+            self._started.append(ranks[-1])
         return ranks
 
     def meet(self, hosts, **settings):
@@ -82,22 +43,19 @@ class Ranks:
         return ranks
 
     def kill(self):
-        for process in self._started:
-            process.kill()
-            process.join()
+        for rank in self._started:
+            rank.kill()
+            rank.wait()
 
 
-def _live(end, errors, host, environment, constants, function):
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    os.environ.update(environment)
-    socket.gethostname = lambda: host
+def _live(end, constants, function):
     from trainer.distributed import rendezvous, watch
     from trainer.errors import main_guard
 
     for name, value in constants.items():
         (module,) = (module for module in (rendezvous, watch) if hasattr(module, name))
         setattr(module, name, value)
-    os._exit(main_guard(lambda: function(end)))
+    return main_guard(lambda: function(end))
 
 
 def obey(end):
@@ -192,12 +150,3 @@ def die_before_the_line(end):
 
     rendezvous._check_routes = die
     obey(end)
-
-
-@contextlib.contextmanager
-def ranks_in(folder):
-    ranks = Ranks(folder)
-    try:
-        yield ranks
-    finally:
-        ranks.kill()

@@ -15,11 +15,11 @@ import torch
 from torch.distributed import HashStore
 
 from tests.unit.distributed.obedient import (
+    Ranks,
     announce_a_closed_port,
     die_before_the_line,
     heed_signals,
     meet_among_strangers,
-    ranks_in,
 )
 from trainer.distributed import rendezvous
 from trainer.distributed.session import STOP_SIGNALS, StopRequest, check_device, choose_precision, start_accelerator
@@ -30,9 +30,10 @@ LOST = os.EX_TEMPFAIL
 
 
 @pytest.fixture
-def ranks(tmp_path):
-    with ranks_in(tmp_path) as ranks:
-        yield ranks
+def ranks():
+    ranks = Ranks()
+    yield ranks
+    ranks.kill()
 
 
 def errors_of(ranks):
@@ -53,7 +54,7 @@ def leave(ranks):
 @pytest.mark.parametrize(("lost", "speakers"), [(0, (1, 2)), (2, (0, 3)), (3, (0, 2))])
 def test_a_process_that_dies_is_missed_at_once_and_named_once_a_machine(ranks, lost, speakers):
     group = ranks.meet("aabb", constants={"HEARTBEAT_TIMEOUT_SECONDS": 600})
-    group[lost].process.kill()
+    group[lost].kill()
     others = [rank for rank in range(4) if rank != lost]
     assert [group[rank].code() for rank in others] == [LOST] * 3
     error = (
@@ -66,21 +67,21 @@ def test_a_process_that_dies_is_missed_at_once_and_named_once_a_machine(ranks, l
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_shows_no_life_is_missed_and_ends_when_it_wakes(ranks, stopped):
     group = ranks.meet("abc", constants={"HEARTBEAT_TIMEOUT_SECONDS": 1.0})
-    os.kill(group[stopped].process.pid, signal.SIGSTOP)
+    os.kill(group[stopped].pid, signal.SIGSTOP)
     others = [rank for rank in range(3) if rank != stopped]
     assert [group[rank].code() for rank in others] == [LOST] * 2
     for rank in others:
         assert f"rank {stopped} on host-{'abc'[stopped]} (127.0.0.1) was lost in step 7: no heartbeat for 1 s" in (
             group[rank].said()
         )
-    os.kill(group[stopped].process.pid, signal.SIGCONT)
+    os.kill(group[stopped].pid, signal.SIGCONT)
     assert group[stopped].code() == LOST
     assert "was lost in step 7" in group[stopped].said()
 
 
 def test_nobody_is_missed_who_only_waits(ranks):
     group = ranks.meet("ab", constants={"HEARTBEAT_TIMEOUT_SECONDS": 0.5})
-    assert wait([rank.process.sentinel for rank in group], 2) == []
+    assert wait([rank.end for rank in group], 2) == []
     leave(group)
 
 
@@ -110,7 +111,7 @@ def test_who_cannot_say_why_ends_nevertheless(ranks, why):
     group = ranks.meet("aab", constants={"ERROR_GRACE_SECONDS": 1.0})
     group[0].tell(why)
     assert group[0].answer() == "silent"
-    group[1].process.kill()
+    group[1].kill()
     assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
     assert "rank 1 on host-a" in group[2].said()
 
@@ -119,7 +120,7 @@ def test_nobody_leaves_before_all_have_come_to_the_end(ranks):
     group = ranks.meet("abc")
     group[0].tell("leave")
     group[2].tell("leave")
-    group[1].process.kill()
+    group[1].kill()
     assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
 
 
@@ -127,7 +128,7 @@ def test_nobody_leaves_before_all_have_come_to_the_end(ranks):
 def test_after_the_end_each_may_go_when_it_likes(ranks, first):
     group = ranks.meet("abc")
     leave(group)
-    group[first].process.kill()
+    group[first].kill()
     group[first].code()
     for rank in group:
         if rank is not group[first]:
@@ -167,7 +168,7 @@ def test_strangers_do_not_become_ranks_and_hold_nobody_up(ranks):
     began = time.monotonic()
     group = ranks.meet("abc", function=meet_among_strangers)
     assert time.monotonic() - began < rendezvous.CONNECT_TIMEOUT_SECONDS
-    group[1].process.kill()
+    group[1].kill()
     assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
 
 
@@ -223,7 +224,7 @@ def test_a_rank_that_is_lost_on_the_way_is_named(ranks):
 def test_a_signal_ends_the_wait_for_the_others(ranks):
     (alone,) = ranks.start("ab", only=[0], function=heed_signals)
     ranks.store.wait(["isotrain/address/0"], timedelta(seconds=60))
-    os.kill(alone.process.pid, signal.SIGTERM)
+    os.kill(alone.pid, signal.SIGTERM)
     assert alone.code() == 128 + signal.SIGTERM
 
 

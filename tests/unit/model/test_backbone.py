@@ -22,8 +22,8 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from tests.conftest import TOPICS
 from tests.families import tiny
+from tests.harness.data import TOPICS
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.errors import UserError
 from trainer.export import _unshare, _unwrap_head

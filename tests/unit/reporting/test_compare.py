@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.conftest import run_script
+from tests.harness.commands import run_script
 from trainer.errors import UserError
 from trainer.reporting.compare import compare_adapters
 

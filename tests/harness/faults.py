@@ -27,14 +27,14 @@ def at_call(place, count=1, number=signal.SIGKILL, after=False):
 
 
 def error_at_call(place, error, message, count=1):
-    """Raises an error of trainer/config/schema.py or of Python, by its name, at the `count`-th call of `place`."""
+    """Raises an error of trainer/errors.py or of Python, by its name, at the `count`-th call of `place`."""
     import builtins
 
-    from trainer.config import schema as config
+    from trainer import errors
 
     def fail():
         print(f"fault at {time.monotonic()}", flush=True)
-        raise (getattr(config, error, None) or getattr(builtins, error))(message)
+        raise (getattr(errors, error, None) or getattr(builtins, error))(message)
 
     on_visit(place, count, False, fail)
 
