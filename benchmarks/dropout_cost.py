@@ -29,7 +29,8 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
 
-from trainer.batching.plan import Plan, collate
+from trainer.batching.collate import collate_padded
+from trainer.batching.plan import Plan
 from trainer.distributed.session import choose_precision
 from trainer.dropout import sites as dropout
 from trainer.dropout.masks import dropped
@@ -85,7 +86,7 @@ def make_examples(num_examples, vocab_size):
 
 def train_step(model, keys, optimizer, examples, plan, step, precision):
     for part in plan.micro_batches(step, 0, 1):
-        batch = collate(examples, part.ids, part.weights, pad_token_id=1, device=torch.device("cpu"))
+        batch = collate_padded(examples, part.ids, part.weights, torch.device("cpu"), 1, left=False)
         masks = keys.micro_batch(step, batch.ids, batch.lengths) if keys else contextlib.nullcontext()
         with masks, autocast(precision):
             logits = model(**batch.inputs).logits

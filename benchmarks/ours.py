@@ -28,13 +28,13 @@ from benchmarks.workload import (
     clock,
     serve,
 )
-from trainer.batching.plan import collate, num_positions, split_by_tokens
+from trainer.batching.collate import collate_padded
+from trainer.batching.plan import num_positions, split_by_tokens
 from trainer.config.loading import parse_config
 from trainer.distributed.session import StopRequest, start_accelerator
 from trainer.distributed.watch import Watch
 from trainer.model.backbone import silence_libraries
-from trainer.tasks import TASKS
-from trainer.training import loop
+from trainer.training import loop, scoring
 from trainer.training import setup as building
 from trainer.training.state import TrainState
 from trainer.training.step import example_losses
@@ -63,8 +63,8 @@ def build(task):
     folder = task.folder / "runs" / "isotrain"
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator(task.precision)
-    inputs = building.prepare(config, folder, task.precision)
-    return building.build(inputs, accelerator, StopRequest(), Watch())
+    inputs = building.prepare(config, folder)
+    return building.build(config, folder, inputs, accelerator, StopRequest(), Watch())
 
 
 class Isotrain:
@@ -72,13 +72,14 @@ class Isotrain:
 
     def __init__(self, task):
         self.task, self.run, self.state = task, build(task), TrainState()
-        self.lengths, self.tokens = self.run.train.lengths, self.run.train.tokens
+        loop.save_checkpoint = lambda run, state, best: None
+        self.lengths, self.tokens = self.run.inputs.examples["train"].lengths, self.run.inputs.examples["train"].tokens
 
     def train(self, steps):
         run, state = self.run, dataclasses.replace(self.state, step=steps.start)
         started = clock(self.task.device)
-        state, _ = loop.train_until(run, state, steps.stop)
-        if state.step < steps.stop:
+        state, _ = loop.train(dataclasses.replace(run, total_steps=steps.stop), state, None)
+        if state.max_tokens is not None:
             sys.exit("Isotrain ran out of memory")
         seconds = clock(self.task.device) - started
         self.state = state
@@ -96,11 +97,17 @@ class Isotrain:
     def evaluate(self, places):
         """Scores the examples at these places; behind the last comes the first."""
         ids = np.array(places) % len(self.lengths)
-        examples = subset(self.run.train, ids)
+        examples = subset(self.run.inputs.examples["train"], ids)
         started = clock(self.task.device)
-        loop.score(self.run, self.state, examples, "the comparison")
+        scores_of(self.run, examples)
         seconds = clock(self.task.device) - started
         return Pass(seconds, len(ids), int(examples.lengths.sum()), scored_positions(self.run, examples.lengths))
+
+
+def scores_of(run, examples):
+    """Logits of these examples, as an evaluation computes them."""
+    inputs = dataclasses.replace(run.inputs, examples={"the comparison": examples})
+    return scoring.score(dataclasses.replace(run, inputs=inputs), TrainState(), "the comparison")[0]
 
 
 def computed_positions(run, step):
@@ -134,7 +141,7 @@ class Collector:
     """Stands in for the optimizer: keeps the gradient instead of applying it."""
 
     def __init__(self, run):
-        self.run, self.optimizer = run, run.optimizer.optimizer
+        self.run, self.optimizer = run, run.learner.optimizer.optimizer
 
     def step(self):
         self.gradient = taken_gradient(self.run)
@@ -145,27 +152,28 @@ class Collector:
 
 def taken_gradient(run):
     """The gradient of all that trains, one vector; the tensors are left without."""
-    gradient = torch.cat([parameter.grad.flatten().double() for parameter in run.trained.values()])
-    for parameter in run.trained.values():
+    gradient = torch.cat([parameter.grad.flatten().double() for parameter in run.learner.parameters.values()])
+    for parameter in run.learner.parameters.values():
         parameter.grad = None
     return gradient
 
 
 def step_gradient(run, step):
     """The gradient as `loop.train_step` comes by it, before clipping."""
-    optim = dataclasses.replace(run.config.optim, max_grad_norm=None)
+    optim = dataclasses.replace(run.learner.optim, max_grad_norm=None)
     collector = Collector(run)
-    probe = dataclasses.replace(run, optimizer=collector, config=dataclasses.replace(run.config, optim=optim))
+    probe = dataclasses.replace(run, learner=dataclasses.replace(run.learner, optimizer=collector, optim=optim))
     loop.train_step(probe, step, run.plan.micro_batches(step, 0, 1))
-    if run.accelerator.scaler is not None:  # it has unscaled for an optimizer that takes no step
-        run.accelerator.scaler.update()
+    if run.learner.accelerator.scaler is not None:  # it has unscaled for an optimizer that takes no step
+        run.learner.accelerator.scaler.update()
     return collector.gradient
 
 
 def padded(run, ids, width):
     """The examples as one batch, padded to `width` positions."""
-    batch = collate(run.train, ids, run.plan.weights[ids], run.pad_token_id, run.accelerator.device)
-    fill = {"input_ids": run.pad_token_id}
+    pad_token_id, device = run.inputs.backbone.tokenizer.pad_token_id, run.learner.accelerator.device
+    batch = collate_padded(run.inputs.examples["train"], ids, run.plan.weights[ids], device, pad_token_id, left=False)
+    fill = {"input_ids": pad_token_id}
     inputs = {
         name: torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill.get(name, 0))
         for name, tensor in batch.inputs.items()
@@ -176,20 +184,20 @@ def padded(run, ids, width):
 def padded_gradient(run, step, parts, width):
     """The gradient by the model's own forward, the parts one after another; the same dropout masks."""
     total = run.plan.total_weight(step)
-    scale = run.accelerator.scaler.get_scale() if run.accelerator.scaler is not None else 1.0
+    scale = run.learner.accelerator.scaler.get_scale() if run.learner.accelerator.scaler is not None else 1.0
     for ids in parts:
         batch = padded(run, ids, width)
-        with run.dropout.micro_batch(step, batch.ids, batch.lengths):
-            logits = run.model(**batch.inputs).logits
-        (example_losses(TASKS[run.config.task.type], logits, batch, 0.0).sum() / total * scale).backward()
+        with run.learner.dropout.micro_batch(step, batch.ids, batch.lengths):
+            logits = run.learner.model(**batch.inputs).logits
+        (example_losses(run.learner.task, logits, batch, 0.0).sum() / total * scale).backward()
     return taken_gradient(run) / scale
 
 
 @torch.no_grad()
 def padded_logits(run, parts, width):
-    run.model.eval()
-    logits = [run.model(**padded(run, ids, width).inputs).logits.double().cpu() for ids in parts]
-    run.model.train()
+    run.learner.model.eval()
+    logits = [run.learner.model(**padded(run, ids, width).inputs).logits.double().cpu() for ids in parts]
+    run.learner.model.train()
     return torch.cat(logits)
 
 
@@ -205,18 +213,18 @@ def parity(run, step):
     other parts: what rounding alone does. While it lasts, LoRA's B is not 0, so that A has a gradient.
     """
     ids = run.plan.global_batch(step)
-    width = int(run.train.lengths[ids].max())
+    width = int(run.inputs.examples["train"].lengths[ids].max())
     parts = np.array_split(ids, -(-len(ids) // MICRO_BATCH))
     others = np.array_split(ids[::-1], -(-2 * len(ids) // MICRO_BATCH))
-    kept = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    kept = {name: parameter.detach().clone() for name, parameter in run.learner.parameters.items()}
     torch.manual_seed(SEED)
     with torch.no_grad():
-        for name, parameter in run.trained.items():
+        for name, parameter in run.learner.parameters.items():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     try:
         expected, logits = padded_gradient(run, step, parts, width), padded_logits(run, parts, width)
-        scores, _ = loop.score(run, TrainState(), subset(run.train, ids), "the parity check")
+        scores = scores_of(run, subset(run.inputs.examples["train"], ids))
         return {
             "gradient": apart(step_gradient(run, step), expected),
             "gradient_rounding": apart(padded_gradient(run, step, others, width + WIDER), expected),
@@ -225,7 +233,7 @@ def parity(run, step):
         }
     finally:
         with torch.no_grad():
-            for name, parameter in run.trained.items():
+            for name, parameter in run.learner.parameters.items():
                 parameter.copy_(kept[name])
 
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     set_environment()  # as trainer/run.py does
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -76,8 +77,9 @@ def build(folder):
     precision = choose_precision(config.run.precision)
     folder.mkdir(exist_ok=True)
     accelerator = start_accelerator(precision)
-    inputs = building.prepare(config, folder, precision)
-    return precision, building.build(inputs, accelerator, StopRequest(), Watch())
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
+    inputs = building.prepare(config, folder)
+    return precision, building.build(config, folder, inputs, accelerator, StopRequest(), Watch())
 
 
 def share_outside(run):
@@ -94,19 +96,19 @@ def share_outside(run):
 
         return call
 
-    forward = run.forward
-    object.__setattr__(run, "forward", Timed(forward, timed(forward.__call__, inside)))
-    run.accelerator.backward = timed(run.accelerator.backward, inside)
-    run.optimizer.step = timed(run.optimizer.step, inside)
-    loop._evaluate, evaluate = (lambda run, state, best: (state, best)), loop._evaluate
-    loop.save_state, save = (lambda run, state, best: None), loop.save_state
-    run.log.open(run.config.tracking.backends, 0, 0, run.total_steps, {})
+    forward = run.learner.forward
+    object.__setattr__(run.learner, "forward", Timed(forward, timed(forward.__call__, inside)))
+    run.learner.accelerator.backward = timed(run.learner.accelerator.backward, inside)
+    run.learner.optimizer.step = timed(run.learner.optimizer.step, inside)
+    loop.evaluate, evaluate = (lambda run, state, best: (state, best)), loop.evaluate
+    loop.save_checkpoint, save = (lambda run, state, best: None), loop.save_checkpoint
+    run.console.log.open(run.config.tracking.backends, 0, 0, run.total_steps, {})
     started = time.perf_counter()
     try:
         loop.train(run, TrainState(), None)
     finally:
-        loop._evaluate, loop.save_state = evaluate, save
-        run.log.close()
+        loop.evaluate, loop.save_checkpoint = evaluate, save
+        run.console.log.close()
     return 1 - inside[0] / (time.perf_counter() - started)
 
 
@@ -115,6 +117,7 @@ class Timed:
 
     def __init__(self, forward, call):
         self.model, self.packed, self.padding, self.call = forward.model, forward.packed, forward.padding, call
+        self.collate = forward.collate
 
     def __call__(self, *given):
         return self.call(*given)

@@ -186,7 +186,7 @@ def measure_start(chosen):
     import numpy as np
     import torch
 
-    from trainer.batching.plan import collate
+    from trainer.batching.collate import collate_padded
     from trainer.data.tokens import tokenise
     from trainer.training import pipeline  # noqa: F401  all that a run imports
 
@@ -208,7 +208,7 @@ def measure_start(chosen):
     plan = plan_of(train.lengths)
     parts = stage("plan", lambda: plan.micro_batches(0, 0, 1))
     for part in parts:
-        collate(train, part.ids, part.weights, 0, torch.device("cpu"))
+        collate_padded(train, part.ids, part.weights, torch.device("cpu"), 0, left=False)
     return {
         "seconds": time.perf_counter() - begun,
         "stages": stages,

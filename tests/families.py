@@ -137,8 +137,8 @@ def difference_between_batches(model, padding):
     lengths = np.array([len(row) for row in rows])
     offsets = np.concatenate([[0], lengths.cumsum()])
     examples = Examples(np.concatenate(rows), offsets, None, np.zeros(len(rows), dtype=np.int64), lengths)
-    settings = {"accelerator": Accelerator(cpu=True), "pad_token_id": 1, "num_labels": 3}
-    forward = PaddedForward(model, padding)
+    settings = {"accelerator": Accelerator(cpu=True), "num_labels": 3}
+    forward = PaddedForward(model, 1, padding)
     one, many = (score_split(forward, examples, max_tokens=tokens, **settings) for tokens in (1, 10_000))
     return float(np.abs(one - many).max())
 

@@ -1,6 +1,6 @@
-"""`accelerate launch trainer/run.py`: reads the configuration and carries the run out, or says that it is done.
+"""`accelerate launch trainer/run.py`: reads the configuration and starts the run, unless it is finished.
 
-Always holds: a finished run is not touched, and a folder that holds another run is refused. The work is pipeline.py's.
+Always holds: a finished run is not touched, and a folder with another run is refused.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from trainer.distributed.environment import read_environment, set_environment
 from trainer.errors import UserError, main_guard, quote_path
 
 
-def main() -> int:
-    """Runs what the command line asks for; returns the exit code: 0, 2 for a user's mistake, 128 + signal."""
-    config = parse_config(sys.argv[1:])
-    read_environment()
-    return execute(config)
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what the command line describes.
 
+    Args:
+        arguments: the command line; None = that of this process.
 
-def execute(config: Config) -> int:
-    """Runs what a configuration describes, unless it is done already; returns the exit code.
+    Returns:
+        the exit code: 0, or 128 + signal.
 
     Raises:
-        UserError: anything the user can mend.
+        UserError: anything that the user can fix.
     """
+    config = parse_config(sys.argv[1:] if arguments is None else arguments)
+    read_environment()
     folder = Path(config.run.output_dir).expanduser() / run_name(config)
     # on several hosts rank 0 decides for all, since the others may not see the folder
     one_host = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
     if one_host and _is_finished(folder, config):
         return 0
-    # torch and the hub's libraries take seconds to load: --help and most mistakes are answered before
+    # loading torch and the hub's libraries takes seconds, so --help and most mistakes are answered before
     from trainer.data.sources import check_places
 
     if one_host:
@@ -49,26 +50,26 @@ def execute(config: Config) -> int:
 
 
 def _is_finished(folder: Path, config: Config) -> bool:
-    """Whether the run is there and complete.
+    """Whether the folder has this run, and it is complete.
 
     Raises:
-        UserError: the folder holds a run of another configuration, something else, or may not be used again.
+        UserError: the folder has a run of another configuration or something else, or must not be used again.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
     if not (folder / "config.yaml").is_file():
-        # config.yaml is the first file of a run: a start killed earlier leaves no more than these
+        # config.yaml is the first file of a run: a start that was killed before leaves only these
         if any(path.name not in {".lock", ".lock-file", ".unfinished-config.yaml"} for path in folder.iterdir()):
-            raise UserError(f"{folder} holds something else than a run; choose another --run.name or --run.output_dir")
+            raise UserError(f"{folder} is not a run folder; choose another --run.name or --run.output_dir")
         return False
     if config.run.resume == "never":
         raise UserError(f"{folder} is in use and run.resume is never; choose another --run.name, or remove the folder")
     there, finished = load_config(folder / "config.yaml"), (folder / "summary.json").is_file()
     before, now = identity(there), identity(config)
-    if finished:  # a continuation compares the content of data and backbone; here their names must do
+    if finished:  # a resume compares the content of data and backbone; here only their names are known
         for values, whole in ((before, as_dict(there)), (now, as_dict(config))):
             values |= {"data": whole["data"], "model": whole["model"]}
-    if config.run.precision == "auto":  # it stays what it came to when the run began
+    if config.run.precision == "auto":  # it keeps what it chose when the run began
         now["run"]["precision"] = before["run"]["precision"]
     differing = [
         f"{group}.{name} (there {before[group].get(name)!r}, now {now[group].get(name)!r})"

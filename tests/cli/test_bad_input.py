@@ -10,9 +10,8 @@ import safetensors.numpy
 
 from tests.harness.commands import run_script
 from tests.harness.data import topic_rows, write_csv
-from trainer.config.loading import parse_config
 from trainer.errors import main_guard
-from trainer.run import execute
+from trainer.run import main
 
 
 def tree(folder):
@@ -32,7 +31,7 @@ def attempt(tiny_arguments, tmp_path, capfd, monkeypatch):
     def run(*arguments, code=2, base=tiny_arguments):
         before = tree(tmp_path)
         capfd.readouterr()
-        assert main_guard(lambda: execute(parse_config([*base, *map(str, arguments)]))) == code
+        assert main_guard(lambda: main([*base, *map(str, arguments)])) == code
         said = capfd.readouterr()
         assert tree(tmp_path) == before, "something on disk was made or changed"
         assert said.out == ""
@@ -315,9 +314,7 @@ def test_fp16_on_a_cpu(attempt):
 def test_folder_that_is_something_else(attempt, tmp_path):
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / "letter.txt").write_text("dear")
-    assert attempt() == (
-        f"{tmp_path}/runs/tiny holds something else than a run; choose another --run.name or --run.output_dir"
-    )
+    assert attempt() == (f"{tmp_path}/runs/tiny is not a run folder; choose another --run.name or --run.output_dir")
 
 
 def test_run_folder_that_is_a_file(attempt, tmp_path):
@@ -507,12 +504,12 @@ def test_as_a_process(tmp_path):
 def test_finished_run_is_not_taken_for_one_of_other_data(attempt, tiny_arguments, tiny_data, capfd):
     """The default name "run" is easily used twice."""
     arguments = [*tiny_arguments, "--optim.max_steps", "1"]
-    assert main_guard(lambda: execute(parse_config(arguments))) == 0
+    assert main_guard(lambda: main(arguments)) == 0
     capfd.readouterr()
     other = tiny_data / "other.csv"
     other.write_bytes((tiny_data / "train.csv").read_bytes())
     arguments[arguments.index("--data.train") + 1] = str(other)
-    assert main_guard(lambda: execute(parse_config(arguments))) == 2
+    assert main_guard(lambda: main(arguments)) == 2
     assert "another configuration: data.train" in capfd.readouterr().err
 
 

@@ -32,9 +32,9 @@ import json, sys
 import trainer.reporting.page
 from trainer.errors import main_guard
 from trainer.config.loading import parse_config
-from trainer.run import execute
+from trainer.run import main
 trainer.reporting.page.build_report = lambda *_: "none"
-sys.exit(max(main_guard(lambda: execute(parse_config(words))) for words in json.load(sys.stdin)))
+sys.exit(max(main_guard(lambda: main(words)) for words in json.load(sys.stdin)))
 """
 CARDS = """
 import json, os, re, sys

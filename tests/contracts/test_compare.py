@@ -57,8 +57,9 @@ def test_isotrain_and_its_peers_train_the_same_examples(task, isotrain, monkeypa
     assert len(set(ids.tolist())) == len(STEPS) * task.batch == found.examples
     for kind in (peers.TrainerPeer, peers.AcceleratePeer):
         peer = kind(task)
-        assert np.array_equal(isotrain.run.train.tokens, np.concatenate([one["input_ids"] for one in peer.features]))
-        assert isotrain.run.train.labels.tolist() == [one["labels"] for one in peer.features]
+        examples = isotrain.run.inputs.examples["train"]
+        assert np.array_equal(examples.tokens, np.concatenate([one["input_ids"] for one in peer.features]))
+        assert examples.labels.tolist() == [one["labels"] for one in peer.features]
         other = peer.train(STEPS)
         assert sorted(peer.collator.ids) == sorted(ids)
         assert peer.collator.ids != ids.tolist()
@@ -91,16 +92,16 @@ def test_the_same_tensors_train_from_the_same_start(task, isotrain):
     for kind in peers.PEERS.values():
         peer = kind(task)
         trained = {name: p for name, p in peer.model.named_parameters() if p.requires_grad}
-        assert trained.keys() == isotrain.run.trained.keys()
+        assert trained.keys() == isotrain.run.learner.parameters.keys()
         before = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        assert all(torch.equal(before[name], p) for name, p in isotrain.run.trained.items())
+        assert all(torch.equal(before[name], p) for name, p in isotrain.run.learner.parameters.items())
         peer.train(STEPS)
         assert all(not torch.equal(before[name], parameter) for name, parameter in trained.items())
         rates = {module.p for module in peer.model.modules() if type(module) is torch.nn.Dropout}
         assert rates == {workload.DROPOUT} == {peer.model.config.attention_probs_dropout_prob}
-    before = {name: parameter.detach().clone() for name, parameter in isotrain.run.trained.items()}
+    before = {name: parameter.detach().clone() for name, parameter in isotrain.run.learner.parameters.items()}
     isotrain.train(STEPS)
-    assert all(not torch.equal(before[name], parameter) for name, parameter in isotrain.run.trained.items())
+    assert all(not torch.equal(before[name], parameter) for name, parameter in isotrain.run.learner.parameters.items())
 
 
 def test_everyone_scores_the_same_examples(task, isotrain):
@@ -108,19 +109,19 @@ def test_everyone_scores_the_same_examples(task, isotrain):
     found, other = isotrain.evaluate(range(40)), loop.evaluate(range(40))
     assert loop.collator.ids == list(range(40))
     assert (found.examples, found.tokens) == (other.examples, other.tokens) == (40, int(loop.lengths[:40].sum()))
-    assert isotrain.run.model.training
+    assert isotrain.run.learner.model.training
 
 
 # --- nothing wrong is timed -------------------------------------------------------------------------------------------
 
 
 def test_the_gradient_is_the_padded_forward_s(isotrain):
-    before = {name: parameter.detach().clone() for name, parameter in isotrain.run.trained.items()}
+    before = {name: parameter.detach().clone() for name, parameter in isotrain.run.learner.parameters.items()}
     found = ours.parity(isotrain.run, 0)
     compare.refuse_other_numbers(found, "no")
     assert max(found.values()) < 1e-5
-    assert all(torch.equal(before[name], parameter) for name, parameter in isotrain.run.trained.items())
-    assert all(parameter.grad is None for parameter in isotrain.run.trained.values())
+    assert all(torch.equal(before[name], parameter) for name, parameter in isotrain.run.learner.parameters.items())
+    assert all(parameter.grad is None for parameter in isotrain.run.learner.parameters.values())
 
 
 @pytest.mark.parametrize("mistake", ["other masks", "a weight"])

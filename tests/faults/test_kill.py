@@ -24,8 +24,8 @@ PLACES = [
     ("in_write", 42),
     ("train_step", 12),
     ("example_losses", 26),
-    ("_update", 12),
-    ("trainer.training.scoring:collate", 21),
+    ("apply_gradient", 12),
+    ("score_micro_batch", 21),
     ("measure", 3),
     ("pathlib:Path.rename", 7),
     ("shutil:rmtree", 16),
@@ -33,10 +33,10 @@ PLACES = [
     ("trainer.reporting.tracking:RunLog.scalars", 11),
 ]
 ENDING = {
-    "before the test": "_test",
+    "before the test": "write_evaluations",
     "before the adapter": "save_adapter",
     "before its check": "check_adapter",
-    "before the summary": "trainer.training.pipeline:_summary",
+    "before the summary": "trainer.training.pipeline:summarize",
     "in the report": "trainer.reporting.page:build_report",
 }
 
@@ -117,7 +117,7 @@ def test_killed_three_times(options, reference, tmp_path):
     for point in [
         ("at_call", "example_losses", 10),  # step 5, between two micro-batches
         ("in_save", 2, 3),  # while it saves step 9
-        ("at_call", "trainer.training.scoring:collate", 2 + 5),  # in the evaluation of step 12
+        ("at_call", "score_micro_batch", 2 + 5),  # in the evaluation of step 12
     ]:
         assert command("run", arguments, [LESS, point]).code == -signal.SIGKILL
     run_again(tmp_path / "run", arguments, reference)
@@ -136,7 +136,7 @@ def test_another_seed_gives_another_outcome(options, reference, tmp_path):
 
 STOPS = {
     "in a step": ("example_losses", 12),
-    "in a validation": ("trainer.training.scoring:collate", 1),
+    "in a validation": ("score_micro_batch", 1),
     "in the test": ("write_evaluation", 1),
 }
 
@@ -186,7 +186,7 @@ def test_a_signal_while_the_outcome_is_written_changes_nothing(killed, reference
 def test_stopped_after_an_evaluation_was_written_and_killed_before_it_was_saved(options, reference, tmp_path):
     arguments = changed(options, run__output_dir=tmp_path)
     folder = tmp_path / "run"
-    stop = ("at_call", "trainer.training.scoring:collate", 1, int(signal.SIGTERM))
+    stop = ("at_call", "score_micro_batch", 1, int(signal.SIGTERM))
     assert command("run", arguments, [LESS, stop]).code == 128 + signal.SIGTERM
     assert checkpoints(folder)[-1].name == "step-00000004"  # not evaluated yet
     kill = ("at_call", "train_step", 1)

@@ -9,13 +9,13 @@ import pytest
 
 from tests.harness.commands import changed, command, on_ranks
 from tests.harness.runs import assert_each_once, checkpoints, distance, trained_ids
-from trainer.training.checkpoint import load_checkpoint
+from trainer.training.checkpoint import read_checkpoint
 
 LESS, AHEAD = ("no_figures",), ("in_flight", 2)
 SETTINGS = {"optim__learning_rate": "1e-3", "checkpoint__every_steps": 4, "tracking__every_steps": 1}
 BUDGET = 100  # as configured in fixtures.py
 ABOVE = 60  # the longest example has less, the largest micro-batch of every step more
-SAYS = re.compile(r"step (\d+): out of memory; going on with at most (\d+) tokens at a time")
+SAYS = re.compile(r"step (\d+): out of memory; continuing with at most (\d+) tokens at a time")
 TOLERANCE = 1e-6
 
 
@@ -36,7 +36,13 @@ def expected(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def _short(small, tmp_path_factory):
     place = tmp_path_factory.mktemp("short")
-    points = [LESS, AHEAD, ("log_ids", str(place / "ids-0")), ("out_of_memory", ABOVE), ("at_call", "_update", 7)]
+    points = [
+        LESS,
+        AHEAD,
+        ("log_ids", str(place / "ids-0")),
+        ("out_of_memory", ABOVE),
+        ("at_call", "apply_gradient", 7),
+    ]
     ended = command("run", changed(small, run__output_dir=place), points)
     assert ended.code == -signal.SIGKILL, ended.stderr
     return place, ended
@@ -130,7 +136,7 @@ def test_not_even_one_example(where, says, short):
     assert "Traceback" not in said
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert re.search(says, error)
-    assert load_checkpoint(saved).step == 4
+    assert read_checkpoint(saved).step == 4
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == files
 
 

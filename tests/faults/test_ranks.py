@@ -11,6 +11,7 @@ from tests.harness.runs import assert_same, outcome
 
 LESS = ("no_figures",)
 LOST = os.EX_TEMPFAIL
+SURPRISE = ("error_at_call", "apply_gradient", "ValueError", "a surprise")
 AT_ONCE = 10  # seconds; a collective would wait for half an hour
 # What fails on which rank, the exit codes of ranks 0 and 1, and what is said of it. A rank that is lost was lost where
 # the one that tells it is. One fault after another befalls the same run, so that a fault costs one start.
@@ -19,12 +20,12 @@ CHAIN = [
     (1, ("error_at_call", "build_model", "UserError", "a mistake"), [2, 2], "rank 1 on HOST: a mistake"),
     (1, ("error_at_call", "example_losses", "OSError", "a disk", 7), [2, 2], "rank 1 on HOST: a disk"),
     # after the vote: the other one waits for this one's gradient
-    (1, ("at_call", "_sum_gradients", 2), [LOST, -9], "rank 1 on HOST was lost in step 5"),
-    (1, ("error_at_call", "_update", "ValueError", "a surprise"), [1, 1], "rank 1 on HOST: ValueError: a surprise"),
-    (0, ("error_at_call", "_update", "ValueError", "a surprise"), [1, 1], "ValueError: a surprise"),
+    (1, ("at_call", "sum_gradients", 2), [LOST, -9], "rank 1 on HOST was lost in step 5"),
+    (1, SURPRISE, [1, 1], "rank 1 on HOST: ValueError: a surprise"),
+    (0, SURPRISE, [1, 1], "ValueError: a surprise"),
     (0, ("in_save", 1, 3), [-9, LOST], "rank 0 on HOST was lost in the save of step 6"),
-    (1, ("at_call", "trainer.training.scoring:collate", 3), [LOST, -9], "rank 1 on HOST was lost in the scoring of"),
-    (1, ("at_call", "_finish"), [LOST, -9], "rank 1 on HOST was lost in the (scoring of test after step 12|end)"),
+    (1, ("at_call", "score_micro_batch", 3), [LOST, -9], "rank 1 on HOST was lost in the scoring of"),
+    (1, ("at_call", "probe"), [LOST, -9], "rank 1 on HOST was lost in the (scoring of test after step 12|end)"),
     (0, ("at_call", "save_adapter"), [-9, LOST], "rank 0 on HOST was lost in the end"),
 ]  # fmt: skip
 
@@ -63,7 +64,7 @@ def test_one_rank_after_another_fails(options, two, tmp_path):
 
 def test_the_third_rank_hears_of_the_second_through_the_first(options, tmp_path):
     arguments = changed(options, run__output_dir=tmp_path)
-    ranks = on_ranks(3, arguments, [LESS], {1: [("error_at_call", "_sum_gradients", "UserError", "a mistake")]})
+    ranks = on_ranks(3, arguments, [LESS], {1: [("error_at_call", "sum_gradients", "UserError", "a mistake")]})
     assert_ended_together(ranks, 1, [2, 2, 2], "rank 1 on HOST: a mistake")
 
 

@@ -47,7 +47,7 @@ def test_two_ranks_then_one_then_four(dropout, alone, tmp_path):
     assert 0 < first < 4
 
     # killed in the middle of the second, two steps behind a checkpoint
-    kill = ("at_call", "_update", 11 - first)
+    kill = ("at_call", "apply_gradient", 11 - first)
     (one,) = on_ranks(1, arguments, [LESS, ("log_ids", str(logs[1])), kill])
     assert one.code == -signal.SIGKILL, one.stderr
     assert checkpoints(folder)[-1].name == "step-00000008"

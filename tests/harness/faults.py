@@ -224,16 +224,16 @@ def log_ids(folder):
 
         return stepped
 
-    def noting(collate):
-        def noted(examples, ids, weights, *others, **settings):
+    def noting(add_gradient):
+        def noted(learner, examples, number, ids, weights):
             with path.open("a") as file:
                 file.write(json.dumps({"step": step, "attempt": attempt, "ids": ids[weights > 0].tolist()}) + "\n")
-            return collate(examples, ids, weights, *others, **settings)
+            return add_gradient(learner, examples, number, ids, weights)
 
         return noted
 
     replace("train_step", stepping)
-    replace("trainer.training.step:collate", noting)
+    replace("add_gradient", noting)
 
 
 def out_of_memory(above, where="forward"):
@@ -244,13 +244,24 @@ def out_of_memory(above, where="forward"):
     """
     import torch
 
-    too_large = False
+    concerns, too_large = False, False
+
+    def marking(original):
+        def marked(*arguments):
+            nonlocal concerns
+            concerns = True
+            try:
+                return original(*arguments)
+            finally:
+                concerns = False
+
+        return marked
 
     def measuring(collate):
-        def measured(*arguments, **settings):
+        def measured(*arguments):
             nonlocal too_large
-            batch = collate(*arguments, **settings)
-            too_large = batch.inputs["input_ids"].numel() > above
+            batch = collate(*arguments)
+            too_large = concerns and batch.inputs["input_ids"].numel() > above
             return batch
 
         return measured
@@ -264,8 +275,10 @@ def out_of_memory(above, where="forward"):
 
         return ended
 
-    for module in ("scoring", "pipeline") if where == "scoring" else ("step",):
-        replace(f"trainer.training.{module}:collate", measuring)
+    for place in ("score_micro_batch", "probe") if where == "scoring" else ("add_gradient",):
+        replace(place, marking)
+    for kind in ("Packed", "Padded"):
+        replace(f"trainer.packed.forward:{kind}Forward.collate", measuring)
     forwards = ["trainer.packed.forward:PackedForward.__call__", "peft:PeftModelForSequenceClassification.forward"]
     for work in ["accelerate:Accelerator.backward"] if where == "backward" else forwards:
         replace(work, ending)
@@ -275,7 +288,7 @@ def in_flight(number):
     """As many steps are asked for before the first is known, as on a GPU."""
     from trainer.training import loop
 
-    loop.IN_FLIGHT = number
+    loop.STEPS_IN_FLIGHT["cpu"] = number
 
 
 def forget_an_example(step):

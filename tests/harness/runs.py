@@ -37,7 +37,7 @@ def outcome(folder):
     state = json.loads((newest / "trainer_state.json").read_text())["train"]
     for name in ("resumed_from", "world_sizes"):
         state.pop(name)
-    for name in ("run", "epoch", "window"):
+    for name in ("total", "epoch", "window"):
         state[name].pop("seconds")
     summary = json.loads((folder / "summary.json").read_text())
     keys = ("steps", "epochs", "best_step", "validation", "test", "adapter_bytes", "padding_fraction", "stopped_early")

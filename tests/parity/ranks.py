@@ -20,7 +20,7 @@ def build(arguments, double=False, precision="no"):
 
     attention.GROUP_COST = 500  # else all of these short examples would attend together
     backbone.silence_libraries()
-    config = parse_config(list(map(str, arguments)))
+    config = parse_config(["--run.precision", precision, *map(str, arguments)])
     folder = Path(config.run.output_dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator(precision)
@@ -29,7 +29,8 @@ def build(arguments, double=False, precision="no"):
         building.build_model = lambda *given: plain(*given).double()
         building.set_precision = lambda model, compute_type: None
     try:
-        return building.build(building.prepare(config, folder, precision), accelerator, StopRequest(), Watch())
+        inputs = building.prepare(config, folder)
+        return building.build(config, folder, inputs, accelerator, StopRequest(), Watch())
     finally:
         building.build_model, building.set_precision = plain, kept
 
@@ -40,7 +41,8 @@ def build(arguments, double=False, precision="no"):
 def weigh_parts_alike(run, step, micro_batches):
     """The wrong weighting: mean over micro-batches of the mean over each one's examples."""
     ranks = [
-        run.plan.micro_batches(step, r, run.accelerator.num_processes) for r in range(run.accelerator.num_processes)
+        run.plan.micro_batches(step, r, run.learner.accelerator.num_processes)
+        for r in range(run.learner.accelerator.num_processes)
     ]
     count = sum(bool(part.weights.any()) for parts in ranks for part in parts)
     total = run.plan.total_weight(step)
@@ -62,28 +64,28 @@ def gradients(arguments, cases, wrong=None, precision=None):
     """
     import torch
 
-    from trainer.training.step import result_of, train_step
+    from trainer.training.step import read_result, train_step
 
     run = build(arguments, double=precision is None, precision=precision or "no")
-    before = [parameter.detach().clone() for parameter in run.trained.values()]
+    before = [parameter.detach().clone() for parameter in run.learner.parameters.values()]
     if wrong == "rank":
-        run.dropout.seed += run.accelerator.process_index
+        run.learner.dropout.seed += run.learner.accelerator.process_index
     if wrong == "position":
-        keyed = run.dropout.micro_batch
-        run.dropout.micro_batch = lambda step, ids, lengths: keyed(step, np.arange(len(ids)), lengths)
+        keyed = run.learner.dropout.micro_batch
+        run.learner.dropout.micro_batch = lambda step, ids, lengths: keyed(step, np.arange(len(ids)), lengths)
     results = {}
     for case in cases:
         batch_size, step, max_tokens = case
         plan = dataclasses.replace(run.plan, batch_size=batch_size, max_tokens=max_tokens)
         now = dataclasses.replace(run, plan=plan)
-        parts = plan.micro_batches(step, run.accelerator.process_index, run.accelerator.num_processes)
+        parts = plan.micro_batches(step, run.learner.accelerator.process_index, run.learner.accelerator.num_processes)
         sizes = [len(part.ids) if part.weights.any() else 0 for part in parts]
         if wrong == "mean of means":
             parts = weigh_parts_alike(now, step, parts)
-        result = result_of(now, train_step(now, step, parts))
-        subtracted = [old - new.detach() for old, new in zip(before, run.trained.values(), strict=True)]
+        result = read_result(now, train_step(now, step, parts))
+        subtracted = [old - new.detach() for old, new in zip(before, run.learner.parameters.values(), strict=True)]
         with torch.no_grad():
-            for old, new in zip(before, run.trained.values(), strict=True):
+            for old, new in zip(before, run.learner.parameters.values(), strict=True):
                 new.copy_(old)
         gradient = torch.cat([tensor.flatten() for tensor in subtracted]).numpy()
         results[case] = {"gradient": gradient, "loss": result.loss, "norm": result.grad_norm, "sizes": sizes}
@@ -100,23 +102,29 @@ def plain_gradient(arguments, batch_size, step):
 
     run = build(arguments, double=True)
     ids = dataclasses.replace(run.plan, batch_size=batch_size).global_batch(step)
-    rows = [run.train.tokens[run.train.offsets[i] : run.train.offsets[i + 1]].tolist() for i in ids]
+    rows, pad_token_id = token_rows(run, ids), run.inputs.backbone.tokenizer.pad_token_id
     longest = max(map(len, rows))
-    input_ids = torch.tensor([row + [run.pad_token_id] * (longest - len(row)) for row in rows])
+    input_ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    labels = torch.tensor(run.train.labels[ids])
+    labels = torch.tensor(run.inputs.examples["train"].labels[ids])
     smoothing = run.config.optim.label_smoothing
     answers = []
     for weights in (None, torch.tensor(run.plan.weights[ids])):
-        logits = run.model(input_ids=input_ids, attention_mask=mask).logits
+        logits = run.learner.model(input_ids=input_ids, attention_mask=mask).logits
         if weights is None:
             loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels)
         else:
             each = torch.nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")(logits, labels)
             loss = (each * weights).sum() / weights.sum()
-        found = torch.autograd.grad(loss, list(run.trained.values()))
+        found = torch.autograd.grad(loss, list(run.learner.parameters.values()))
         answers.append((loss.item(), torch.cat([tensor.flatten() for tensor in found]).numpy()))
     return answers
+
+
+def token_rows(run, ids):
+    """The tokens of these training examples."""
+    examples = run.inputs.examples["train"]
+    return [examples.tokens[examples.offsets[i] : examples.offsets[i + 1]].tolist() for i in ids]
 
 
 def fitted(arguments, short_ranks, above):
@@ -127,13 +135,15 @@ def fitted(arguments, short_ranks, above):
     import torch
 
     from trainer.errors import UserError
-    from trainer.training import loop, step
+    from trainer.training import loop
+    from trainer.training.memory import fit_token_budget
     from trainer.training.state import TrainState
 
     run = build(arguments)
     steps, right = [], loop.train_step
-    run = dataclasses.replace(run, tries_memory=True, total_steps=1)
-    tried, collate, backward = [], step.collate, run.accelerator.backward
+    run = dataclasses.replace(run, total_steps=1)
+    tried, backward = [], run.learner.accelerator.backward
+    collate = type(run.learner.forward).collate
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
 
@@ -144,24 +154,29 @@ def fitted(arguments, short_ranks, above):
 
     def running_out(loss):
         backward(loss)
-        if run.accelerator.process_index in short_ranks and sum(tried[-1]) > above:
+        if run.learner.accelerator.process_index in short_ranks and sum(tried[-1]) > above:
             raise torch.OutOfMemoryError
 
     def first_step(*given):
-        assert all(parameter.grad is None for parameter in run.trained.values())
+        assert all(parameter.grad is None for parameter in run.learner.parameters.values())
         assert torch.equal(torch.random.get_rng_state(), before)
         steps.append(len(tried))
         return right(*given)
 
-    step.collate, run.accelerator.backward, loop.train_step = noting, running_out, first_step
+    type(run.learner.forward).collate = noting
+    run.learner.accelerator.backward, loop.train_step = running_out, first_step
     try:
-        state, _ = loop.train(run, TrainState(), None)
+        state, _ = loop.train(run, fit_token_budget(run, TrainState()), None)
     except UserError as error:
         return str(error), tried
     finally:
-        step.collate, loop.train_step = collate, right
+        type(run.learner.forward).collate, loop.train_step = collate, right
     assert state.step == len(steps) == 1, "memory ran out in the first step"
-    return state.max_tokens, tried[: steps[0]], sorted(run.train.lengths.tolist())[-run.plan.batch_size :]
+    return (
+        state.max_tokens,
+        tried[: steps[0]],
+        sorted(run.inputs.examples["train"].lengths.tolist())[-run.plan.batch_size :],
+    )
 
 
 # --- steps in flight --------------------------------------------------------------------------------------------------
@@ -185,13 +200,13 @@ def flights(arguments, fault=None, hit=0, told=True, scaled=False):
 
     from trainer.errors import UserError
     from trainer.training.optim import set_learning_rate
-    from trainer.training.step import result_of, train_step
+    from trainer.training.step import read_result, train_step
 
     run = build(arguments)
     if scaled:
         run = with_scaler(run, 64.0)
-    rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
-    backward, optimizer = run.accelerator.backward, run.optimizer.optimizer
+    rank, world_size = run.learner.accelerator.process_index, run.learner.accelerator.num_processes
+    backward, optimizer = run.learner.accelerator.backward, run.learner.optimizer.optimizer
     set_learning_rate(optimizer, 0.1)
 
     def everything():
@@ -210,13 +225,13 @@ def flights(arguments, fault=None, hit=0, told=True, scaled=False):
             if fault == "loss":
                 parts[0].weights[:] = float("inf")
             else:
-                run.accelerator.backward = faulty
+                run.learner.accelerator.backward = faulty
         try:
             return train_step(run, step, parts, *before)
         finally:
-            run.accelerator.backward = backward
+            run.learner.accelerator.backward = backward
 
-    parameters = list(run.trained.values())
+    parameters = list(run.learner.parameters.values())
     found = [(None, *everything())]
     while len(found) < 2 or fault:
         if len(found) > 1:
@@ -224,14 +239,14 @@ def flights(arguments, fault=None, hit=0, told=True, scaled=False):
         first = asked_for(0)
         second = asked_for(1, *[first] * told)
         try:
-            gave = result_of(run, first)
+            gave = read_result(run, first)
         except UserError as error:
             gave = str(error)
         if not fault:
-            result_of(run, second)
+            read_result(run, second)
         found.append((gave, *everything()))
         if scaled:
-            assert run.accelerator.scaler.get_scale() == 64
+            assert run.learner.accelerator.scaler.get_scale() == 64
     return found
 
 
@@ -240,12 +255,13 @@ def with_scaler(run, scale):
     import torch
     from accelerate.optimizer import AcceleratedOptimizer
 
-    accelerator = run.accelerator
+    accelerator = run.learner.accelerator
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    run = dataclasses.replace(run, optimizer=AcceleratedOptimizer(run.optimizer.optimizer, scaler=accelerator.scaler))
-    accelerator._optimizers = [run.optimizer]
+    optimizer = AcceleratedOptimizer(run.learner.optimizer.optimizer, scaler=accelerator.scaler)
+    run = dataclasses.replace(run, learner=dataclasses.replace(run.learner, optimizer=optimizer))
+    accelerator._optimizers = [run.learner.optimizer]
     # accelerate's does so where the precision is fp16
-    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(run.optimizer.optimizer)
+    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(run.learner.optimizer.optimizer)
     return run
 
 
@@ -261,7 +277,8 @@ def looped(arguments, hit=None, in_flight=1):
     from trainer.training.state import TrainState
 
     run = build(arguments)
-    loop.IN_FLIGHT, right, backward = in_flight, loop.train_step, run.accelerator.backward
+    run = dataclasses.replace(run, total_steps=3)
+    loop.STEPS_IN_FLIGHT["cpu"], right, backward = in_flight, loop.train_step, run.learner.accelerator.backward
     steps, tried = [], []
 
     def noting(run, step, *others):
@@ -271,14 +288,12 @@ def looped(arguments, hit=None, in_flight=1):
     def running_out(loss):
         tried.append(steps[-1])
         backward(loss)
-        if len(tried) == 1 and run.accelerator.process_index == hit:
+        if len(tried) == 1 and run.learner.accelerator.process_index == hit:
             raise torch.OutOfMemoryError
 
-    loop.train_step, run.accelerator.backward = noting, running_out
-    state = TrainState()
-    while state.step < 3:
-        state, _ = loop.train_until(run, state, 3)
-    return torch.cat([parameter.detach().flatten() for parameter in run.trained.values()]).numpy(), [
+    loop.train_step, run.learner.accelerator.backward = noting, running_out
+    loop.train(run, TrainState(), None)
+    return torch.cat([parameter.detach().flatten() for parameter in run.learner.parameters.values()]).numpy(), [
         step for step, _ in itertools.groupby(tried)
     ]
 
@@ -292,13 +307,13 @@ def stopped(arguments, in_flight):
 
     def breaking(run, step, parts, *before):
         if step == 1:
-            run.stop.signal = signal.SIGTERM
+            run.console.stop.signal = signal.SIGTERM
         if step == 2:
             parts[0].weights[:] = float("inf")
         return right(run, step, parts, *before)
 
-    loop.IN_FLIGHT, loop.train_step = in_flight, breaking
-    loop.save_state = lambda run, state, best: saved.append(state.step)
+    loop.STEPS_IN_FLIGHT["cpu"], loop.train_step = in_flight, breaking
+    loop.save_checkpoint = lambda run, state, best: saved.append(state.step)
     try:
         loop.train(run, TrainState(), None)
     except Exception as error:
@@ -326,7 +341,7 @@ def reads(arguments):
         first = train_step(run, 0, run.plan.micro_batches(0, 0, 1))
         train_step(run, 1, run.plan.micro_batches(1, 0, 1), first)
     with Reads() as asking:
-        assert not bool(first.last)
+        assert not bool(first.blocks_next)
     return enqueued.number, asking.number
 
 
@@ -339,7 +354,7 @@ def whole_run(arguments, wrong=None, in_flight=None):
     Args:
         arguments: command line of the run.
         wrong: a mistake to make: "mean of means", or dropout keyed by "rank".
-        in_flight: as `loop.IN_FLIGHT`.
+        in_flight: as `loop.STEPS_IN_FLIGHT`.
 
     Returns:
         adapter, lines of metrics.jsonl, number of first micro-batches.
@@ -350,8 +365,8 @@ def whole_run(arguments, wrong=None, in_flight=None):
     from trainer.training import loop, state
 
     run = build(arguments)
-    loop.IN_FLIGHT = in_flight or loop.IN_FLIGHT
-    before = adapter_tensors(run.model)
+    loop.STEPS_IN_FLIGHT["cpu"] = in_flight or 1
+    before = adapter_tensors(run.learner.model)
     right, num_behind = loop.train_step, 0
 
     def train_step(run, step, parts, before):
@@ -361,15 +376,15 @@ def whole_run(arguments, wrong=None, in_flight=None):
 
     loop.train_step = train_step
     if wrong == "rank":
-        run.dropout.seed += run.accelerator.process_index
+        run.learner.dropout.seed += run.learner.accelerator.process_index
     try:
         end, best = loop.train(run, state.TrainState(), None)
     finally:
         loop.train_step = right
     assert end.step == run.total_steps
     assert max((before[name] - best[name]).abs().max() for name in best) > 1e-4, "nothing was trained"
-    lines = (run.folder / "metrics.jsonl").read_text() if run.accelerator.is_main_process else ""
-    number = len(run.plan.micro_batches(0, 0, run.accelerator.num_processes))
+    lines = (run.folder / "metrics.jsonl").read_text() if run.learner.accelerator.is_main_process else ""
+    number = len(run.plan.micro_batches(0, 0, run.learner.accelerator.num_processes))
     adapter = {name: tensor.numpy() for name, tensor in best.items()}
     assert (num_behind > 0) == (in_flight is not None), "steps asked for while another is in flight"
     return adapter, [json.loads(line) for line in lines.splitlines()], number
@@ -388,7 +403,7 @@ def sharded_run(arguments):
     """`whole_run` with the frozen weights shared out; and the share of them that this rank held."""
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     run = build(arguments)
-    frozen = [parameter for parameter in run.model.parameters() if not parameter.requires_grad]
+    frozen = [parameter for parameter in run.learner.model.parameters() if not parameter.requires_grad]
     held = sum(parameter.to_local().numel() for parameter in frozen) / sum(parameter.numel() for parameter in frozen)
     return whole_run(arguments)[0], held
 
@@ -404,8 +419,13 @@ def raw_run(arguments):
     from trainer.model.adapter import adapter_tensors
 
     run = build(arguments)
-    optim, rank, world_size = run.config.optim, run.accelerator.process_index, run.accelerator.num_processes
-    model = torch.nn.parallel.DistributedDataParallel(run.model)
+    optim, rank, world_size = (
+        run.config.optim,
+        run.learner.accelerator.process_index,
+        run.learner.accelerator.num_processes,
+    )
+    pad_token_id = run.inputs.backbone.tokenizer.pad_token_id
+    model = torch.nn.parallel.DistributedDataParallel(run.learner.model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
@@ -419,15 +439,15 @@ def raw_run(arguments):
         ids = run.plan.global_batch(step)
         assert len(ids) % world_size == 0
         ids = ids[rank::world_size]
-        rows = [torch.tensor(run.train.tokens[run.train.offsets[i] : run.train.offsets[i + 1]]).long() for i in ids]
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=run.pad_token_id)
-        logits = model(input_ids=input_ids, attention_mask=(input_ids != run.pad_token_id).long()).logits
-        loss_of(logits, torch.tensor(run.train.labels[ids])).backward()
+        rows = [torch.tensor(row) for row in token_rows(run, ids)]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        logits = model(input_ids=input_ids, attention_mask=(input_ids != pad_token_id).long()).logits
+        loss_of(logits, torch.tensor(run.inputs.examples["train"].labels[ids])).backward()
         torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    return {name: tensor.numpy() for name, tensor in adapter_tensors(run.model).items()}
+    return {name: tensor.numpy() for name, tensor in adapter_tensors(run.learner.model).items()}
 
 
 def scores(arguments, sizes):
@@ -437,26 +457,25 @@ def scores(arguments, sizes):
     from trainer.training.scoring import score_split
 
     run = build(arguments)
-    found = {}
+    examples, found = run.inputs.examples["train"], {}
     for size in sizes:
-        end = int(run.train.offsets[size])
+        end = int(examples.offsets[size])
         part = SimpleNamespace(
-            tokens=run.train.tokens[:end],
-            offsets=run.train.offsets[: size + 1],
+            tokens=examples.tokens[:end],
+            offsets=examples.offsets[: size + 1],
             token_types=None,
-            labels=run.train.labels[:size],
-            lengths=run.train.lengths[:size],
+            labels=examples.labels[:size],
+            lengths=examples.lengths[:size],
         )
         found[size] = score_split(
-            run.forward,
+            run.learner.forward,
             part,
-            run.accelerator,
+            run.learner.accelerator,
             max_tokens=run.eval_max_tokens,
-            pad_token_id=run.pad_token_id,
-            num_labels=len(run.label_names),
+            num_labels=len(run.inputs.corpus.label_names),
         )
-        assert run.model.training
-    return found, run.train.labels
+        assert run.learner.model.training
+    return found, examples.labels
 
 
 def scaled_steps(arguments, scale):
@@ -467,15 +486,15 @@ def scaled_steps(arguments, scale):
     import torch
 
     from trainer.training.optim import set_learning_rate
-    from trainer.training.step import result_of, train_step
+    from trainer.training.step import read_result, train_step
 
     def step(run):
-        before = torch.cat([parameter.detach().flatten() for parameter in run.trained.values()])
-        parts = run.plan.micro_batches(0, run.accelerator.process_index, run.accelerator.num_processes)
-        set_learning_rate(run.optimizer, 0.1)
-        result = result_of(run, train_step(run, 0, parts))
-        after = torch.cat([parameter.detach().flatten() for parameter in run.trained.values()])
-        scaler = run.accelerator.scaler
+        before = torch.cat([parameter.detach().flatten() for parameter in run.learner.parameters.values()])
+        parts = run.plan.micro_batches(0, run.learner.accelerator.process_index, run.learner.accelerator.num_processes)
+        set_learning_rate(run.learner.optimizer, 0.1)
+        result = read_result(run, train_step(run, 0, parts))
+        after = torch.cat([parameter.detach().flatten() for parameter in run.learner.parameters.values()])
+        scaler = run.learner.accelerator.scaler
         return {
             "norm": result.grad_norm,
             "change": float((after - before).norm()),
@@ -483,14 +502,14 @@ def scaled_steps(arguments, scale):
         }
 
     plain, run = step(build(arguments)), with_scaler(build(arguments), scale)
-    backward = run.accelerator.backward
+    backward = run.learner.accelerator.backward
 
     def overflowing(loss):
         backward(loss)
-        for parameter in run.trained.values():
+        for parameter in run.learner.parameters.values():
             parameter.grad[parameter.grad.abs() > 65504] = float("inf")
 
-    run.accelerator.backward = overflowing
+    run.learner.accelerator.backward = overflowing
     steps = [step(run)]
     while not steps[-1]["change"]:
         steps.append(step(run))
@@ -504,7 +523,9 @@ def traffic(arguments):
     from trainer.training import loop, state
 
     run = build(arguments)
-    assert type(run.model).__name__ == "PeftModelForSequenceClassification", "a wrapper might send what nobody counts"
+    assert type(run.learner.model).__name__ == "PeftModelForSequenceClassification", (
+        "a wrapper might send what nobody counts"
+    )
     steps, others, now = [], [], []
     collectives = [
         name for name in dir(torch.distributed) if name.startswith(("all_", "broadcast", "reduce", "gather"))
@@ -534,6 +555,6 @@ def traffic(arguments):
 
     loop.train_step = one_step
     loop.train(run, state.TrainState(), None)
-    trained = sum(parameter.numel() for parameter in run.trained.values())
-    scored = len(run.validation.lengths) * (len(run.label_names) + 1)
+    trained = sum(parameter.numel() for parameter in run.learner.parameters.values())
+    scored = len(run.inputs.examples["validation"].lengths) * (len(run.inputs.corpus.label_names) + 1)
     return steps, others + now, trained, scored

@@ -129,13 +129,13 @@ def difference(one, other):
 def test_packed_is_padded_is_one_by_one(family, p, segments):
     model, keys = build(family, options={**LORA, "lora_dropout": p}, p=p)
     assert why_not_packed(model) is None
-    expected = results(PaddedForward(model), keys, segments=segments)
+    expected = results(PaddedForward(model, 1), keys, segments=segments)
     assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
     forward = PackedForward(model, keys)
     for cut, batches in CUTS.items():
         assert difference(expected, results(forward, keys, batches, segments)) < 1e-12, cut
     model.eval()
-    padded, unpadded = (results(f, keys, CUTS["in two"], segments) for f in (PaddedForward(model), forward))
+    padded, unpadded = (results(f, keys, CUTS["in two"], segments) for f in (PaddedForward(model, 1), forward))
     assert difference(padded, unpadded) < 1e-12
     assert (difference(padded, expected) > 1e-3) == (p > 0), "dropout did not drop"
 
@@ -148,14 +148,14 @@ def test_a_new_family_is_one_entry(monkeypatch):
     assert "electra is not among" in why_not_packed(model)
     monkeypatch.setitem(families.FAMILIES, ElectraForSequenceClassification, like_bert)
     assert why_not_packed(model) is None
-    expected = results(PaddedForward(model), keys, segments=True)
+    expected = results(PaddedForward(model, 1), keys, segments=True)
     assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"], segments=True)) < 1e-12
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_peft_method(method):
     model, keys = build(method=method.split(" ")[0], options=METHODS[method])
-    expected = results(PaddedForward(model), keys)
+    expected = results(PaddedForward(model, 1), keys)
     limit = 1e-6 if method in {"C3A", "FOURIERFT"} else 1e-12  # these two compute in fp32 whatever they are given
     assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"])) < limit
 
@@ -167,7 +167,7 @@ def test_every_peft_method(method):
 )
 def test_whatever_lora_is_put_on(options):
     model, keys = build(options={**LORA, **options})
-    expected = results(PaddedForward(model), keys)
+    expected = results(PaddedForward(model, 1), keys)
     assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-12
 
 
@@ -214,7 +214,7 @@ def test_joining_takes_no_memory_and_changes_no_weight():
 
 def test_in_fp32():
     model, keys = build(dtype=torch.float32)
-    padded = results(PaddedForward(model), keys)
+    padded = results(PaddedForward(model, 1), keys)
     assert difference(padded, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-5
 
 
@@ -228,9 +228,9 @@ def test_every_peft_method_in_bf16(name):
     """Whatever trains gets its gradient, no further from that in fp32 than the padded forward's."""
     method, options = IN_BF16[name]
     model, keys = build(method=method, options=options, dtype=torch.float32, **LARGER)
-    exact = results(PaddedForward(model), keys)
+    exact = results(PaddedForward(model, 1), keys)
     set_precision(model, torch.bfloat16)
-    padded = relative(exact, results(PaddedForward(model), keys, compute_type=torch.bfloat16))
+    padded = relative(exact, results(PaddedForward(model, 1), keys, compute_type=torch.bfloat16))
     found = results(PackedForward(model, keys), keys, CUTS["in two"], compute_type=torch.bfloat16)
     assert all(found[1][name].abs().max() > 0 for name, gradient in exact[1].items() if gradient.abs().max() > 0)
     # of a single model; of several see below
@@ -245,9 +245,9 @@ def test_rounding_in_bf16_is_no_more_than_that_of_the_padded_forward():
         torch.manual_seed(seed)
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        exact = results(PaddedForward(model), keys)
+        exact = results(PaddedForward(model, 1), keys)
         set_precision(model, torch.bfloat16)
-        for forward, batches in ((PaddedForward(model), WHOLE), (PackedForward(model, keys), CUTS["in two"])):
+        for forward, batches in ((PaddedForward(model, 1), WHOLE), (PackedForward(model, keys), CUTS["in two"])):
             apart[type(forward)].append(relative(exact, results(forward, keys, batches, compute_type=torch.bfloat16)))
     packed, padded = (np.mean(apart[kind], axis=0) for kind in (PackedForward, PaddedForward))
     assert (packed < 1.05 * padded).all()
@@ -302,7 +302,7 @@ MISTAKES = {
 def test_a_wrong_layout_would_be_seen(mistake, monkeypatch):
     # without dropout, whose masks would hide what padding asks
     model, keys = build(options={**LORA, "lora_dropout": 0.0}, p=0.0)
-    expected = results(PaddedForward(model), keys)
+    expected = results(PaddedForward(model, 1), keys)
 
     def wrong(*given):
         layout = lay_out(*given)
@@ -325,7 +325,7 @@ WRITTEN_OUT = [
 def test_a_wrong_gradient_would_be_seen(function, monkeypatch):
     """Each function whose gradient is written out is in use here, and its gradient counts."""
     model, keys = build()
-    expected = results(PaddedForward(model), keys)
+    expected = results(PaddedForward(model, 1), keys)
     right = function.backward
 
     def wrong(ctx, gradient):

@@ -12,10 +12,9 @@ import pytest
 
 from tests.harness.processes import ROOT
 from trainer import files as locks
-from trainer.config.loading import parse_config
 from trainer.errors import UserError
 from trainer.files import hold_run_folder, lock_cache_entry, share
-from trainer.run import execute
+from trainer.run import main
 
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
 
@@ -108,9 +107,8 @@ def test_a_run_folder_in_the_users_home(tmp_path, monkeypatch):
     """Shells leave --run.output_dir=~ as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "letters" / "old").mkdir(parents=True)
-    config = parse_config(["--data.train=x.csv", "--run.output_dir=~", "--run.name=letters"])
-    with pytest.raises(UserError, match=f"{tmp_path}/letters holds something else than a run"):
-        execute(config)
+    with pytest.raises(UserError, match=f"{tmp_path}/letters is not a run folder"):
+        main(["--data.train=x.csv", "--run.output_dir=~", "--run.name=letters"])
 
 
 def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):

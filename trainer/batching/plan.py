@@ -15,31 +15,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import torch
 
-from trainer.compat import on_device
 from trainer.config.splitmix import mix
 
 AT_ONCE = 64  # batches whose examples are drawn together: it takes hardly longer than for one
 ROUNDS = 24
-
-
-class Tokenised(Protocol):
-    """N examples end to end, as `data.Examples` holds them; see there for shapes."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def offsets(self) -> np.ndarray: ...
-    @property
-    def token_types(self) -> np.ndarray | None: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def lengths(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -122,22 +104,6 @@ class Plan:
     def num_tokens(self, step: int) -> int:
         """Real tokens of the global batch."""
         return int(self.lengths[self.global_batch(step)].sum())
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch as the model takes it: B examples, padded to L tokens or packed into T."""
-
-    ids: np.ndarray
-    """example ids, int64 [B]"""
-    lengths: np.ndarray
-    """tokens per example, int64 [B]"""
-    inputs: dict[str, torch.Tensor]
-    """input_ids, attention_mask and, for pairs, token_type_ids, int64 [B, L]; packed without the mask, [T]"""
-    labels: torch.Tensor
-    """class numbers, int64 [B]"""
-    weights: torch.Tensor
-    """weights in the loss, float64 [B]"""
 
 
 @functools.lru_cache(maxsize=2)
@@ -255,42 +221,3 @@ def _equal_ends(cumulative: np.ndarray, max_tokens: int) -> list[int]:
         middle = (low + high) // 2
         low, high = (low, middle) if len(ends_for(middle)) <= num_parts else (middle + 1, high)
     return ends_for(high)
-
-
-def collate(
-    examples: Tokenised,
-    ids: np.ndarray,
-    weights: np.ndarray,
-    pad_token_id: int | None,
-    device: torch.device,
-    left: bool = False,
-) -> Batch:
-    """Pads the examples `ids` [B] to the longest of them and puts them on the device; packs them where no id pads.
-
-    Padding comes behind the tokens, or with `left` before them.
-    """
-    lengths, labels = examples.lengths[ids], examples.labels[ids]
-    starts = examples.offsets[ids]
-    flat = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
-    arrays = {"input_ids": examples.tokens[flat].astype(np.int64)}
-    if examples.token_types is not None:
-        arrays["token_type_ids"] = examples.token_types[flat].astype(np.int64)
-    if pad_token_id is not None:
-        real = np.arange(lengths.max()) < lengths[:, None]
-        real = real[:, ::-1] if left else real
-        arrays = {name: _padded(array, real, pad_token_id * (name == "input_ids")) for name, array in arrays.items()}
-        arrays["attention_mask"] = real.astype(np.int64)
-    return Batch(
-        ids=ids,
-        lengths=lengths,
-        inputs={name: on_device(array, device) for name, array in arrays.items()},
-        labels=on_device(labels, device),
-        weights=on_device(weights, device),
-    )
-
-
-def _padded(flat: np.ndarray, real: np.ndarray, fill: int) -> np.ndarray:
-    """Values end to end [T] -> [B, L], where `real` [B, L] says."""
-    padded = np.full(real.shape, fill, dtype=np.int64)
-    padded[real] = flat
-    return padded

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
+from trainer.batching.collate import Batch, Tokenized, collate_packed, collate_padded
 from trainer.dropout.masks import Mask
 from trainer.dropout.sites import DropoutKeys, KeyedDropout
 from trainer.packed.attention import Attention, Layout, lay_out
@@ -45,6 +46,7 @@ class Forward(Protocol):
     def packed(self) -> bool: ...
     @property
     def padding(self) -> Padding: ...
+    def collate(self, examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch: ...
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor: ...
 
 
@@ -53,8 +55,13 @@ class PaddedForward:
     """The model's own forward, over padded examples."""
 
     model: PeftModel
+    pad_token_id: int
     padding: Padding = Padding()
     packed = False
+
+    def collate(self, examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
+        """Puts the examples `ids` [B] on the device, padded."""
+        return collate_padded(examples, ids, weights, device, self.pad_token_id, self.padding.left)
 
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
         """Logits [B, C]; `inputs` as the model takes them, [B, L] each."""
@@ -73,6 +80,10 @@ class PackedForward:
         self._classifier, self._family = classifier, FAMILIES[type(classifier)]
         layers = classifier.base_model.encoder.layer
         self._layers = [_Layer(layer, layer is layers[-1], keys) for layer in layers]
+
+    def collate(self, examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
+        """Puts the examples `ids` [B] on the device, packed."""
+        return collate_packed(examples, ids, weights, device)
 
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
         """Logits [B, C] of B examples whose tokens lie end to end.

@@ -8,6 +8,7 @@ trains (adapter and head), the optimizer's state and a few numbers; never the fr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -17,8 +18,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.utils import gather_object
 
+from trainer.config.schema import as_dict
+from trainer.errors import UserError
 from trainer.files import UNFINISHED, replace_folder
+from trainer.model.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors
+from trainer.training.records import Run
+from trainer.training.state import TrainState, state_from_json
 
 FORMAT = 1
 
@@ -44,7 +51,69 @@ class Checkpoint:
     """adapter_config.json"""
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
+def save_checkpoint(run: Run, state: TrainState, best: dict[str, torch.Tensor] | None) -> None:
+    """Writes a checkpoint from the main process; an error there stops every rank."""
+    learner, failure = run.learner, ""
+    run.console.watch.position = f"the save of step {state.step}"
+    if learner.accelerator.is_main_process:
+        scaler = learner.accelerator.scaler
+        checkpoint = Checkpoint(
+            step=state.step,
+            adapter=adapter_tensors(learner.model),
+            best_adapter=best,
+            optimizer=optimizer_tensors(learner.optimizer.optimizer, list(learner.parameters)),
+            state={
+                "train": dataclasses.asdict(state),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "fingerprints": run.inputs.fingerprints,
+                "backbone": dataclasses.asdict(run.inputs.backbone.identity),
+                "budgets": [run.plan.max_tokens, run.eval_max_tokens],
+                "config": as_dict(run.config),
+            },
+            adapter_config=adapter_config_json(learner.model),
+        )
+        try:
+            write_checkpoint(run.folder / "checkpoints", checkpoint, run.config.checkpoint.keep_last)
+        except OSError as error:
+            failure = str(error)
+    failures = [text for text in gather_object([failure]) if text]
+    if failures:
+        raise UserError(failures[0])
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> TrainState:
+    """Loads a checkpoint into model, optimizer and scaler, and returns its state.
+
+    Raises:
+        UserError: it belongs to other data or another backbone, or it does not fit the model or this version.
+    """
+    learner, values, fingerprints = run.learner, checkpoint.state, run.inputs.fingerprints
+    for name in dict.fromkeys([*fingerprints, *values["fingerprints"]]):
+        recorded = values["fingerprints"].get(name)
+        if name == "draw format" and recorded != fingerprints[name]:
+            raise UserError(
+                f"{run.folder} was begun by a version that draws other dropout masks; finish it with that version, or "
+                "start a new run: --run.name NAME"
+            )
+        if recorded != fingerprints.get(name):
+            hint = " (texts, labels, or tokens of another tokenizer)" if name.endswith(" split") else ""
+            raise UserError(
+                f"{run.folder} was begun with another {name}{hint}; restore that, or start a new run: --run.name NAME"
+            )
+    try:
+        state = state_from_json(values["train"])
+        load_optimizer_tensors(learner.optimizer.optimizer, list(learner.parameters), checkpoint.optimizer)
+    except (DamagedCheckpoint, UserError) as error:
+        raise UserError(f"{run.folder}: the checkpoint of step {checkpoint.step} does not fit: {error}") from None
+    load_adapter_tensors(learner.model, checkpoint.adapter, str(run.folder))
+    if learner.accelerator.scaler is not None and values["scaler"] is not None:
+        learner.accelerator.scaler.load_state_dict(values["scaler"])
+    if values["budgets"] != [run.plan.max_tokens, run.eval_max_tokens]:  # the user has changed them
+        state = dataclasses.replace(state, max_tokens=None)
+    return dataclasses.replace(state, resumed_from=(*state.resumed_from, state.step))
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
     """Writes `folder`/step-XXXXXXXX and removes all but the newest `keep_last` up to this step.
 
     A checkpoint of a later step is removed too: a run that comes by its step again has found it damaged.
@@ -78,13 +147,13 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     damage: list[str] = []
     for path in reversed(_numbered(folder)):
         try:
-            return load_checkpoint(path), damage
+            return read_checkpoint(path), damage
         except DamagedCheckpoint as error:
             damage.append(f"checkpoint {path.name} is damaged ({error}); it is passed over")
     return None, [*damage, "no whole checkpoint is left; starting from the beginning"] if damage else []
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Reads one checkpoint, hashes first.
 
     Raises:

@@ -86,11 +86,12 @@ def _score(
         model = load_trained_model(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
         model.to(accelerator.device)
         logits = score_split(
-            PackedForward(model, None) if may_pack and why_not_packed(model) is None else PaddedForward(model, padding),
+            PackedForward(model, None)
+            if may_pack and why_not_packed(model) is None
+            else PaddedForward(model, backbone.tokenizer.pad_token_id, padding),
             examples,
             accelerator,
             max_tokens=options.max_tokens,
-            pad_token_id=backbone.tokenizer.pad_token_id,
             num_labels=num_labels,
             progress=None if options.quiet or not accelerator.is_main_process else "predicting",
         )

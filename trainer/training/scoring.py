@@ -1,12 +1,13 @@
-"""Scoring a split once, over all ranks, exactly.
+"""Scoring a split once, over all ranks, exactly; and what an evaluation during training does with the scores.
 
-Always holds: every example of the split is scored exactly once, whatever the number of processes; this is checked, not
-assumed. The micro-batches are a function of the lengths and the token budget alone, never of the number of ranks, so
-the logits are equal to the last bit on any number of processes of one kind of device.
+Always holds: every example of the split is scored exactly once on any number of processes; this is checked. The
+micro-batches are a function of the lengths and the token budget alone, never of the number of ranks. So the logits are
+equal to the last bit on any number of processes of one kind of device.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,21 +18,35 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from trainer.batching.plan import Tokenised, collate, split_by_tokens
+from trainer.batching.collate import Tokenized
+from trainer.batching.plan import split_by_tokens
 from trainer.compat import on_device
 from trainer.data.corpus import TextSplit
 from trainer.errors import UserError, bar_settings
 from trainer.files import csv_text, write_atomic
+from trainer.model.adapter import adapter_tensors
 from trainer.packed.forward import Forward
-from trainer.tasks.task import Task, measure
+from trainer.tasks.task import Task, is_better, measure, metric_value
+from trainer.training.memory import current_plan, set_token_budget
+from trainer.training.records import Run
+from trainer.training.state import TrainState
+from trainer.training.step import first_signal, sum_over_ranks
 
 
-def refuse_lack_of_memory(out_of_memory: bool) -> None:
-    """What `score_split` does by default when memory runs out.
+class Interrupted(Exception):
+    """A signal came while a split was scored; the scores so far are thrown away."""
 
-    Raises:
-        UserError: it did.
-    """
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+class OutOfMemory(Exception):
+    """Memory ran out on some rank while a split was scored."""
+
+
+def refuse_out_of_memory(out_of_memory: bool) -> None:
+    """Raises a UserError if memory ran out; the default of `score_split`."""
     if out_of_memory:
         raise UserError("out of memory; try a lower number of tokens a batch")
 
@@ -39,23 +54,21 @@ def refuse_lack_of_memory(out_of_memory: bool) -> None:
 @torch.no_grad()
 def score_split(
     forward: Forward,
-    examples: Tokenised,
+    examples: Tokenized,
     accelerator: Accelerator,
     *,
     max_tokens: int,
-    pad_token_id: int,
     num_labels: int,
-    check: Callable[[bool], None] = refuse_lack_of_memory,
+    check: Callable[[bool], None] = refuse_out_of_memory,
     progress: str | None = None,
 ) -> np.ndarray:
     """Logits of every example, float32 [N, C], in the order of the split, on every rank.
 
     Args:
-        forward: of a prepared or plain model, whose training mode is put back afterwards.
+        forward: of a prepared or plain model; its training mode is restored afterwards.
         examples: N examples.
-        accelerator: gives device, autocast and collectives.
-        max_tokens: tokens of one micro-batch, padding included.
-        pad_token_id: fills up shorter examples, where they are padded.
+        accelerator: has device, autocast and collectives.
+        max_tokens: token budget of one micro-batch.
         num_labels: C.
         check: called after every round with whether memory ran out on this rank; raises on all ranks or on none.
         progress: label of the progress bar; None = no bar.
@@ -64,34 +77,119 @@ def score_split(
     forward.model.eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes
     parts = split_by_tokens(examples.lengths, max_tokens, forward.packed, forward.padding.one_length)
-    padding = None if forward.packed else pad_token_id
     logits = torch.zeros(len(examples.lengths), num_labels, device=accelerator.device)
     times_seen = torch.zeros(len(examples.lengths), device=accelerator.device)
     rounds = range(0, len(parts), world_size)
     try:
         for first in tqdm(rounds, desc=progress, disable=progress is None, leave=False, **bar_settings()):
-            # a rank without a part in the last round computes another's for nothing: a sharded model needs every rank
+            # a rank without a part in the last round scores another one's: a sharded model needs every rank
             number = first + rank
             ids = np.array(parts[number if number < len(parts) else -1])
-            out_of_memory = False
-            try:
-                batch = collate(
-                    examples, ids, np.ones(len(ids)), padding, accelerator.device, left=forward.padding.left
-                )
-                with accelerator.autocast():
-                    output = forward(batch.inputs, batch.lengths)
-            except torch.OutOfMemoryError:
-                out_of_memory = True
-            check(out_of_memory)
-            if number < len(parts):
+            found = score_micro_batch(forward, examples, ids, accelerator)
+            check(found is None)
+            if found is not None and number < len(parts):
                 positions = on_device(ids, accelerator.device)
-                logits[positions] = output.float()
+                logits[positions] = found.float()
                 times_seen[positions] += 1
     finally:
         forward.model.train(was_training)
     logits, times_seen = accelerator.reduce(logits, "sum"), accelerator.reduce(times_seen, "sum")
     assert bool((times_seen == 1).all()), "an example was scored twice or not at all"
     return logits.cpu().numpy()
+
+
+def score_micro_batch(
+    forward: Forward, examples: Tokenized, ids: np.ndarray, accelerator: Accelerator
+) -> torch.Tensor | None:
+    """Logits of the examples `ids`, [B, C]; None if memory runs out."""
+    try:
+        batch = forward.collate(examples, ids, np.ones(len(ids)), accelerator.device)
+        with accelerator.autocast():
+            return forward(batch.inputs, batch.lengths)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def score(run: Run, state: TrainState, name: str) -> tuple[np.ndarray, TrainState]:
+    """Scores a split with the model as it is.
+
+    Returns:
+        its logits, float32 [N, C], on every rank; and the state, with a lower token budget if memory ran out.
+
+    Raises:
+        Interrupted: some rank received a signal.
+    """
+    learner, console, examples = run.learner, run.console, run.inputs.examples[name]
+    console.watch.position = f"the scoring of {name} after step {state.step}"
+
+    def check(out_of_memory: bool) -> None:
+        if out_of_memory and learner.sharded:  # the other ranks wait in a collective of this forward
+            raise UserError(f"out of memory while scoring {name}; try a lower batch.eval_max_tokens")
+        known = [out_of_memory, *console.stop.counts()]
+        num_out_of_memory, *signals = sum_over_ranks(learner.accelerator, [], known).tolist()
+        if num_out_of_memory:
+            raise OutOfMemory
+        if signal := first_signal(signals):
+            raise Interrupted(signal)
+
+    while True:
+        # a training budget that was lowered lowers this one in proportion
+        max_tokens = run.eval_max_tokens * current_plan(run, state).max_tokens // run.plan.max_tokens
+        try:
+            logits = score_split(
+                learner.forward,
+                examples,
+                learner.accelerator,
+                max_tokens=max_tokens,
+                num_labels=len(run.inputs.corpus.label_names),
+                check=check,
+                progress=console.log.bar_label(name),
+            )
+        except OutOfMemory:
+            if max_tokens < examples.lengths.min():
+                raise UserError(f"out of memory while scoring {name}, one example at a time") from None
+            state = set_token_budget(run, state, current_plan(run, state).max_tokens // 2)
+        else:
+            return logits, state
+
+
+def evaluate(
+    run: Run, state: TrainState, best: dict[str, torch.Tensor] | None
+) -> tuple[TrainState, dict[str, torch.Tensor] | None]:
+    """Scores the validation split, keeps the adapter if it is the best so far, and counts the patience.
+
+    Raises:
+        Interrupted: some rank received a signal.
+    """
+    if "validation" not in run.inputs.examples:
+        return dataclasses.replace(state, evaluated_step=state.step), None
+    logits, state = score(run, state, "validation")
+    log, task, label_names = run.console.log, run.learner.task, run.inputs.corpus.label_names
+    metric, patience = run.config.evaluation.metric, run.config.evaluation.patience
+    targets = run.inputs.examples["validation"].labels
+    metrics = measure(task, logits, targets, label_names)
+    value = metric_value(metrics, metric)
+    better = is_better(task, metric, value, state.best_value)
+    scalars = {f"validation/{name}": metrics[name] for name in task.metrics}
+    scalars |= {f"validation/f1/{name}": numbers["f1"] for name, numbers in metrics["per_class"].items()}
+    epoch = state.step / run.plan.steps_per_epoch
+    log.scalars(scalars, state.step, epoch)
+    if task.confusion is not None:
+        counts = task.confusion(logits, targets)
+        log.confusion_matrix("validation/confusion_matrix", counts, label_names, state.step)
+    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in task.headline)
+    log.say(f"step {state.step:>6}  epoch {epoch:5.2f}  validation: {shown}{'  best' if better else ''}")
+    state = dataclasses.replace(state, evaluated_step=state.step)
+    if better:
+        state = dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0)
+        return state, adapter_tensors(run.learner.model)
+    num_worse = state.num_worse + 1
+    if num_worse == patience:
+        log.say(
+            f"early stopping at step {state.step}: evaluation.patience {patience} is used up; the best "
+            f"{metric} is {state.best_value:.4f}, of step {state.best_step}"
+        )
+    return dataclasses.replace(state, num_worse=num_worse, stopped_early=num_worse == patience), best
 
 
 def write_evaluation(

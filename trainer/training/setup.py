@@ -7,7 +7,6 @@ every process builds the same.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,53 +17,37 @@ from trainer.batching.plan import Plan
 from trainer.config.labels import describe_look_alikes, match_labels
 from trainer.config.schema import Config
 from trainer.data.corpus import Corpus, load_corpus
-from trainer.data.tokens import Examples, tokenise
+from trainer.data.tokens import tokenise
 from trainer.distributed.session import StopRequest
 from trainer.distributed.watch import Watch
-from trainer.dropout import sites as dropout
 from trainer.errors import UserError
-from trainer.model.adapter import SavedAdapter, read_adapter
-from trainer.model.backbone import FP32_ONLY_FAMILIES, Backbone, find_backbone
+from trainer.model.adapter import read_adapter
+from trainer.model.backbone import FP32_ONLY_FAMILIES, find_backbone
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
 from trainer.model.identity import Identity, check_same_backbone
 from trainer.packed.families import why_not_packed
-from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding
+from trainer.packed.forward import PackedForward, PaddedForward
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import TASKS
 from trainer.training.optim import build_optimizer
+from trainer.training.records import Console, Inputs, Learner, Run
 from trainer.training.start_check import check_start
-from trainer.training.state import Training
 
-# Tokens of a micro-batch where the configuration leaves them open: on a CPU the fewest that are as fast as more; on a
-# GPU more than most hold: there it is tried what fits (see memory.py).
+# Token budgets where the configuration has none. A CPU is not faster with more. On a GPU memory.py finds what fits.
 CPU_TOKENS, GPU_TOKENS = 2048, 65536
 DRAW_FORMAT = "3"  # changes with the batches or masks of a (seed, step): a run of another format is refused
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run is made from."""
+def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> Inputs:
+    """Reads the data, finds the backbone, and checks that they fit the configuration; loads no weights.
 
-    config: Config
-    folder: Path
-    """of the run"""
-    corpus: Corpus
-    backbone: Backbone
-    examples: dict[str, Examples]
-    """the corpus, tokenised, by split"""
-    precision: str
-    """no, bf16 or fp16"""
-    start: SavedAdapter | None = None
-    """the adapter it starts from; None = a new one"""
-
-
-def prepare(config: Config, folder: Path, precision: str, recorded: Identity | None = None) -> Inputs:
-    """Reads the data, finds the backbone, and checks that they fit together and the configuration; loads no weight.
-
-    `recorded` is the backbone of the run's checkpoints: this very one is used.
+    Args:
+        config: its run.precision is no, bf16 or fp16.
+        folder: of the run, for messages.
+        recorded: the backbone of the run's checkpoints; this very one is used.
 
     Raises:
-        UserError: they do not, or are not there.
+        UserError: they do not fit, or are missing.
     """
     start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, TASKS[config.task.type], config.run.seed, config.run.quiet)
@@ -73,7 +56,7 @@ def prepare(config: Config, folder: Path, precision: str, recorded: Identity | N
         classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
         raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
     backbone = find_backbone(config.model, corpus.label_names, recorded)
-    if precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
+    if config.run.precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
     pairs = corpus.splits["train"].text_pairs is not None
     _why_padded(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
@@ -85,89 +68,96 @@ def prepare(config: Config, folder: Path, precision: str, recorded: Identity | N
         name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
         for name, split in corpus.splits.items()
     }
-    return Inputs(config, folder, corpus, backbone, examples, precision, start)
+    fingerprints = {
+        "draw format": DRAW_FORMAT,
+        "backbone": backbone.fingerprint,
+        **{f"{name} split": split.fingerprint() for name, split in examples.items()},
+        **({"adapter to start from": start.fingerprint()} if start is not None else {}),
+    }
+    return Inputs(corpus, examples, backbone, start, fingerprints)
 
 
-def build(inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch) -> Training:
-    """Everything a run trains with, on its device.
+def build(
+    config: Config, folder: Path, inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch
+) -> Run:
+    """Builds the run, its model on its device.
 
     Raises:
-        UserError: weights that cannot be read, or what the configuration asks for is not supported here.
+        UserError: weights that cannot be read, or an option that is not supported here.
     """
-    config, corpus, examples, device = inputs.config, inputs.corpus, inputs.examples, accelerator.device
-    model, keys, sharded, padding = _model_on_device(inputs, accelerator)
-    because = _why_padded(config, model, sharded, padding.packs)
-    notes = {
-        "tensors of the weights file": "; ".join(inputs.backbone.notes),
-        "padded, in batches sorted by length": because,
-        "batches hold examples of one length": "this model's logits depend on padding" if padding.one_length else None,
-        "exact up to dropout; out of reach this model draws": ", ".join(keys.unreached),
-    }
-    optimizer, trained = build_optimizer(model.named_parameters(), config.optim)
-    default_tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
-    # autocast only: no wrapper for data parallelism, since the loop adds the gradients up itself
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    forward = PackedForward(prepared, keys) if because is None else PaddedForward(prepared, padding)
-    plan = _plan(inputs, config.batch.max_tokens or default_tokens, forward)
-    return Training(
+    on_cpu, train = accelerator.device.type == "cpu", inputs.examples["train"]
+    learner = _build_learner(config, inputs, accelerator)
+    default_tokens = CPU_TOKENS if on_cpu else GPU_TOKENS
+    plan = Plan(
+        lengths=train.lengths,
+        weights=learner.task.example_weights(config.optim.class_weights, train.labels, inputs.corpus.label_names),
+        batch_size=config.batch.size,
+        seed=config.run.seed,
+        max_tokens=config.batch.max_tokens or default_tokens,
+        packed=learner.forward.packed,
+        one_length=learner.forward.padding.one_length,
+    )
+    return Run(
         config=config,
-        folder=inputs.folder,
-        accelerator=accelerator,
-        model=prepared,
-        forward=forward,
-        optimizer=accelerator.prepare_optimizer(optimizer),
-        trained=trained,
-        dropout=keys,
+        folder=folder,
+        inputs=inputs,
+        learner=learner,
+        console=Console(RunLog(folder, accelerator.is_main_process, config.run.quiet), stop, watch),
         plan=plan,
-        train=examples["train"],
-        train_rows=corpus.splits["train"].rows,
-        validation=examples.get("validation"),
-        label_names=corpus.label_names,
-        pad_token_id=inputs.backbone.tokenizer.pad_token_id,
         total_steps=config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch,
         eval_max_tokens=config.batch.eval_max_tokens or default_tokens,
-        fingerprints=_fingerprints(inputs),
-        backbone=inputs.backbone.identity,
-        log=RunLog(inputs.folder, accelerator.is_main_process, config.run.quiet),
-        stop=stop,
-        watch=watch,
-        sharded=sharded,
-        tries_memory=config.batch.max_tokens is None and device.type != "cpu" and not sharded,
-        notes=tuple(f"{what}: {why}" for what, why in notes.items() if why),
     )
 
 
-def _fingerprints(inputs: Inputs) -> dict[str, str]:
-    """What a run must find again to be continued, by name."""
-    return {
-        "draw format": DRAW_FORMAT,
-        "backbone": inputs.backbone.fingerprint,
-        **{f"{name} split": split.fingerprint() for name, split in inputs.examples.items()},
-        **({"adapter to start from": inputs.start.fingerprint()} if inputs.start is not None else {}),
+def describe_forward(run: Run) -> list[str]:
+    """Notes for the user on how the model computes."""
+    learner, padding = run.learner, run.learner.forward.padding
+    notes = {
+        "tensors of the weights file": "; ".join(run.inputs.backbone.notes),
+        "padded, in batches sorted by length": _why_padded(run.config, learner.model, learner.sharded, padding.packs),
+        "batches hold examples of one length": "this model's logits depend on padding" if padding.one_length else None,
+        "exact up to dropout; out of reach this model draws": ", ".join(learner.dropout.unreached),
     }
+    return [f"{what}: {why}" for what, why in notes.items() if why]
 
 
-def _model_on_device(inputs: Inputs, accelerator: Accelerator) -> tuple[PeftModel, dropout.DropoutKeys, bool, Padding]:
-    """The model in training mode, its dropout's keys, whether its frozen weights are sharded, and its padding.
+def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> Learner:
+    """Builds the model in training mode, its forward and its optimizer.
 
     Raises:
         UserError: weights that cannot be read, or a model that `check_start` refuses.
     """
-    config, device, backbone = inputs.config, accelerator.device, inputs.backbone
+    device, backbone = accelerator.device, inputs.backbone
     if device.type == "cuda":
         _ask_for_equal_bits()
     model = build_model(backbone, config.peft, config.run.seed)
-    keys, padding = check_start(
-        model, config.run.seed, inputs.corpus.splits["train"], backbone.tokenizer, config.data.max_length, backbone.path
-    )
-    backbone.tokenizer.padding_side = "left" if padding.left else "right"  # as it is saved with the adapter
-    set_precision(model, COMPUTE_TYPES[inputs.precision])
+    texts, max_length = inputs.corpus.splits["train"], config.data.max_length
+    keys, padding = check_start(model, config.run.seed, texts, backbone.tokenizer, max_length, backbone.path)
+    backbone.tokenizer.padding_side = "left" if padding.left else "right"  # it is saved with the adapter
+    set_precision(model, COMPUTE_TYPES[config.run.precision])
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
     if sharded:
         shard_frozen(model, device, accelerator.num_processes)
     else:
         model.to(device)
-    return model.train(), keys, sharded, padding
+    model.train()
+    optimizer, parameters = build_optimizer(model.named_parameters(), config.optim)
+    # autocast only: no wrapper for data parallelism, since a step sums the gradients itself
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    packs = _why_padded(config, model, sharded, padding.packs) is None
+    return Learner(
+        accelerator=accelerator,
+        model=prepared,
+        forward=PackedForward(prepared, keys)
+        if packs
+        else PaddedForward(prepared, backbone.tokenizer.pad_token_id, padding),
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        parameters=parameters,
+        dropout=keys,
+        task=TASKS[config.task.type],
+        optim=config.optim,
+        sharded=sharded,
+    )
 
 
 def _ask_for_equal_bits() -> None:
@@ -175,21 +165,6 @@ def _ask_for_equal_bits() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-
-
-def _plan(inputs: Inputs, max_tokens: int, forward: Forward) -> Plan:
-    config, train = inputs.config, inputs.examples["train"]
-    return Plan(
-        lengths=train.lengths,
-        weights=TASKS[config.task.type].example_weights(
-            config.optim.class_weights, train.labels, inputs.corpus.label_names
-        ),
-        batch_size=config.batch.size,
-        seed=config.run.seed,
-        max_tokens=max_tokens,
-        packed=forward.packed,
-        one_length=forward.padding.one_length,
-    )
 
 
 def _why_padded(config: Config, model: PeftModel, sharded: bool, packs: bool = True) -> str | None:

@@ -16,13 +16,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from trainer.batching.plan import collate
 from trainer.data.corpus import TextSplit
 from trainer.data.tokens import Examples
 from trainer.dropout.sites import DropoutKeys, install, twin_of
 from trainer.errors import UserError, one_line
 from trainer.packed.families import why_not_packed
-from trainer.packed.forward import PackedForward, Padding
+from trainer.packed.forward import PackedForward, PaddedForward, Padding
 
 MIN_TOKENS, MAX_TOKENS = 16, 512
 """limits of the longer example's length"""
@@ -141,9 +140,9 @@ class _Trial:
 
     def logits(self, rows: Examples, ids: Sequence[int] = (0, 1), left: bool = False) -> torch.Tensor:
         """Logits [C] of the last of these rows, computed in one batch."""
-        batch = collate(rows, np.array(ids), np.ones(len(ids)), self.pad_token_id, torch.device("cpu"), left=left)
-        logits: torch.Tensor = self.model(**batch.inputs).logits[-1]
-        return logits
+        forward = PaddedForward(self.model, self.pad_token_id, Padding(left=left))
+        batch = forward.collate(rows, np.array(ids), np.ones(len(ids)), torch.device("cpu"))
+        return forward(batch.inputs, batch.lengths)[-1]
 
     def logits_in_training(self, rows: Examples, left: bool) -> torch.Tensor:
         """Logits [C] of the second row in training mode."""
@@ -155,8 +154,9 @@ class _Trial:
 
     def packed_logits(self, rows: Examples) -> torch.Tensor:
         """Logits [C] of the second row, packed behind the first."""
-        batch = collate(rows, np.arange(2), np.ones(2), None, torch.device("cpu"))
-        return PackedForward(self.model, None)(batch.inputs, batch.lengths)[-1]
+        forward = PackedForward(self.model, None)
+        batch = forward.collate(rows, np.arange(2), np.ones(2), torch.device("cpu"))
+        return forward(batch.inputs, batch.lengths)[-1]
 
 
 def depends_on_longest(config: Any, max_length: int) -> bool:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.batching.collate import collate_packed, collate_padded
 from trainer.batching.plan import (
     MicroBatch,
     Plan,
-    collate,
     share_out,
     shuffled,
     split_by_tokens,
@@ -283,7 +283,7 @@ def examples():
 
 
 def test_collate_pads_on_the_right_in_the_order_asked_for(examples):
-    batch = collate(examples, np.array([2, 0, 1]), np.array([0.5, 1.0, 2.0]), pad_token_id=9, device=CPU)
+    batch = collate_padded(examples, np.array([2, 0, 1]), np.array([0.5, 1.0, 2.0]), CPU, 9, left=False)
     assert batch.inputs["input_ids"].tolist() == [[30, 31, 32, 33], [10, 11, 12, 9], [20, 9, 9, 9]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]
     assert batch.inputs["token_type_ids"].tolist() == [[0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
@@ -298,13 +298,13 @@ def test_collate_pads_on_the_right_in_the_order_asked_for(examples):
 def test_collate_pads_no_further_than_the_longest_of_the_batch(examples):
     examples.token_types = None
     part = MicroBatch(np.array([1]), np.zeros(1))
-    batch = collate(examples, part.ids, part.weights, pad_token_id=9, device=CPU)
+    batch = collate_padded(examples, part.ids, part.weights, CPU, 9, left=False)
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
     assert batch.inputs["input_ids"].tolist() == [[20]]
 
 
 def test_collate_packs_end_to_end_in_the_order_asked_for(examples):
-    batch = collate(examples, np.array([2, 0, 1]), np.ones(3), pad_token_id=None, device=CPU)
+    batch = collate_packed(examples, np.array([2, 0, 1]), np.ones(3), CPU)
     assert {name: tensor.tolist() for name, tensor in batch.inputs.items()} == {
         "input_ids": [30, 31, 32, 33, 10, 11, 12, 20],
         "token_type_ids": [0, 1, 1, 1, 0, 0, 1, 0],

@@ -24,7 +24,7 @@ from tests.unit.distributed.obedient import (
 from trainer.distributed import rendezvous
 from trainer.distributed.session import STOP_SIGNALS, StopRequest, check_device, choose_precision, start_accelerator
 from trainer.errors import UserError
-from trainer.training.step import signal_of
+from trainer.training.step import first_signal
 
 LOST = os.EX_TEMPFAIL
 
@@ -301,11 +301,11 @@ def test_a_signal_is_counted_over_ranks_and_named(handlers, number):
     for stop in (first, second):
         stop.deferred = True
         assert stop.listen()
-        assert signal_of(stop.counts()) == 0
+        assert first_signal(stop.counts()) == 0
     signal.raise_signal(number)
     assert first.signal == 0 and second.signal == number
     sums = [float(sum(counts)) for counts in zip(first.counts(), second.counts(), second.counts(), strict=True)]
-    assert signal_of(sums) == number
+    assert first_signal(sums) == number
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -15,11 +15,11 @@ from trainer.files import remove_unfinished, replace_folder, write_atomic
 from trainer.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
-    load_checkpoint,
     load_newest,
     load_optimizer_tensors,
     optimizer_tensors,
-    save_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
 )
 
 FILES = ("adapter_model.safetensors", "best_adapter.safetensors", "optimizer.safetensors")
@@ -60,9 +60,9 @@ def names(folder):
 @pytest.mark.parametrize("best", [True, False])
 def test_what_is_saved_is_loaded(tmp_path, best):
     saved = example(7, best)
-    path = save_checkpoint(tmp_path / "checkpoints", saved, keep_last=2)
+    path = write_checkpoint(tmp_path / "checkpoints", saved, keep_last=2)
     assert path.name == "step-00000007"
-    assert equal(load_checkpoint(path), saved)
+    assert equal(read_checkpoint(path), saved)
     newest, damage = load_newest(tmp_path / "checkpoints")
     assert equal(newest, saved)
     assert damage == []
@@ -80,7 +80,7 @@ def test_types_and_special_values_survive(tmp_path):
         "one": torch.tensor(3),
     }
     saved = Checkpoint(1, tensors, None, {}, {}, "{}")
-    loaded = load_checkpoint(save_checkpoint(tmp_path, saved, 2)).adapter
+    loaded = read_checkpoint(write_checkpoint(tmp_path, saved, 2)).adapter
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
         assert loaded[name].shape == tensor.shape
@@ -89,24 +89,24 @@ def test_types_and_special_values_survive(tmp_path):
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in (3, 6, 9, 12):
-        save_checkpoint(tmp_path, example(step), keep_last=3)
+        write_checkpoint(tmp_path, example(step), keep_last=3)
     assert names(tmp_path) == ["step-00000006", "step-00000009", "step-00000012"]
-    save_checkpoint(tmp_path, example(15), keep_last=2)
+    write_checkpoint(tmp_path, example(15), keep_last=2)
     assert names(tmp_path) == ["step-00000012", "step-00000015"]
 
 
 def test_later_damaged_checkpoints_do_not_push_out_the_one_just_saved(tmp_path):
     for step in (6, 9):
-        save_checkpoint(tmp_path, example(step), keep_last=2)
+        write_checkpoint(tmp_path, example(step), keep_last=2)
         (tmp_path / f"step-{step:08d}" / "manifest.json").unlink()
-    save_checkpoint(tmp_path, example(2), keep_last=2)
+    write_checkpoint(tmp_path, example(2), keep_last=2)
     assert names(tmp_path) == ["step-00000002"]
 
 
 def test_the_same_step_again_replaces_it(tmp_path):
-    save_checkpoint(tmp_path, example(3), keep_last=2)
+    write_checkpoint(tmp_path, example(3), keep_last=2)
     again = example(3, best=False)
-    assert equal(load_checkpoint(save_checkpoint(tmp_path, again, keep_last=2)), again)
+    assert equal(read_checkpoint(write_checkpoint(tmp_path, again, keep_last=2)), again)
     assert names(tmp_path) == ["step-00000003"]
     assert "best_adapter.safetensors" not in names(tmp_path / "step-00000003")
 
@@ -114,8 +114,8 @@ def test_the_same_step_again_replaces_it(tmp_path):
 @pytest.mark.parametrize("kind", ["cut", "longer", "flipped", "removed", "emptied", "a folder"])
 @pytest.mark.parametrize("name", ["manifest.json", *FILES])
 def test_every_damage_of_every_file_is_found_and_named(tmp_path, name, kind):
-    save_checkpoint(tmp_path, example(3), keep_last=2)
-    path = save_checkpoint(tmp_path, example(6), keep_last=2) / name
+    write_checkpoint(tmp_path, example(3), keep_last=2)
+    path = write_checkpoint(tmp_path, example(6), keep_last=2) / name
     data = path.read_bytes()
     if kind == "flipped":
         middle = len(data) // 2
@@ -136,38 +136,38 @@ def test_every_damage_of_every_file_is_found_and_named(tmp_path, name, kind):
 
 def test_no_altered_byte_of_the_manifest_changes_what_is_loaded(tmp_path):
     saved = example(5)
-    manifest = save_checkpoint(tmp_path, saved, keep_last=2) / "manifest.json"
+    manifest = write_checkpoint(tmp_path, saved, keep_last=2) / "manifest.json"
     data = manifest.read_bytes()
     for position in range(len(data)):
         for mask in (0x01, 0x20, 0xFF):
             manifest.write_bytes(data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :])
             try:
-                assert equal(load_checkpoint(manifest.parent), saved)
+                assert equal(read_checkpoint(manifest.parent), saved)
             except DamagedCheckpoint as error:
                 assert str(error)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"format": 1, "files": [], "step": 5}', '"'])
 def test_a_manifest_of_another_kind_is_damage(tmp_path, text):
-    path = save_checkpoint(tmp_path, example(5), keep_last=2)
+    path = write_checkpoint(tmp_path, example(5), keep_last=2)
     (path / "manifest.json").write_text(text)
     assert load_newest(tmp_path)[0] is None
 
 
 def test_a_checkpoint_under_another_step_or_of_a_newer_format_is_damage(tmp_path):
-    path = save_checkpoint(tmp_path, example(5), keep_last=2)
+    path = write_checkpoint(tmp_path, example(5), keep_last=2)
     moved = shutil.copytree(path, tmp_path / "step-00000006")
     with pytest.raises(DamagedCheckpoint, match="another step"):
-        load_checkpoint(moved)
+        read_checkpoint(moved)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
     with pytest.raises(DamagedCheckpoint, match="newer version"):
-        load_checkpoint(path)
+        read_checkpoint(path)
 
 
 def test_all_damaged_says_that_it_starts_from_the_beginning(tmp_path):
     for step in (3, 6):
-        (save_checkpoint(tmp_path, example(step), keep_last=2) / "optimizer.safetensors").unlink()
+        (write_checkpoint(tmp_path, example(step), keep_last=2) / "optimizer.safetensors").unlink()
     newest, damage = load_newest(tmp_path)
     assert newest is None
     assert len(damage) == 3
@@ -175,7 +175,7 @@ def test_all_damaged_says_that_it_starts_from_the_beginning(tmp_path):
 
 
 def test_other_names_are_no_checkpoints(tmp_path):
-    path = save_checkpoint(tmp_path, example(5), keep_last=2)
+    path = write_checkpoint(tmp_path, example(5), keep_last=2)
     for name in ("step-5", "step-000000050", "step-0000000x", ".unfinished-step-00000009", "step-00000009.bak"):
         shutil.copytree(path, tmp_path / name)
     newest, damage = load_newest(tmp_path)
@@ -189,7 +189,7 @@ def test_other_names_are_no_checkpoints(tmp_path):
 @pytest.mark.parametrize("call", range(1, 7))
 def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, call):
     kept = example(3)
-    save_checkpoint(tmp_path, kept, keep_last=2)
+    write_checkpoint(tmp_path, kept, keep_last=2)
     calls = 0
 
     def full(path, data):
@@ -203,7 +203,7 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, call):
     for step in (3, 6):
         calls = 0
         with pytest.raises(OSError, match=r"cannot save .*step-.*: No space left on device; what was saved before"):
-            save_checkpoint(tmp_path, example(step, best=True), keep_last=2)
+            write_checkpoint(tmp_path, example(step, best=True), keep_last=2)
         assert names(tmp_path) == ["step-00000003"]
         assert equal(load_newest(tmp_path)[0], kept)
 
@@ -211,7 +211,7 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, call):
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_rename_that_fails_harms_nothing(tmp_path, monkeypatch, call):
     kept = example(3)
-    save_checkpoint(tmp_path, kept, keep_last=2)
+    write_checkpoint(tmp_path, kept, keep_last=2)
     rename, calls = type(tmp_path).rename, 0
 
     def refused(path, target):
@@ -223,7 +223,7 @@ def test_a_rename_that_fails_harms_nothing(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(type(tmp_path), "rename", refused)
     with pytest.raises(OSError, match="cannot save"):
-        save_checkpoint(tmp_path, example(3), keep_last=2)
+        write_checkpoint(tmp_path, example(3), keep_last=2)
     assert names(tmp_path) == ["step-00000003"]
     assert equal(load_newest(tmp_path)[0], kept)
 
@@ -327,5 +327,5 @@ def test_optimizer_state_of_an_unknown_parameter_is_refused():
 
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
-    path = save_checkpoint(tmp_path, example(5), keep_last=2)
+    path = write_checkpoint(tmp_path, example(5), keep_last=2)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}

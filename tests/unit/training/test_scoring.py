@@ -53,8 +53,8 @@ def examples_of(count, seed=0):
 
 
 def score(model, examples, accelerator, **settings):
-    settings = {"max_tokens": 64, "pad_token_id": PAD, "num_labels": 3, **settings}
-    return score_split(PaddedForward(model), examples, accelerator, **settings)
+    settings = {"max_tokens": 64, "num_labels": 3, **settings}
+    return score_split(PaddedForward(model, PAD), examples, accelerator, **settings)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 53])

@@ -16,7 +16,7 @@ from trainer.model.backbone import FP32_ONLY_FAMILIES
 from trainer.model.build import set_precision
 from trainer.packed.forward import Padding
 from trainer.training.start_check import check_start
-from trainer.training.step import _sum_gradients
+from trainer.training.step import sum_gradients
 
 LISTED = listed()
 
@@ -135,7 +135,7 @@ def test_layers_that_are_skipped_at_random_are_dropout_too(family):
 def test_a_step_may_skip_layers_only_where_the_model_does(skips_layers):
     parameter = nn.Parameter(torch.ones(2))
     alone, keys = SimpleNamespace(num_processes=1), SimpleNamespace(skips_layers=skips_layers)
-    _sum_gradients(SimpleNamespace(trained={"a layer": parameter}, dropout=keys, accelerator=alone))
+    sum_gradients(SimpleNamespace(parameters={"a layer": parameter}, dropout=keys, accelerator=alone))
     assert (parameter.grad is not None) == skips_layers
 
 

@@ -1,0 +1,86 @@
+"""The parts of a run: what it trains on, what trains, and how it reports. setup.py builds them.
+
+Always holds: nothing in them changes during a run but the contents of tensors. What changes is in `TrainState`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from trainer.batching.plan import Plan
+from trainer.config.schema import Config, OptimConfig
+from trainer.data.corpus import Corpus
+from trainer.data.tokens import Examples
+from trainer.distributed.session import StopRequest
+from trainer.distributed.watch import Watch
+from trainer.dropout.sites import DropoutKeys
+from trainer.model.adapter import SavedAdapter
+from trainer.model.backbone import Backbone
+from trainer.packed.forward import Forward
+from trainer.reporting.tracking import RunLog
+from trainer.tasks import Task
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains on and starts from, before any weight is loaded."""
+
+    corpus: Corpus
+    examples: dict[str, Examples]
+    """the corpus in tokens, by split"""
+    backbone: Backbone
+    start: SavedAdapter | None
+    """the adapter it starts from; None = a new one"""
+    fingerprints: dict[str, str]
+    """of data and backbone; a checkpoint with others is refused"""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What trains, on its device."""
+
+    accelerator: Accelerator
+    model: PeftModel
+    """each rank has all of it, or its shard of the frozen weights"""
+    forward: Forward
+    """how the model computes a batch: padded or packed"""
+    optimizer: Any
+    """prepared by the accelerator"""
+    parameters: dict[str, torch.nn.Parameter]
+    """those that train, by name, in the optimizer's order"""
+    dropout: DropoutKeys
+    task: Task
+    optim: OptimConfig
+    sharded: bool
+    """the frozen weights are sharded over the ranks, so each forward is a collective"""
+
+
+@dataclass(frozen=True)
+class Console:
+    """How a run reports, and how it learns that it must stop."""
+
+    log: RunLog
+    stop: StopRequest
+    watch: Watch
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its parts and its length."""
+
+    config: Config
+    folder: Path
+    inputs: Inputs
+    learner: Learner
+    console: Console
+    plan: Plan
+    """of every step, with the token budget as configured"""
+    total_steps: int
+    eval_max_tokens: int
+    """token budget of a batch that is scored"""
