@@ -108,7 +108,7 @@ def test_the_command_is_accepted(page, command, capsys, monkeypatch):
     if words[0] == "./launch.sh":
         check_launch(words[1:], environment)
     elif words[0] == "./tests/run.sh":
-        assert all((ROOT / word.split("::")[0]).exists() for word in words[1:] if not word.startswith("-"))
+        assert all((ROOT / word.split("::")[0]).exists() for word in words if word.startswith("tests/"))
     elif words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
         assert (ROOT / words[script]).is_file()
@@ -151,6 +151,12 @@ def test_the_readme_names_every_recipe_and_page():
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text] == []
 
 
+def test_the_readme_counts_the_families_right():
+    verdicts = [line for line in (ROOT / "tests" / "families.tsv").read_text().splitlines() if not line.startswith("#")]
+    works = [line for line in verdicts if line.split("\t")[1].startswith("works")]
+    assert f"{len(works)} of {len(verdicts)} families" in README.read_text(encoding="utf-8")
+
+
 def test_the_readme_is_one_page():
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 130
@@ -167,3 +173,11 @@ def test_the_map_names_every_package():
     text = Path(ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     packages = sorted(path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py"))
     assert [package for package in packages if f"`{package}/`" not in text] == []
+
+
+def test_the_architecture_names_what_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trainer").rglob("*.py"))
+    names = set(re.findall(r"`(?:\w+\.)?([A-Z]\w{2,}|[a-z]+(?:_[a-z]+)+|migrate|losses|train)`", text)) - {"NAME"}
+    assert len(names) > 20
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", source)] == []
