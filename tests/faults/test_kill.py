@@ -30,7 +30,7 @@ PLACES = [
     ("pathlib:Path.rename", 7),
     ("shutil:rmtree", 16),
     ("_sync", 10),
-    ("trainer.reporting.tracking:RunLog.scalars", 11),
+    ("trainer.reporting.tracking:RunLog.log_scalars", 11),
 ]
 ENDING = {
     "before the test": "write_evaluations",

@@ -182,7 +182,7 @@ def no_figures():
     """Leaves TensorBoard's figures out, to save time."""
     from trainer.reporting.tracking import RunLog
 
-    RunLog.confusion_matrix = lambda *arguments: None
+    RunLog.log_confusion_matrix = lambda *arguments: None
 
 
 def torn_file(name, number=signal.SIGKILL):

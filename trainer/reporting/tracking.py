@@ -39,7 +39,7 @@ _RUN_IDS: dict[str, Callable[[Any], str]] = {
 class RunLog:
     """The log of one run, written by the main process. On other ranks every method does nothing.
 
-    Call `open` first and `close` last. `scalars` writes to metrics.jsonl and the trackers. `say` prints
+    Call `open` first and `close` last. `log_scalars` writes to metrics.jsonl and the trackers. `print_line` prints
     above the progress bar.
     """
 
@@ -71,14 +71,14 @@ class RunLog:
         bar = {"total": total_steps, "initial": step, "desc": "training", "unit": "step", "disable": self.quiet}
         self._bar = tqdm(**bar, **bar_settings())
 
-    def scalars(self, values: Mapping[str, float], step: int, epoch: float) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int, epoch: float) -> None:
         """Logs the values of a step, by tag `group/name`."""
         if not self.is_main:
             return
         self._append_record(values, step, epoch)
         self._log(values, step, self._trackers)
 
-    def confusion_matrix(self, tag: str, counts: npt.NDArray[Any], label_names: Sequence[str], step: int) -> None:
+    def log_confusion_matrix(self, tag: str, counts: npt.NDArray[Any], label_names: Sequence[str], step: int) -> None:
         """Adds a confusion matrix to TensorBoard as a figure."""
 
         def draw(board: Any) -> None:
@@ -88,7 +88,7 @@ class RunLog:
 
         self._write_tensorboard(draw)
 
-    def finals(
+    def log_final_metrics(
         self, config: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float], step: int, epoch: float
     ) -> None:
         """Logs the final metrics (`final/...`). TensorBoard also gets the configuration, for its table of runs.
@@ -112,13 +112,13 @@ class RunLog:
         self._write_tensorboard(add)
         self._log(metrics, step + 1, [tracker for tracker in self._trackers if tracker.name != "tensorboard"])
 
-    def progress(self, steps: int, **shown: str) -> None:
+    def advance_bar(self, steps: int, **shown: str) -> None:
         """Advances the progress bar and shows the values next to it."""
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(steps)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
@@ -127,7 +127,7 @@ class RunLog:
         """Returns the label of a second progress bar, or None (no bar) without a terminal."""
         return None if self.quiet or not sys.stderr.isatty() else label
 
-    def end_progress(self) -> None:
+    def close_bar(self) -> None:
         """Removes the progress bar."""
         if self._bar is not None:
             self._bar.close()
@@ -135,7 +135,7 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the progress bar and the trackers."""
-        self.end_progress()
+        self.close_bar()
         # accelerate's end_training would also destroy the process group of all ranks
         for tracker in self._trackers:
             self._call_safely(tracker.name, tracker.finish)
@@ -189,7 +189,7 @@ class RunLog:
             action(*arguments)
         except (Exception, SystemExit) as error:
             if name not in self._failed:
-                self.say(f"warning: {name} failed and may miss values: {one_line(error)}")
+                self.print_line(f"warning: {name} failed and may miss values: {one_line(error)}")
             self._failed[name] = failures + 1
         else:
             self._failed.update({name: 0} if failures else {})

@@ -141,7 +141,7 @@ def log_step(run: Run, state: TrainState, result: StepResult) -> None:
     epoch, window, log = state.step / run.plan.steps_per_epoch, state.window, run.console.log
     rate = learning_rate(run.learner.optim, state.step - 1, run.total_steps)
     per_second = window.examples / window.seconds
-    log.progress(1, loss=f"{result.loss:.3f}", lr=f"{rate:.1e}", examples=f"{per_second:.0f}/s")
+    log.advance_bar(1, loss=f"{result.loss:.3f}", lr=f"{rate:.1e}", examples=f"{per_second:.0f}/s")
     if is_due(run, run.config.tracking.every_steps, state.step):
         values = {
             "train/loss": window.loss / window.steps,
@@ -155,9 +155,9 @@ def log_step(run: Run, state: TrainState, result: StepResult) -> None:
         }
         if result.loss_scale is not None:
             values["train/loss_scale"] = result.loss_scale
-        log.scalars(values, state.step, epoch)
+        log.log_scalars(values, state.step, epoch)
     if is_due(run, None, state.step):
-        log.scalars({"train/epoch_loss": state.epoch.loss / state.epoch.steps}, state.step, epoch)
+        log.log_scalars({"train/epoch_loss": state.epoch.loss / state.epoch.steps}, state.step, epoch)
 
 
 def reset_tallies(run: Run, state: TrainState) -> TrainState:

@@ -67,7 +67,9 @@ def shrink_token_budget(run: Run, state: TrainState, plan: Plan) -> TrainState:
 
 def set_token_budget(run: Run, state: TrainState, max_tokens: int) -> TrainState:
     """Sets this budget and tells the user."""
-    run.console.log.say(f"step {state.step}: out of memory; continuing with at most {max_tokens:,} tokens at a time")
+    run.console.log.print_line(
+        f"step {state.step}: out of memory; continuing with at most {max_tokens:,} tokens at a time"
+    )
     if run.learner.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return dataclasses.replace(state, max_tokens=max(1, max_tokens))

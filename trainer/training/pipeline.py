@@ -142,7 +142,7 @@ def _resume_or_start(run: Run) -> tuple[TrainState, dict[str, torch.Tensor] | No
     Raises:
         UserError: the checkpoint or the adapter does not fit.
     """
-    accelerator, checkpoints, say = run.learner.accelerator, run.folder / "checkpoints", run.console.log.say
+    accelerator, checkpoints, say = run.learner.accelerator, run.folder / "checkpoints", run.console.log.print_line
     if accelerator.is_main_process:
         remove_unfinished(checkpoints)
     checkpoint, damage = _read_on_main(accelerator, lambda: load_newest(checkpoints))
@@ -169,12 +169,12 @@ def _load_start(run: Run, start: SavedAdapter) -> None:
             there = f"{start.folder} was trained with peft.{name} {start.peft[name]!r}, and here it is {own[name]!r}"
             raise UserError(f"model.adapter: {there}; give all of peft the values of its run (config.yaml)")
     load_adapter_tensors(run.learner.model, start.tensors, f"model.adapter: {start.folder}")
-    run.console.log.say(f"starting from the adapter {start.folder}")
+    run.console.log.print_line(f"starting from the adapter {start.folder}")
 
 
 def record_start(run: Run, state: TrainState, notes: list[str]) -> TrainState:
     """Writes config.yaml and environment.json, tells the user what will run, and notes the start in the state."""
-    accelerator, precision, say = run.learner.accelerator, run.config.run.precision, run.console.log.say
+    accelerator, precision, say = run.learner.accelerator, run.config.run.precision, run.console.log.print_line
     trainable, total = run.learner.model.get_nb_trainable_parameters()
     for line in [*describe_data(run), *(f"note: {note}" for note in notes)]:
         say(line)
@@ -244,7 +244,7 @@ def say_stopped(run: Run, stopped: Stopped) -> None:
 
 def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     """Tests the best adapter; the main process saves it and writes the report and, last, the summary."""
-    run.console.log.end_progress()
+    run.console.log.close_bar()
     load_adapter_tensors(run.learner.model, best, "best adapter")
     metrics = write_evaluations(run, state)
     run.console.watch.position = "the end"
@@ -255,7 +255,7 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     save_final_adapter(run, best, summary, batch, expected)
     log, headline = run.console.log, run.learner.task.headline
     scores = {f"final/{split}_{name}": numbers[name] for split, numbers in metrics.items() for name in headline}
-    log.finals(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)
+    log.log_final_metrics(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)
     from trainer.reporting.page import build_report  # matplotlib can wait until the first step is done
 
     try:
@@ -266,12 +266,12 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     write_atomic(run.folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     for split, numbers in metrics.items():
         shown = "  ".join(f"{name} {numbers[name]:.4f}" for name in headline)
-        log.say(f"{split:>10}: {shown}  ({numbers['num_examples']} examples)")
+        log.print_line(f"{split:>10}: {shown}  ({numbers['num_examples']} examples)")
     best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
-    log.say(f"{'adapter':>10}: {run.folder / 'adapter'}  {best_of}")
-    log.say(report)
+    log.print_line(f"{'adapter':>10}: {run.folder / 'adapter'}  {best_of}")
+    log.print_line(report)
     predict = f"python trainer/predict.py --run {quote_path(run.folder)} --input FILE.csv --output PREDICTIONS.csv"
-    log.say(f"{'next':>10}: {predict}")
+    log.print_line(f"{'next':>10}: {predict}")
 
 
 def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, Any]]:

@@ -173,19 +173,19 @@ def evaluate(
     scalars = {f"validation/{name}": metrics[name] for name in task.metrics}
     scalars |= {f"validation/f1/{name}": numbers["f1"] for name, numbers in metrics["per_class"].items()}
     epoch = state.step / run.plan.steps_per_epoch
-    log.scalars(scalars, state.step, epoch)
+    log.log_scalars(scalars, state.step, epoch)
     if task.confusion is not None:
         counts = task.confusion(logits, targets)
-        log.confusion_matrix("validation/confusion_matrix", counts, label_names, state.step)
+        log.log_confusion_matrix("validation/confusion_matrix", counts, label_names, state.step)
     shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in task.headline)
-    log.say(f"step {state.step:>6}  epoch {epoch:5.2f}  validation: {shown}{'  best' if better else ''}")
+    log.print_line(f"step {state.step:>6}  epoch {epoch:5.2f}  validation: {shown}{'  best' if better else ''}")
     state = dataclasses.replace(state, evaluated_step=state.step)
     if better:
         state = dataclasses.replace(state, best_step=state.step, best_value=value, num_worse=0)
         return state, adapter_tensors(run.learner.model)
     num_worse = state.num_worse + 1
     if num_worse == patience:
-        log.say(
+        log.print_line(
             f"early stopping at step {state.step}: evaluation.patience {patience} is used up; the best "
             f"{metric} is {state.best_value:.4f}, of step {state.best_step}"
         )

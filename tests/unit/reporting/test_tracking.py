@@ -56,14 +56,14 @@ def lines(folder):
 
 def train(log, first, last, value):
     for step in range(first, last + 1):
-        log.scalars({"train/loss": value}, step, step / 6)
+        log.log_scalars({"train/loss": value}, step, step / 6)
 
 
 def test_the_same_numbers_in_both(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
-    log.scalars({"train/loss": 1.5, "train/learning_rate": 0.1}, 2, 1 / 3)
-    log.scalars({"validation/loss": 2.5, "validation/f1/a b/c": 0.5}, 2, 1 / 3)
+    log.log_scalars({"train/loss": 1.5, "train/learning_rate": 0.1}, 2, 1 / 3)
+    log.log_scalars({"validation/loss": 2.5, "validation/f1/a b/c": 0.5}, 2, 1 / 3)
     log.close()
     assert lines(folder) == [
         {"step": 2, "epoch": 0.333333, "train/loss": 1.5, "train/learning_rate": 0.1},
@@ -94,10 +94,10 @@ def test_an_evaluation_that_is_to_come_again_stands_once(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
     train(log, 1, 4, 1.0)
-    log.scalars({"validation/loss": 1.0}, 4, 0.5)  # the checkpoint of step 4 knows nothing of it
+    log.log_scalars({"validation/loss": 1.0}, 4, 0.5)  # the checkpoint of step 4 knows nothing of it
     killed(log)
     log = opened(folder, step=4, evaluated=0)
-    log.scalars({"validation/loss": 2.0}, 4, 0.5)
+    log.log_scalars({"validation/loss": 2.0}, 4, 0.5)
     train(log, 5, 6, 2.0)
     log.close()
     assert scalars(folder)["validation/loss"] == [(4, 2.0)]
@@ -111,7 +111,7 @@ def test_final_metrics_written_twice_stand_once(tmp_path):
         log = opened(folder, step=6 if value > 1 else 0, evaluated=6 if value > 1 else 0)
         if value == 1:
             train(log, 1, 6, 1.0)
-        log.finals(CONFIG, {"final/test_loss": value}, 6, 1.0)
+        log.log_final_metrics(CONFIG, {"final/test_loss": value}, 6, 1.0)
         killed(log)
     assert scalars(folder)["final/test_loss"] == [(7, 2.0)]
     assert len(scalars(folder)["train/loss"]) == 6
@@ -122,8 +122,8 @@ def test_final_metrics_written_twice_stand_once(tmp_path):
 def test_hyperparameters_text_and_figure(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
-    log.confusion_matrix("validation/confusion_matrix", np.array([[3, 1], [0, 2]]), ["a <b>", "$x^"], 4)
-    log.finals(CONFIG, {"final/test_accuracy": 0.75}, 6, 1.0)
+    log.log_confusion_matrix("validation/confusion_matrix", np.array([[3, 1], [0, 2]]), ["a <b>", "$x^"], 4)
+    log.log_final_metrics(CONFIG, {"final/test_accuracy": 0.75}, 6, 1.0)
     log.close()
     tags = board(folder).Tags()
     assert tags["images"] == ["validation/confusion_matrix"]
@@ -147,8 +147,8 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypa
     folder = tmp_path / "run"
     log = opened(folder, quiet=False)
     train(log, 1, 3, 1.0)
-    log.confusion_matrix("validation/confusion_matrix", np.eye(2, dtype=int), ["a", "b"], 2)
-    log.finals(CONFIG, {"final/test_loss": 1.0}, 3, 0.5)
+    log.log_confusion_matrix("validation/confusion_matrix", np.eye(2, dtype=int), ["a", "b"], 2)
+    log.log_final_metrics(CONFIG, {"final/test_loss": 1.0}, 3, 0.5)
     log.close()
     assert len(lines(folder)) == 4
     assert capsys.readouterr().err.count("warning: tensorboard failed and may miss values: no network") == 1
@@ -208,7 +208,7 @@ def test_no_tracker_takes_another_with_it(tmp_path, service, capsys, name, broke
     folder = tmp_path / "run"
     log = opened(folder, backends=(name, "tensorboard") if first else ("tensorboard", name), quiet=False)
     train(log, 1, 5, 1.0)
-    log.finals(CONFIG, {"final/test_loss": 2.0}, 5, 1.0)
+    log.log_final_metrics(CONFIG, {"final/test_loss": 2.0}, 5, 1.0)
     log.close()
     assert scalars(folder) == {"train/loss": [(step, 1.0) for step in range(1, 6)], "final/test_loss": [(6, 2.0)]}
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
@@ -260,7 +260,7 @@ def test_mlflow_gets_the_configuration_the_runs_name_and_the_same_run_after_a_re
     mlflow, folder = service("mlflow"), tmp_path / "my run"
     for step in (0, 3):
         log = opened(folder, step=step, backends=("mlflow",))
-        log.scalars({"validation/f1/C++": 1.0}, step + 3, 1.0)
+        log.log_scalars({"validation/f1/C++": 1.0}, step + 3, 1.0)
         log.close()
     assert mlflow.made("create_experiment")[0][1]["name"] == "isotrain"
     (_, first), (_, second) = mlflow.made("start_run")
@@ -282,8 +282,8 @@ def test_a_damaged_record_of_trackers_begins_a_new_run(tmp_path, service, conten
 
 def test_a_figure_that_fails_stops_nothing(tmp_path, capsys):
     log = opened(tmp_path / "run", quiet=False)
-    log.confusion_matrix("validation/confusion_matrix", np.eye(3, dtype=int), ["a", "b"], 2)
-    log.scalars({"train/loss": 1.0}, 1, 0.1)
+    log.log_confusion_matrix("validation/confusion_matrix", np.eye(3, dtype=int), ["a", "b"], 2)
+    log.log_scalars({"train/loss": 1.0}, 1, 0.1)
     log.close()
     assert "warning: tensorboard failed" in capsys.readouterr().err
     assert scalars(tmp_path / "run") == {"train/loss": [(1, 1.0)]}
@@ -292,7 +292,7 @@ def test_a_figure_that_fails_stops_nothing(tmp_path, capsys):
 def test_without_backends(tmp_path):
     log = opened(tmp_path / "run", backends=())
     train(log, 1, 2, 1.0)
-    log.finals(CONFIG, {"final/test_loss": 1.0}, 2, 0.5)
+    log.log_final_metrics(CONFIG, {"final/test_loss": 1.0}, 2, 0.5)
     log.close()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
     assert len(lines(tmp_path / "run")) == 3
@@ -303,19 +303,19 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     path.symlink_to("/dev/full")
     with pytest.raises(OSError, match=f"^cannot write {path}: No space left on device$"):
-        log.scalars({"train/loss": 1.0}, 1, 0.1)
+        log.log_scalars({"train/loss": 1.0}, 1, 0.1)
 
 
 def test_quiet_says_nothing_and_other_ranks_write_nothing(tmp_path, capsys):
     log = opened(tmp_path / "quiet")
-    log.say("hello")
-    log.progress(1, loss="1.0")
+    log.print_line("hello")
+    log.advance_bar(1, loss="1.0")
     assert log.bar_label("validation") is None
     log.close()
     other = RunLog(tmp_path / "other", False, False)
     other.open(["tensorboard"], 0, 0, 12, CONFIG)
-    other.scalars({"train/loss": 1.0}, 1, 0.1)
-    other.finals(CONFIG, {"final/x": 1.0}, 1, 0.1)
+    other.log_scalars({"train/loss": 1.0}, 1, 0.1)
+    other.log_final_metrics(CONFIG, {"final/x": 1.0}, 1, 0.1)
     other.close()
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "other").exists()
@@ -341,6 +341,6 @@ def test_bytes_that_are_no_text_are_dropped(tmp_path):
 def test_a_class_name_with_a_line_separator_stays_whole(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder, backends=())
-    log.scalars({"validation/f1/a\u2028b\x85": 1.0}, 1, 0.1)
+    log.log_scalars({"validation/f1/a\u2028b\x85": 1.0}, 1, 0.1)
     log.close()
     assert len(keep_steps(folder / "metrics.jsonl", 9, 9)) == 1
