@@ -4,6 +4,7 @@ A command is a line of a ```bash block, or inline code that begins with a progra
 not carried out. What cannot be checked so is listed in NOT_CHECKED with the reason.
 """
 
+import ast
 import re
 import shlex
 import sys
@@ -181,3 +182,17 @@ def test_the_architecture_names_what_exists():
     names = set(re.findall(r"`(?:\w+\.)?([A-Z]\w{2,}|[a-z]+(?:_[a-z]+)+|migrate|losses|train)`", text)) - {"NAME"}
     assert len(names) > 20
     assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", source)] == []
+
+
+def test_the_way_to_backward_is_as_described():
+    """Each function of the table calls the next one, and the last one calls backward."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(\w+)` \| `([\w/]+\.py)` \|", text.split("## From the command line")[1].split("\n\n")[1], re.M
+    )
+    assert [name for name, _ in rows][::4] == ["main", "add_gradient"] and len({file for _, file in rows}) <= 4
+    for (name, file), called in zip(rows, [*(name for name, _ in rows[1:]), "backward"], strict=True):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        [function] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        calls = [ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)]
+        assert [call for call in calls if call.split(".")[-1] == called], f"{name} does not call {called}"
