@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -33,6 +34,14 @@ def has_fast_bf16() -> bool:
 def gradient_norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """The 2-norm of each tensor, in one kernel on a GPU (torch 2.11, 2.13)."""
     return list(torch._foreach_norm(gradients))
+
+
+def skip_if(condition: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer's next step change nothing if `condition`, bool [], holds (torch 2.11, 2.13).
+
+    The device decides, so the host does not wait. torch's GradScaler skips a step by the same attribute.
+    """
+    optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
 
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:
@@ -83,7 +92,12 @@ def layer_classes(model: Any) -> Collection[str]:
     return set(getattr(model, "_no_split_modules", None) or ())
 
 
-# --- PEFT: what it calls things inside a model ---
+# --- PEFT: what it names things inside a model ---
+
+
+def trained_module(module: Any) -> Any:
+    """The copy that trains, if PEFT wraps the module to save it whole; else the module itself (peft 0.21.2)."""
+    return module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def path_in_model(name: str) -> str:

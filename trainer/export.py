@@ -103,12 +103,12 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
 
 def _unwrap_head(model: Any) -> None:
     """Puts the trained head in the place of PEFT's wrapper around it, which PEFT 0.21 merges rightly for LoRA only."""
-    from peft.utils import ModulesToSaveWrapper
+    from trainer.compat import trained_module
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
+        if (trained := trained_module(module)) is not module:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.modules_to_save["default"])
+            setattr(model.get_submodule(parent), child, trained)
 
 
 def _unshare(model: Any) -> None:

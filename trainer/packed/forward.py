@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 
 from trainer.batching.collate import Batch, Tokenized, collate_packed, collate_padded
+from trainer.compat import trained_module
 from trainer.dropout.masks import Mask
 from trainer.dropout.sites import DropoutKeys, KeyedDropout
 from trainer.packed.attention import Attention, Layout, lay_out
@@ -116,9 +116,7 @@ class _Layer:
 
     def __init__(self, layer: Any, last: bool, keys: DropoutKeys | None) -> None:
         """`keys` draw the masks of attention."""
-        self.attention: Any = layer.attention.self
-        if isinstance(self.attention, ModulesToSaveWrapper):  # the keys know the copy that trains
-            self.attention = self.attention.modules_to_save["default"]
+        self.attention = trained_module(layer.attention.self)  # the keys know the copy that trains
         self.attention_output = layer.attention.output
         self.intermediate, self.output = layer.intermediate, layer.output
         query, key, value = self.attention.query, self.attention.key, self.attention.value

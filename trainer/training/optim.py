@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from trainer.compat import skip_if
 from trainer.config.schema import OptimConfig
 from trainer.errors import UserError
 
@@ -84,14 +85,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Sets the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-def skip_if(condition: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer's next step change nothing if `condition`, bool [], holds.
-
-    The device decides, so the host does not wait. torch's GradScaler skips a step by the same attribute.
-    """
-    optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
 
 
 def _can_skip(config: OptimConfig, device: torch.device) -> bool:

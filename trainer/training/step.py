@@ -17,12 +17,11 @@ from accelerate.utils import gather_object
 
 from trainer.batching.collate import Batch
 from trainer.batching.plan import MicroBatch
-from trainer.compat import gradient_norms, on_device, on_host
+from trainer.compat import gradient_norms, on_device, on_host, skip_if
 from trainer.data.tokens import Examples
 from trainer.distributed.session import STOP_SIGNALS
 from trainer.errors import UserError
 from trainer.tasks import Task
-from trainer.training.optim import skip_if
 from trainer.training.records import Learner, Run
 
 
