@@ -39,12 +39,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Puts tensors of adapter and head into the model.
-
-    Args:
-        model: changed in place.
-        tensors: as from `adapter_tensors`.
-        source: where they are from, for messages.
+    """Puts tensors of adapter and head into the model; `source` says in messages where they are from.
 
     Raises:
         UserError: a tensor is missing, unexpected, or of another shape.
@@ -90,11 +85,7 @@ class SavedAdapter:
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """Reads a folder that `save_adapter` wrote.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """Reads a folder that `save_adapter` wrote."""
     try:
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         label_names = [str(name) for name in json.loads((folder / "labels.json").read_text(encoding="utf-8"))]
@@ -135,11 +126,7 @@ def save_adapter(
 
 
 def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]) -> Backbone:
-    """Finds the backbone that a finished run trained on; its tokenizer is the adapter's own.
-
-    Raises:
-        UserError: not found, or not the recorded backbone.
-    """
+    """Finds the backbone that a finished run trained on, or refuses another; the tokenizer is the adapter's own."""
     folder = run / "adapter"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -156,11 +143,7 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
 
 
 def load_trained_model(backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32) -> PeftModel:
-    """Loads a backbone with the adapter in `folder` through plain PEFT, in evaluation mode.
-
-    Raises:
-        UserError: the adapter does not fit the backbone; names the first missing or unexpected tensor.
-    """
+    """Loads a backbone with the adapter in `folder` through plain PEFT, in evaluation mode."""
     model, _ = load_weights(backbone)
     try:
         # trainable until the frozen weights are cast, so that the adapter stays in fp32 as in training

@@ -63,11 +63,7 @@ class Backbone:
 
     @cached_property
     def identity(self) -> Identity:
-        """Hashes the weights of a local folder; downloads missing weights of a hub model.
-
-        Raises:
-            UserError: a file is missing or cannot be read.
-        """
+        """Hashes the weights of a local folder; downloads missing weights of a hub model."""
         weights = getattr(self.config, "transformers_weights", None) or "model.safetensors"
         files = hash_files(self.path, self.commit, weights)
         return Identity(self.requested.name, self.requested.revision, self.commit, files)
@@ -163,11 +159,7 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
 
 
 def set_dropout(config: PreTrainedConfig, p: float) -> None:
-    """Sets every dropout probability of the backbone. Families name them differently, always with "drop".
-
-    Raises:
-        UserError: the family does not accept this probability.
-    """
+    """Sets every dropout probability of the backbone. Families name them differently, always with "drop"."""
     for name in config.sub_configs:
         if isinstance(part := getattr(config, name, None), PreTrainedConfig):
             set_dropout(part, p)

@@ -63,8 +63,7 @@ def _check_max_length(backbone: Backbone, max_length: int, pairs: bool) -> None:
 def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> PeftModel:
     """Loads the weights and adds head and adapter, drawn from the seed; in fp32 on the CPU.
 
-    Raises:
-        UserError: the weights cannot be read, or layers that they lack exceed the parameter budget.
+    Layers that the weights lack are new and train, so the parameter budget is checked again.
     """
     torch.manual_seed(seed)
     model, missing = load_weights(backbone)

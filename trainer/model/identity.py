@@ -46,16 +46,9 @@ def read_identity(path: Path) -> Identity:
 
 
 def check_same_backbone(recorded: Identity, found: Identity, run: Path, hint: str = "") -> None:
-    """Compares files, not names: a copy of the backbone in another place is the same backbone.
+    """Refuses a backbone whose files are not those that the run was trained on; names and places may differ.
 
-    Args:
-        recorded: the backbone that the run was trained on.
-        found: the backbone at hand.
-        run: folder of the run, for the message.
-        hint: another way out, added to the message.
-
-    Raises:
-        UserError: a file differs; names both backbones, the first such file, and the fix.
+    The message names both backbones, the first file that differs, and the fix; `hint` adds another fix.
     """
     differing = [name for name in recorded.files | found.files if recorded.files.get(name) != found.files.get(name)]
     if not differing:
@@ -83,9 +76,6 @@ def hash_files(path: str, commit: str | None, weights: str) -> dict[str, str]:
         path: local folder, or hub id.
         commit: of a hub model, whose missing files are downloaded; None for a local folder.
         weights: name of the weights file.
-
-    Raises:
-        UserError: a file is missing or cannot be read.
     """
 
     def find(name: str) -> Path | None:

@@ -111,11 +111,7 @@ def _find_unsupported(settings: PeftConfig, options: dict[str, Any]) -> list[str
 
 
 def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]) -> PeftModel:
-    """Wraps the model by PEFT; the head and `new_modules`, which no weights file filled, train and are saved whole.
-
-    Raises:
-        UserError: PEFT cannot adapt the model.
-    """
+    """Wraps the model by PEFT; the head and `new_modules`, which no weights file filled, train and are saved whole."""
     prefix = str(model.base_model_prefix)
     head = {name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())}
     config = copy.deepcopy(config)
@@ -138,11 +134,7 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
 
 
 def check_effects(model: PeftModel, settings: PeftConfig) -> None:
-    """Refuses options that name modules, parameters or layers to no effect; PEFT ignores them.
-
-    Raises:
-        UserError: names the option, the value, and the layers that may get an adapter.
-    """
+    """Refuses options that name modules, parameters or layers to no effect; PEFT ignores them."""
     tuner: Any = model.base_model
     modules: dict[str, Any] = {path_in_model(name): module for name, module in model.named_modules()}
     layers: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
@@ -198,8 +190,7 @@ def parameter_table(model: PeftModel) -> list[dict[str, Any]]:
 def check_parameter_budget(model: PeftModel, settings: PeftConfig) -> None:
     """Refuses a model that trains more parameters than `peft.max_trainable_parameters`.
 
-    Raises:
-        UserError: with the table per module, and for LoRA the largest rank that fits.
+    The message has the table per module, and for LoRA the largest rank that fits.
     """
     budget = settings.max_trainable_parameters
     trainable, _ = model.get_nb_trainable_parameters()

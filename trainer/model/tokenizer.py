@@ -26,9 +26,6 @@ def set_padding(config: PreTrainedConfig, tokenizer: Any, name: str) -> None:
     """Gives tokenizer and backbone one padding token: decoders classify by the last token that is not padding.
 
     Decoders often have none; then the end token pads. An ordinary token cannot pad, because texts may end with it.
-
-    Raises:
-        UserError: the tokenizer has no token that can pad.
     """
     inner = config.get_text_config()
     configured, special = getattr(inner, "pad_token_id", None), tokenizer.all_special_ids
