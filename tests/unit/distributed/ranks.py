@@ -1,6 +1,6 @@
-"""Ranks that meet as those of a run do and then do as test_session.py says, each a process of its own.
+"""Ranks that join like those of a run and then follow the orders of a test, each in its own process.
 
-Host names are given out here: ranks of two machines live on this one.
+Their host names are invented, so that ranks of several machines run on this one.
 """
 
 import contextlib
@@ -48,6 +48,18 @@ class Ranks:
             rank.wait()
 
 
+def errors_of(ranks):
+    """What was said about errors, by rank; "" for those that said nothing."""
+    return [rank.said().strip() for rank in ranks]
+
+
+def leave(ranks):
+    for rank in ranks:
+        rank.tell("leave")
+    for rank in ranks:
+        assert rank.answer() == "left"
+
+
 def _live(end, constants, function):
     from trainer.distributed import rendezvous, watch
     from trainer.errors import main_guard
@@ -89,18 +101,18 @@ def obey(end):
                 os.dup2(write, 2)
                 end.send("silent")
                 end.recv()
-    end.send("gone in peace")
+    end.send("left")
     end.recv()
 
 
-def heed_signals(end):
+def handle_signals(end):
     from trainer.distributed.session import StopRequest
 
     StopRequest().listen()
     obey(end)
 
 
-def meet_among_strangers(end):
+def join_among_foreign_connections(end):
     """As `obey`; before rank 1 connects to rank 0, three others do: one is silent, one talks, one hangs up."""
     from trainer.distributed import rendezvous
 
@@ -120,7 +132,7 @@ def meet_among_strangers(end):
     obey(end)
 
 
-def announce_a_closed_port(end):
+def announce_closed_port(end):
     """As `obey`; on host b the others cannot reach what it says its address is."""
     from trainer.distributed import rendezvous
 
@@ -137,7 +149,7 @@ def announce_a_closed_port(end):
     obey(end)
 
 
-def die_before_the_line(end):
+def die_before_connecting(end):
     """As `obey`; rank 2 dies when all others are about to connect to rank 0."""
     from trainer.distributed import rendezvous
 
