@@ -63,6 +63,7 @@ def mean_error(logits, targets):
 
 
 AMOUNT = Task(
+    problem_type="regression",
     name_labels=lambda train: ([train.name], None),
     encode=lambda column, names: (np.array([float(value) for value in column.values])[column.codes], []),
     label_values=lambda train, names: {},
@@ -102,6 +103,7 @@ def test_a_task(train, tmp_path, monkeypatch):
     assert [tensor.shape for name, tensor in adapter(run).items() if "out_proj.bias" in name] == [(1,)]
     losses = list(records(run, "train/loss").values())
     assert losses[-1] < losses[0], "the loss of the task is what the optimizer lowers"
+    assert json.loads((run / "adapter" / "backbone" / "config.json").read_text())["problem_type"] == "regression"
     assert "mean_error" in (run / "report.html").read_text()
     assert TaskConfig().type == "single_label"
 

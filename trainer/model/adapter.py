@@ -125,7 +125,7 @@ def save_adapter(
     replace_folder(folder, files)
 
 
-def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]) -> Backbone:
+def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str], problem_type: str) -> Backbone:
     """Finds the backbone that a finished run trained on, or refuses another; the tokenizer is the adapter's own."""
     folder = run / "adapter"
     try:
@@ -134,7 +134,7 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
     except Exception as error:  # tokenizers raise bare exceptions
         raise UserError(f"--run: tokenizer or {IDENTITY} of {folder} cannot be read: {one_line(error)}") from None
     try:
-        backbone = find_backbone(config, label_names, recorded, tokenizer)
+        backbone = find_backbone(config, label_names, recorded, tokenizer, problem_type)
     except UserError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason}\nName an unchanged copy of the run's backbone: --model.name FOLDER") from None

@@ -93,15 +93,20 @@ def silence_libraries() -> None:
 
 
 def find_backbone(
-    config: ModelConfig, label_names: list[str], recorded: Identity | None = None, tokenizer: Any = None
+    config: ModelConfig,
+    label_names: list[str],
+    recorded: Identity | None = None,
+    tokenizer: Any = None,
+    problem_type: str = "single_label_classification",
 ) -> Backbone:
     """Reads configuration and tokenizer of the backbone; no weights, and none of its code.
 
     Args:
         config: the options.
-        label_names: the classes in order.
+        label_names: of the logits.
         recorded: the backbone of an earlier start, whose commit is used again.
         tokenizer: replaces the backbone's own.
+        problem_type: the task's name in transformers.
 
     Raises:
         UserError: not found, not reachable, or not supported.
@@ -120,7 +125,7 @@ def find_backbone(
     except Exception as error:  # tokenizers and strict configurations raise many kinds
         raise UserError(_describe_failure(config, error, commit)) from None
     _check_supported(config.name, backbone_config, tokenizer)
-    _set_task(backbone_config, label_names)
+    _set_task(backbone_config, label_names, problem_type)
     set_padding(backbone_config, tokenizer, config.name)
     read_special_tokens_as_text(tokenizer)
     if config.dropout is not None:
@@ -234,8 +239,8 @@ def _check_supported(name: str, config: PreTrainedConfig, tokenizer: Any) -> Non
         )
 
 
-def _set_task(config: PreTrainedConfig, label_names: list[str]) -> None:
-    """Sets our classes, and undoes settings of an earlier use."""
+def _set_task(config: PreTrainedConfig, label_names: list[str], problem_type: str) -> None:
+    """Sets the task, and undoes settings of an earlier use."""
     use_default_attention(config)
     for name, value in NEUTRAL_SETTINGS.items():
         if hasattr(config, name):
@@ -244,8 +249,8 @@ def _set_task(config: PreTrainedConfig, label_names: list[str]) -> None:
         config.attention_type = "original_full"  # BigBird's sparse attention draws blocks at random
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
-    # transformers chooses its own loss by this; ours is computed from the logits
-    config.problem_type = "single_label_classification"
+    # pipelines choose softmax or sigmoid by it; our loss is the task's
+    config.problem_type = problem_type  # type: ignore[assignment]
 
 
 def _refuse_partial_weights(path: str, model: nn.Module, missing: set[str], unexpected: Iterable[str]) -> None:

@@ -177,6 +177,7 @@ def format_targets(targets: np.ndarray, label_names: list[str]) -> list[str]:
 
 
 TASK = Task(
+    problem_type="single_label_classification",
     name_labels=classes.name_classes,
     encode=classes.class_numbers,
     label_values=classes.class_values,

@@ -57,6 +57,8 @@ class Task:
     tables.
     """
 
+    problem_type: str
+    """name of the task in transformers; in config.json of a model it tells pipelines how to read the logits"""
     name_labels: Callable[[LabelColumn], tuple[list[str], str | None]]
     """labels of train -> label names [C], and why the column may be the wrong one"""
     encode: Callable[[LabelColumn, list[str]], tuple[np.ndarray, list[str]]]

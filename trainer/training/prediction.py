@@ -57,7 +57,7 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
     split, ids, warnings = load_for_prediction(
         source, config.data, task, label_names, id_column, options.ignore_labels, options.quiet
     )
-    backbone = find_trained_backbone(run, config.model, label_names)
+    backbone = find_trained_backbone(run, config.model, label_names, task.problem_type)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
     padding = Padding(**summary.get("padding", {}))
     may_pack = config.model.packed is not False and padding.packs

@@ -55,7 +55,8 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     if start is not None and start.label_names != corpus.label_names:
         classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
         raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
-    backbone = find_backbone(config.model, corpus.label_names, recorded)
+    problem_type = TASKS[config.task.type].problem_type
+    backbone = find_backbone(config.model, corpus.label_names, recorded, problem_type=problem_type)
     if config.run.precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
     pairs = corpus.splits["train"].text_pairs is not None

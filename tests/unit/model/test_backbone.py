@@ -26,9 +26,9 @@ from tests.families import tiny
 from tests.harness.data import TOPICS
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.errors import UserError
-from trainer.export import _unshare, _unwrap_head
 from trainer.model.backbone import Backbone, find_backbone, load_weights, set_dropout
 from trainer.model.build import build_model, check_fit
+from trainer.model.merge import copy_shared_parameters, unwrap_head
 from trainer.model.tokenizer import OFFSET_POSITION_FAMILIES, save_tokenizer
 
 NAMES = list(TOPICS)
@@ -351,8 +351,8 @@ def test_replicated_layers_are_merged_each_for_itself(bert, tmp_path):
     model = build_model(find(bert), PeftConfig(options=options), 0).eval()
     ids = torch.arange(5, 15)[None]
     expected = model(input_ids=ids).logits
-    _unwrap_head(model)
-    _unshare(model)
+    unwrap_head(model)
+    copy_shared_parameters(model)
     model.merge_and_unload(safe_merge=True).save_pretrained(tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-5)
