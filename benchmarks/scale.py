@@ -165,7 +165,7 @@ def measure_plan(chosen):
 def measure_resume(chosen):
     import numpy as np
 
-    from trainer.batching.plan import shuffled
+    from trainer.batching.order import epoch_order
 
     plan = plan_of(np.random.default_rng(SEED).integers(20, 90, chosen["num_examples"]))
     last = plan.steps_per_epoch - 1
@@ -174,7 +174,7 @@ def measure_resume(chosen):
     found = {name: [] for name in steps}
     for _ in range(3):
         for name, step in steps.items():
-            shuffled.cache_clear()  # as in a process that begins here
+            epoch_order.cache_clear()  # as in a process that begins here
             with timed() as seconds:
                 plan.micro_batches(step, 0, 1)
             found[name].append(seconds[0])

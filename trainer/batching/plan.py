@@ -1,37 +1,33 @@
-"""The plan: which examples an optimizer step sees, and who computes them.
+"""The plan: which examples an optimizer step sees, and which rank computes them in which micro-batch.
 
-Always holds: the global batch of a step is a pure function of (number of examples, batch.size, seed, step). Ranks and
-micro-batches only share it out: together they compute each of its examples exactly once, and every rank runs the same
-number of micro-batches. So resuming is an index, and another number of processes changes nothing but who works.
+Always holds: the global batch of a step is a pure function of (number of examples, batch.size, seed, step). Together
+the ranks compute each of its examples exactly once, and all ranks run the same number of micro-batches. So resuming is
+an index, and another number of processes changes only who computes.
 
-The epoch's order is a permutation that is computed where it is asked for and never held: a Feistel network (Luby &
-Rackoff, 1988) of 24 rounds, as Mitchell et al. shuffle on GPUs (arXiv 2106.06161), walked until it ends inside the
-range (Black & Rogaway, 2002). Its round keys are Philox's (Salmon et al., 2011) for the key (seed, epoch), its round
-function is the mixing of SplitMix64 (Steele et al., 2014). Balancing is longest-processing-time-first (Graham, 1969).
+Ranks are balanced longest-processing-time-first (Graham, 1969).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config.splitmix import mix
+from trainer.batching.order import epoch_order
 
-AT_ONCE = 64  # batches whose examples are drawn together: it takes hardly longer than for one
-ROUNDS = 24
+BLOCK_STEPS = 64
+"""steps whose examples are computed together: it takes hardly longer than for one"""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank computes in one forward and backward."""
+    """The examples of one forward and backward on one rank."""
 
     ids: np.ndarray
     """example ids, int64 [B]"""
     weights: np.ndarray
-    """weight of each example in the loss, float64 [B]; all 0 for a rank short of work"""
+    """weight of each example in the loss, float64 [B]; all 0 on a rank without work"""
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,9 @@ class Plan:
     max_tokens: int
     """tokens of a micro-batch at most, padding included"""
     packed: bool = False
-    """examples lie end to end, without padding"""
+    """examples are packed end to end, without padding"""
     one_length: bool = False
-    """a micro-batch has examples of one length only, so that nothing is padded"""
+    """all examples of a micro-batch have one length, so nothing is padded"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -60,24 +56,24 @@ class Plan:
     def global_batch(self, step: int) -> np.ndarray:
         """Example ids of step `step` (counted from 0), int64 [batch_size or, at an epoch's end, fewer]."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        before = position % AT_ONCE
-        start = (position - before) * self.batch_size
-        stop = min(start + AT_ONCE * self.batch_size, len(self.lengths))
-        order = shuffled(start, stop, len(self.lengths), self.seed, epoch)
-        return order[before * self.batch_size : (before + 1) * self.batch_size]
+        first = position % BLOCK_STEPS
+        start = (position - first) * self.batch_size
+        stop = min(start + BLOCK_STEPS * self.batch_size, len(self.lengths))
+        order = epoch_order(start, stop, len(self.lengths), self.seed, epoch)
+        return order[first * self.batch_size : (first + 1) * self.batch_size]
 
     def total_weight(self, step: int) -> float:
-        """Sum of the weights of the global batch: what the summed loss is divided by, on every rank.
+        """Sum of the weights of the global batch, which divides the summed loss on every rank.
 
-        1 where all weigh nothing (classes of weight 0): such a step has no loss and no gradient.
+        1 if all weights are 0 (classes of weight 0): such a step has no loss and no gradient.
         """
         return float(self.weights[self.global_batch(step)].sum()) or 1.0
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
-        """What `rank` computes in `step`; the lists of all ranks have the same length, at least 1."""
+        """The micro-batches of a rank in a step; the lists of all ranks have the same length, at least 1."""
         batch = self.global_batch(step)
         shares = self._shares(batch, world_size)
-        # a rank short of work computes its cheapest example for nothing, so that all ranks meet in every collective
+        # a rank without work computes the cheapest example with weight 0, so that all ranks run the same collectives
         filler = MicroBatch(batch[[int(np.argmin(self.lengths[batch]))]], np.zeros(1))
         mine = [MicroBatch(ids, self.weights[ids]) for ids in shares[rank]]
         return mine + [filler] * (max(map(len, shares)) - len(mine))
@@ -89,7 +85,7 @@ class Plan:
         return examples, tokens
 
     def num_padded_tokens(self, step: int, world_size: int) -> int:
-        """Positions that all ranks compute in a step, padding included."""
+        """Tokens that all ranks compute in a step, padding included."""
         parts = [self.lengths[ids] for share in self._shares(self.global_batch(step), world_size) for ids in share]
         return sum(num_positions(lengths, self.packed) for lengths in parts)
 
@@ -102,34 +98,8 @@ class Plan:
         ]
 
     def num_tokens(self, step: int) -> int:
-        """Real tokens of the global batch."""
+        """Tokens of the global batch, without padding."""
         return int(self.lengths[self.global_batch(step)].sum())
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(start: int, stop: int, num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The examples at places `start` to `stop` of an epoch's order, int64 [stop - start]; read-only, since shared.
-
-    Time and memory are those of these places alone, whatever the number of examples and wherever they begin.
-    """
-    keys = np.random.Philox(key=[seed, epoch]).random_raw(ROUNDS)
-    num_bits = max(2, (num_examples - 1).bit_length())
-    order = _permuted(np.arange(start, stop, dtype=np.uint64), num_bits, keys)
-    while (outside := order >= num_examples).any():
-        order[outside] = _permuted(order[outside], num_bits, keys)
-    examples = order.astype(np.int64)
-    examples.setflags(write=False)
-    return examples
-
-
-def _permuted(x: np.ndarray, num_bits: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of the numbers of so many bits: uint64 -> uint64."""
-    sizes = num_bits - num_bits // 2, num_bits // 2
-    left, right = x >> sizes[1], x & ((1 << sizes[1]) - 1)
-    for i, key in enumerate(keys):
-        mixed = mix((right + key).view(np.int64)).view(np.uint64)
-        left, right = right, left ^ (mixed & ((1 << sizes[i % 2]) - 1))
-    return (left << sizes[1]) | right
 
 
 def share_out(lengths: np.ndarray, world_size: int) -> list[np.ndarray]:
@@ -155,7 +125,7 @@ def share_out(lengths: np.ndarray, world_size: int) -> list[np.ndarray]:
 
 
 def num_positions(lengths: np.ndarray, packed: bool) -> int:
-    """Tokens that a micro-batch of these lengths computes, padding included."""
+    """Tokens that a micro-batch of examples of these lengths computes, padding included."""
     return int(lengths.sum() if packed else len(lengths) * lengths.max())
 
 
@@ -164,17 +134,16 @@ def split_by_tokens(
 ) -> list[list[int]]:
     """Cuts examples into micro-batches that fit a token budget, padding included.
 
-    Longest first, so each part wastes little. Deterministic. An example longer than the budget gets a part of its own:
-    it cannot be cut, and only the device knows whether it fits. Packed, the parts are about equal; padded, each but the
-    last is as full as it can be.
+    Longest first, so each part wastes little. Deterministic. An example above the budget gets its own part: only the
+    device knows whether it fits. Packed parts are about equal. Padded parts are as full as they can be.
 
     Example: lengths [5, 3, 2], max_tokens 6 -> [[0], [1, 2]]   (5 <= 6, then 2 * 3 <= 6)
 
     Args:
         lengths: tokens per example after truncation, [B].
         max_tokens: budget in tokens.
-        packed: examples lie end to end: a part takes the sum of its lengths, not the longest times their number.
-        one_length: a part has examples of one length only.
+        packed: a part takes the sum of its lengths, not the longest times their number.
+        one_length: all examples of a part have one length.
 
     Returns:
         positions into `lengths`; every position exactly once.
@@ -198,13 +167,9 @@ def _padded_ends(lengths: np.ndarray, max_tokens: int, one_length: bool) -> list
 
 
 def _equal_ends(cumulative: np.ndarray, max_tokens: int) -> list[int]:
-    """Where each part of packed examples ends: no more parts than the budget needs, with the lowest budget that does.
+    """Where each part of packed examples ends: as few parts as the budget allows, about equal.
 
-    Small products are slow products, so no part should be a remnant.
-
-    Args:
-        cumulative: tokens of the examples up to each, [B].
-        max_tokens: budget in tokens.
+    A small last part would be slow. `cumulative` is the number of tokens up to each example, [B].
     """
 
     def ends_for(budget: int) -> list[int]:

@@ -10,7 +10,7 @@ Unpadding before the embeddings follows ModernBERT (Warner et al., arXiv 2412.13
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from trainer.batching.collate import Batch, Tokenized, collate_packed, collate_p
 from trainer.compat import trained_module
 from trainer.dropout.masks import Mask
 from trainer.dropout.sites import DropoutKeys, KeyedDropout
+from trainer.errors import UserError
 from trainer.packed.attention import Attention, Layout, lay_out
-from trainer.packed.families import FAMILIES
+from trainer.packed.families import FAMILIES, why_not_packed
 from trainer.packed.projections import Projection, is_joinable, widened
 
 
@@ -68,13 +69,51 @@ class PaddedForward:
         return self.model(**inputs).logits
 
 
+def why_padded(model: PeftModel, packed: Literal["auto"] | bool, padding: Padding, sharded: bool) -> str | None:
+    """Why examples are padded; "" if the user chose it, None if they are packed.
+
+    Args:
+        model: any.
+        packed: the option model.packed.
+        padding: of the model.
+        sharded: the frozen weights are sharded.
+
+    Raises:
+        UserError: packing is required and not supported.
+    """
+    if packed is False:
+        return ""
+    reason = "the frozen weights are sharded" if sharded else why_not_packed(model)
+    reason = reason or (None if padding.packs else "packed examples give other logits")
+    if reason and packed is True:
+        raise UserError(f"model.packed: true is not supported here: {reason}. Use auto to fall back to padding")
+    return reason
+
+
+def build_forward(
+    model: PeftModel,
+    keys: DropoutKeys | None,
+    pad_token_id: int,
+    packed: Literal["auto"] | bool,
+    padding: Padding,
+    sharded: bool = False,
+) -> Forward:
+    """The packed forward if `why_padded` has no reason against it, else the padded one.
+
+    `keys` are of the model's dropout, from `install`; None for a model that never trains.
+    """
+    if why_padded(model, packed, padding, sharded) is None:
+        return PackedForward(model, keys)
+    return PaddedForward(model, pad_token_id, padding)
+
+
 class PackedForward:
     """Logits of packed examples, by the modules of a model for which `why_not_packed` is None."""
 
     packed, padding = True, Padding()
 
     def __init__(self, model: PeftModel, keys: DropoutKeys | None) -> None:
-        """`keys`: of the model's dropout, from `install`; None for a model that never trains."""
+        """See `build_forward`."""
         self.model = model
         classifier: Any = model.get_base_model()
         self._classifier, self._family = classifier, FAMILIES[type(classifier)]

@@ -26,8 +26,7 @@ from trainer.files import write_atomic
 from trainer.model.adapter import find_trained_backbone, load_trained_model
 from trainer.model.backbone import Backbone, silence_libraries
 from trainer.model.build import COMPUTE_TYPES
-from trainer.packed.families import why_not_packed
-from trainer.packed.forward import PackedForward, PaddedForward, Padding
+from trainer.packed.forward import Padding, build_forward
 from trainer.tasks import TASKS
 from trainer.tasks.task import measure
 from trainer.training.scoring import predictions_csv, score_split
@@ -60,8 +59,7 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
     backbone = find_trained_backbone(run, config.model, label_names, task.problem_type)
     examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
     padding = Padding(**summary.get("padding", {}))
-    may_pack = config.model.packed is not False and padding.packs
-    logits, is_main_process = _score(options, backbone, examples, padding, may_pack, len(label_names))
+    logits, is_main_process = _score(options, config, backbone, examples, padding, len(label_names))
     assert len(ids) == len(split) == len(logits), "a row was lost"
     if not is_main_process:
         return
@@ -77,7 +75,7 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
 
 
 def _score(
-    options: Options, backbone: Backbone, examples: Examples, padding: Padding, may_pack: bool, num_labels: int
+    options: Options, config: Config, backbone: Backbone, examples: Examples, padding: Padding, num_labels: int
 ) -> tuple[np.ndarray, bool]:
     """Scores the examples on all processes; returns the logits [N, C], and whether this is the main process."""
     precision = choose_precision(options.precision)
@@ -86,9 +84,7 @@ def _score(
         model = load_trained_model(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
         model.to(accelerator.device)
         logits = score_split(
-            PackedForward(model, None)
-            if may_pack and why_not_packed(model) is None
-            else PaddedForward(model, backbone.tokenizer.pad_token_id, padding),
+            build_forward(model, None, backbone.tokenizer.pad_token_id, config.model.packed, padding),
             examples,
             accelerator,
             max_tokens=options.max_tokens,

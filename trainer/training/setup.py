@@ -1,7 +1,7 @@
-"""From a configuration to what a run trains with: data, backbone, model, optimizer and plan.
+"""Builds a run from its configuration: data, backbone, model, optimizer and plan.
 
-Always holds: whatever a user can get wrong is found before a weight is loaded; nothing is drawn but from the seed, so
-every process builds the same.
+Always holds: a user's mistake is found before weights are loaded. All random numbers come from the seed, so every
+process builds the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 
 from trainer.batching.plan import Plan
 from trainer.config.labels import describe_look_alikes, match_labels
@@ -25,8 +24,7 @@ from trainer.model.adapter import read_adapter
 from trainer.model.backbone import FP32_ONLY_FAMILIES, find_backbone
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
 from trainer.model.identity import Identity, check_same_backbone
-from trainer.packed.families import why_not_packed
-from trainer.packed.forward import PackedForward, PaddedForward
+from trainer.packed.forward import Padding, build_forward, why_padded
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import TASKS
 from trainer.training.optim import build_optimizer
@@ -44,14 +42,11 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     Args:
         config: its run.precision is no, bf16 or fp16.
         folder: of the run, for messages.
-        recorded: the backbone of the run's checkpoints; this very one is used.
-
-    Raises:
-        UserError: they do not fit, or are missing.
+        recorded: the backbone of the run's checkpoints, which must be found again.
     """
     start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, TASKS[config.task.type], config.run.seed, config.run.quiet)
-    _check_names(config, corpus)
+    check_names(config, corpus)
     if start is not None and start.label_names != corpus.label_names:
         classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
         raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
@@ -60,7 +55,8 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     if config.run.precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
     pairs = corpus.splits["train"].text_pairs is not None
-    _why_padded(config, check_fit(backbone, config.peft, config.data.max_length, pairs), sharded=False)
+    twin = check_fit(backbone, config.peft, config.data.max_length, pairs)
+    why_padded(twin, config.model.packed, Padding(), sharded=False)  # refuses what is not supported
     if recorded is not None:
         check_same_backbone(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
     if start is not None:
@@ -81,11 +77,7 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
 def build(
     config: Config, folder: Path, inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch
 ) -> Run:
-    """Builds the run, its model on its device.
-
-    Raises:
-        UserError: weights that cannot be read, or an option that is not supported here.
-    """
+    """Builds the run, with the model on its device."""
     on_cpu, train = accelerator.device.type == "cpu", inputs.examples["train"]
     learner = _build_learner(config, inputs, accelerator)
     default_tokens = CPU_TOKENS if on_cpu else GPU_TOKENS
@@ -112,25 +104,24 @@ def build(
 
 def describe_forward(run: Run) -> list[str]:
     """Notes for the user on how the model computes."""
-    learner, padding = run.learner, run.learner.forward.padding
-    notes = {
-        "tensors of the weights file": "; ".join(run.inputs.backbone.notes),
-        "padded, in batches sorted by length": _why_padded(run.config, learner.model, learner.sharded, padding.packs),
-        "batches hold examples of one length": "this model's logits depend on padding" if padding.one_length else None,
-        "exact up to dropout; out of reach this model draws": ", ".join(learner.dropout.unreached),
-    }
-    return [f"{what}: {why}" for what, why in notes.items() if why]
+    learner, padding, notes = run.learner, run.learner.forward.padding, []
+    if run.inputs.backbone.notes:
+        notes.append(f"tensors of the weights file: {'; '.join(run.inputs.backbone.notes)}")
+    if reason := why_padded(learner.model, run.config.model.packed, padding, learner.sharded):
+        notes.append(f"examples are padded, in batches sorted by length: {reason}")
+    if padding.one_length:
+        notes.append("batches hold examples of one length: this model's logits depend on padding")
+    if learner.dropout.unreached:
+        unkeyed = ", ".join(learner.dropout.unreached)
+        notes.append(f"results depend on the number of processes: this model's own dropout ({unkeyed}) cannot be keyed")
+    return notes
 
 
 def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> Learner:
-    """Builds the model in training mode, its forward and its optimizer.
-
-    Raises:
-        UserError: weights that cannot be read, or a model that `check_start` refuses.
-    """
+    """Builds the model in training mode, its forward and its optimizer."""
     device, backbone = accelerator.device, inputs.backbone
     if device.type == "cuda":
-        _ask_for_equal_bits()
+        _use_deterministic_kernels()
     model = build_model(backbone, config.peft, config.run.seed)
     texts, max_length = inputs.corpus.splits["train"], config.data.max_length
     keys, padding = check_start(model, config.run.seed, texts, backbone.tokenizer, max_length, backbone.path)
@@ -145,13 +136,10 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     optimizer, parameters = build_optimizer(model.named_parameters(), config.optim)
     # autocast only: no wrapper for data parallelism, since a step sums the gradients itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    packs = _why_padded(config, model, sharded, padding.packs) is None
     return Learner(
         accelerator=accelerator,
         model=prepared,
-        forward=PackedForward(prepared, keys)
-        if packs
-        else PaddedForward(prepared, backbone.tokenizer.pad_token_id, padding),
+        forward=build_forward(prepared, keys, backbone.tokenizer.pad_token_id, config.model.packed, padding, sharded),
         optimizer=accelerator.prepare_optimizer(optimizer),
         parameters=parameters,
         dropout=keys,
@@ -161,34 +149,15 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     )
 
 
-def _ask_for_equal_bits() -> None:
-    """A rerun must give the same bits: a GPU has faster kernels that do not."""
+def _use_deterministic_kernels() -> None:
+    """Makes a rerun on a GPU equal to the bit."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
-def _why_padded(config: Config, model: PeftModel, sharded: bool, packs: bool = True) -> str | None:
-    """Why examples are padded, in words; "" where that was asked for, None where they are packed.
-
-    Raises:
-        UserError: packing was asked for and cannot be.
-    """
-    if config.model.packed is False:
-        return ""
-    because = "the frozen weights are sharded" if sharded else why_not_packed(model)
-    because = because or (None if packs else "packed examples give other logits")
-    if because and config.model.packed is True:
-        raise UserError(f"model.packed: true is not supported here: {because}. Use auto to fall back to padding")
-    return because
-
-
-def _check_names(config: Config, corpus: Corpus) -> None:
-    """Checks the names of metrics and classes in the configuration.
-
-    Raises:
-        UserError: a name that does not exist, or class weights that no model can be trained with.
-    """
+def check_names(config: Config, corpus: Corpus) -> None:
+    """Refuses unknown metrics and classes, and class weights that nothing can be trained with."""
     task, metric, names = TASKS[config.task.type], config.evaluation.metric, corpus.label_names
     if metric not in task.metrics and not (metric.startswith("f1/") and match_labels([metric[3:]], names)):
         allowed = [*task.metrics, *(f"f1/{name}" for name in names)]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from trainer.batching.collate import collate_packed, collate_padded
+from trainer.batching.order import epoch_order
 from trainer.batching.plan import (
     MicroBatch,
     Plan,
     share_out,
-    shuffled,
     split_by_tokens,
 )
 
@@ -65,12 +65,12 @@ def test_an_epoch_has_every_example_once_and_keeps_its_tail(num_examples, batch_
 
 
 def order_of(seed, epoch, num_examples):
-    return shuffled(0, num_examples, num_examples, seed, epoch).tolist()
+    return epoch_order(0, num_examples, num_examples, seed, epoch).tolist()
 
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     order = order_of(5, 2, 50)
-    shuffled.cache_clear()
+    epoch_order.cache_clear()
     np.random.seed(1)  # noqa: NPY002 - the global state must not matter
     torch.manual_seed(1)
     assert order_of(5, 2, 50) == order
@@ -85,7 +85,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
 
 def test_the_order_is_shared_and_so_cannot_be_written():
     with pytest.raises(ValueError, match="read-only"):
-        shuffled(0, 4, 4, 0, 0)[0] = 1
+        epoch_order(0, 4, 4, 0, 0)[0] = 1
 
 
 @pytest.mark.parametrize("num_examples", [*range(1, 70), 1000, 2**16 - 1, 2**16, 2**16 + 1])
@@ -95,10 +95,10 @@ def test_the_order_is_a_permutation(num_examples):
 
 def test_any_stretch_of_a_long_order_is_found_alone():
     num_examples = 2**40 + 12345
-    whole = shuffled(10**12, 10**12 + 1000, num_examples, 3, 1)
+    whole = epoch_order(10**12, 10**12 + 1000, num_examples, 3, 1)
     assert len(set(whole.tolist())) == 1000
     assert (whole.min() >= 0) and (whole.max() < num_examples)
-    parts = [shuffled(10**12 + start, 10**12 + start + 100, num_examples, 3, 1) for start in range(0, 1000, 100)]
+    parts = [epoch_order(10**12 + start, 10**12 + start + 100, num_examples, 3, 1) for start in range(0, 1000, 100)]
     assert np.concatenate(parts).tolist() == whole.tolist()
     # uniform: in the mean within five standard deviations of half
     assert abs(whole.mean() / num_examples - 0.5) < 5 / np.sqrt(12 * 1000)
@@ -107,7 +107,7 @@ def test_any_stretch_of_a_long_order_is_found_alone():
 def test_the_order_stays_what_it_was():
     """A run continues with the batches it began with, so another version must draw the same."""
     assert order_of(42, 0, 10) == [2, 3, 7, 9, 0, 8, 4, 1, 5, 6]
-    assert shuffled(5, 8, 120_000, 42, 2).tolist() == [74083, 48005, 24604]
+    assert epoch_order(5, 8, 120_000, 42, 2).tolist() == [74083, 48005, 24604]
 
 
 def chi_squared(counts):
@@ -148,7 +148,7 @@ def test_any_step_is_found_without_the_steps_before_it():
     walked = plan_of(23, 4)
     batches = [walked.global_batch(step).tolist() for step in range(20)]
     for step in (19, 0, 13, 6, 5):
-        shuffled.cache_clear()
+        epoch_order.cache_clear()
         fresh = plan_of(23, 4)
         assert fresh.global_batch(step).tolist() == batches[step]
         parts = zip(fresh.micro_batches(step, 1, 3), walked.micro_batches(step, 1, 3), strict=True)

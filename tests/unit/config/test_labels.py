@@ -25,7 +25,7 @@ from trainer.training.prediction import (
     read_summary,
     render_predictions,
 )
-from trainer.training.setup import _check_names
+from trainer.training.setup import check_names
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_words_of_yaml_meet_those_of_the_data(tmp_path, word):
     listed = load(path, label_names=["other", word])
     assert listed.splits["train"].labels.tolist() == [1, 0]
     config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
-    _check_names(config, listed)
+    check_names(config, listed)
     assert example_weights({word: 3}, listed.splits["train"].labels, listed.label_names).tolist() == [3, 1]
     per_class = {name: {"f1": float(name == "other")} for name in listed.label_names}
     assert metric_value({"per_class": per_class}, f"f1/{word}") == 0
@@ -137,7 +137,7 @@ def test_words_of_yaml_meet_the_numbers_of_parquet(tmp_path, word, value):
     path = labelled(tmp_path / "x.parquet", [value, value * 2 + 9 if value else True])
     corpus = load(path)
     config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
-    _check_names(config, corpus)
+    check_names(config, corpus)
     assert example_weights({word: 3}, corpus.splits["train"].labels, corpus.label_names).tolist() == [3, 1]
 
 
@@ -148,9 +148,9 @@ def test_a_class_that_is_weighted_twice_or_is_none(tmp_path):
         ({"sports": 2}, "'sports', 'Sports' differ only"),
     ):
         with pytest.raises(UserError, match=said):
-            _check_names(Config(optim=OptimConfig(class_weights=weights)), corpus)
+            check_names(Config(optim=OptimConfig(class_weights=weights)), corpus)
     with pytest.raises(UserError, match="'f1/sports', 'f1/Sports' differ only"):
-        _check_names(Config(evaluation=EvaluationConfig(metric="f1/sports")), corpus)
+        check_names(Config(evaluation=EvaluationConfig(metric="f1/sports")), corpus)
 
 
 # --- what a submission holds ------------------------------------------------------------------------------------------
