@@ -103,6 +103,8 @@ def render_group(title, kind, more=""):
 
 
 def values_of(item):
+    if item.name == "options":
+        return "see PEFT"
     kind = options._describe_type(item.type).replace("'", "")
     return f"{kind}, {item.metadata['range']}" if "range" in item.metadata else kind
 

@@ -125,11 +125,11 @@ def _refuse_unconnected_processes() -> None:
     """Refuses several processes that do not know of each other, because each would train the whole run."""
     environment = os.environ
     if "SLURM_STEP_ID" in environment or _read_number("SLURM_PROCID", 0) > 0:
-        for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
-            if name in environment:
-                if _read_number(name) > 1:
-                    _refuse_process(by=name)
-                return
+        name = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environment), None)
+        if name and _read_number(name) > 1:
+            _refuse_process(by=name)
+        if name:
+            return
     if "," in environment.get("SM_HOSTS", ""):
         _refuse_process(by="SM_HOSTS")
     for name in (*SIZES, *RANKS):

@@ -236,16 +236,20 @@ def _accept_ranks(listener: socket.socket, token: str, hosts: list[str]) -> dict
                 raise UserError(
                     f"rank {missing} on {hosts[missing]} did not connect within {CONNECT_TIMEOUT_SECONDS:.0f} s"
                 )
-            for key, _ in ready:
-                if key.fileobj is listener:
-                    selector.register(listener.accept()[0], selectors.EVENT_READ)
-                    continue
-                connection: Any = selector.unregister(key.fileobj).fileobj
-                hello = ""
-                with contextlib.suppress(OSError):
-                    hello = connection.recv(len(token) + 8).decode(errors="replace")
-                if hello.startswith(token):
-                    connections[int(hello[len(token) :])] = connection
-                else:
-                    connection.close()
+            if any(key.fileobj is listener for key, _ in ready):
+                selector.register(listener.accept()[0], selectors.EVENT_READ)
+            for connection in [key.fileobj for key, _ in ready if key.fileobj is not listener]:
+                selector.unregister(connection)
+                connections |= _identify(connection, token)
     return connections
+
+
+def _identify(connection: Any, token: str) -> dict[int, socket.socket]:
+    """Reads which rank has connected; closes the connection if it is not one."""
+    hello = ""
+    with contextlib.suppress(OSError):
+        hello = connection.recv(len(token) + 8).decode(errors="replace")
+    if hello.startswith(token):
+        return {int(hello[len(token) :]): connection}
+    connection.close()
+    return {}

@@ -87,18 +87,24 @@ class Watch:
     def _listen(self, other: int) -> None:
         lost = "its process has ended"
         try:
-            with self._group.connections[other].makefile("rb") as messages:
-                for message in messages:
-                    reason = json.loads(message)
-                    if "end" in reason:
-                        return
-                    if reason:
-                        self._leave(reason)
+            if self._read_until_end(other):
+                return
         except TimeoutError:
             lost = f"no heartbeat for {HEARTBEAT_TIMEOUT_SECONDS:.0f} s; the process is stopped or the network is down"
         except (OSError, ValueError):
             pass
         self._leave({"rank": other, "lost": lost, "code": os.EX_TEMPFAIL})
+
+    def _read_until_end(self, other: int) -> bool:
+        """Reads messages until the other rank ends the session; returns False if its connection closes first."""
+        with self._group.connections[other].makefile("rb") as messages:
+            for message in messages:
+                reason = json.loads(message)
+                if "end" in reason:
+                    return True
+                if reason:
+                    self._leave(reason)
+        return False
 
     def _send_heartbeats(self) -> None:
         while not self._ended.wait(HEARTBEAT_TIMEOUT_SECONDS / 5):

@@ -102,8 +102,8 @@ class RunLog:
         def add(board: Any) -> None:
             from torch.utils.tensorboard.summary import hparams
 
-            # like SummaryWriter.add_hparams, but without its second file: TensorBoard sorts files by the time in their
-            # names, and the second would come first if the clock has been set back
+            # like SummaryWriter.add_hparams, but without its second file. TensorBoard sorts files by the time in their
+            # names, so the second would come first if the clock was set back.
             for summary in hparams(_flatten(config), dict(metrics)):
                 board.file_writer.add_summary(summary, step + 1)
             for tag, value in metrics.items():
