@@ -40,7 +40,7 @@ class Batch:
     inputs: dict[str, torch.Tensor]
     """input_ids and, for pairs, token_type_ids; int64, padded [B, L] with attention_mask, packed [T]"""
     labels: torch.Tensor
-    """class numbers, int64 [B]"""
+    """targets of the task, [B] or [B, C]"""
     weights: torch.Tensor
     """weights in the loss, float64 [B]"""
 

@@ -50,7 +50,7 @@ class Examples:
     token_types: np.ndarray | None
     """segment of each token of text pairs, int8 [sum of lengths]; None if the model uses none"""
     labels: np.ndarray
-    """class numbers, int64 [N]; zeros for an unlabelled file"""
+    """targets of the task, [N] or [N, C]; zeros [N] for an unlabelled file"""
     lengths: np.ndarray
     """tokens per example after truncation, int64 [N]"""
 

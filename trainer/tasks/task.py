@@ -78,11 +78,12 @@ class Task:
     example_weights: Callable[[ClassWeights, np.ndarray, list[str]], np.ndarray]
     """(optim.class_weights, targets, label names) -> weight of each example in the loss, float64 [N]"""
     metrics: Mapping[str, Metric]
-    """by the names that evaluation.metric accepts; `loss` is one of them"""
+    """by the names that evaluation.metric accepts; the report draws `loss` and `accuracy` as curves"""
     headline: Sequence[str]
     """metrics that the console and summary.json show"""
     class_scores: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, dict[str, Any]]]
-    """(logits, targets, label names) -> {class: {"f1": ..., ...}}; {} if labels are not classes"""
+    """(logits, targets, label names) -> {class: {"precision": ..., "recall": ..., "f1": ..., "support": ...}}; {} if
+    labels are not classes"""
     confusion: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
     """(logits, targets) -> counts, rows true and columns predicted [C, C]; None if there is no such matrix"""
     files: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, str]]

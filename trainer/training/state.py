@@ -1,9 +1,10 @@
 """How far a run has come: the numbers that a checkpoint holds beside the tensors.
 
-Always holds: `TrainState`, adapter, optimizer and scaler are all that a checkpoint needs. Everything else of a run is a
-pure function of (configuration, data, step).
+Always holds: `TrainState`, adapter, best adapter, optimizer and scaler are all that a checkpoint needs. Everything else
+of a run is a pure function of (configuration, data, step).
 
-To add a field: add it to `TrainState` with a default, raise `STATE_VERSION`, and fill it in `migrate`.
+To add a field: add it to `TrainState` with a default, raise `STATE_VERSION`, and fill it in `migrate`. JSON has neither
+tuples nor tallies: `state_from_json` turns them back.
 """
 
 from __future__ import annotations
