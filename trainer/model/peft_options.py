@@ -121,7 +121,10 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
     extra = {*head, *inside, *(config.modules_to_save or [])} - {"classifier", "score"}  # type: ignore[attr-defined]
     config.modules_to_save = sorted(extra) or None  # type: ignore[attr-defined]
     try:
+        _refuse_empty_targets(model, getattr(config, "target_modules", None))
         return peft.get_peft_model(model, config)
+    except UserError:
+        raise
     except re.error as error:
         raise UserError(f"peft: {error.pattern!r} is not a regular expression: {error}") from None
     except Exception as error:  # its methods raise many kinds at modules that they do not support
@@ -131,6 +134,15 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
                 "trains whole, and peft.exclude_modules and peft.layers_to_transform leave modules out"
             ) from None
         raise UserError(f"peft: {one_line(error)}") from None
+
+
+def _refuse_empty_targets(model: nn.Module, targets: Any) -> None:
+    is_regex = isinstance(targets, str)
+    wanted = [targets] if is_regex else targets or []
+    for name, module in model.named_modules():
+        is_empty = not any(True for _ in module.parameters())
+        if is_empty and any(_matches("target_modules", target, name, is_regex) for target in wanted):
+            raise UserError(f"peft.target_modules: {name} has no parameters; choose from {_linear_layers(model)}")
 
 
 def check_effects(model: PeftModel, settings: PeftConfig) -> None:

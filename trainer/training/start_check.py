@@ -1,7 +1,7 @@
 """The check before step 1: training computes the function that evaluation computes, and no example changes another.
 
-Always holds: a model that passes gives an example the same logits alone and in a batch, padded and packed, and in
-training with nothing dropped. The check runs in fp32 on a twin of the model and changes no weight.
+Always holds: a model that passes gives an example the same logits alone and in a batch, padded and packed. So it does
+in training, with nothing dropped. The check runs in fp32 on a twin of the model and changes no weight.
 """
 
 from __future__ import annotations

@@ -108,16 +108,8 @@ def test_a_head_and_a_pooler_may_be_new(bert, prefix):
 @pytest.mark.parametrize(
     ("layers", "extra", "notes"),
     [
-        (
-            1,
-            None,
-            ["16 are not used: config.json has no place for bert.encoder.layer.1."],
-        ),
-        (
-            2,
-            "encoder.layer.0.attention.self.distance_embedding.weight",
-            ["1 are not used: "],
-        ),
+        (1, None, ["16 are not used: config.json has no place for bert.encoder.layer.1."]),
+        (2, "encoder.layer.0.attention.self.distance_embedding.weight", ["1 are not used: "]),
         (2, "encoder.layer.0.attention.self.inv_freq", []),
         (2, "pooler.dense.weight", []),
     ],
