@@ -49,7 +49,7 @@ def test_each_option_has_help():
             assert entry.find("(type:") > 10 or item.name == "options", f"{key} has no help"
 
 
-def test_what_may_differ_between_start_and_continuation():
+def test_options_that_may_change_when_a_run_resumes():
     kept = {f"{group}.{name}" for group, values in config.identity(config.Config()).items() for name in values}
     assert set(option_names()) - kept == {
         "run.name", "run.output_dir", "run.resume", "run.quiet",

@@ -13,7 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from tests.harness.processes import ROOT
-from trainer.errors import bar_settings, quote_path
+from trainer.errors import UserError, bar_settings, main_guard, quote_path
 from trainer.files import writing
 
 # A command that tells much in every way that a run does, and then leaves a file: whatever became of its words.
@@ -77,17 +77,17 @@ KINDS = ["left", "terminal", "full", "stuck", None]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_command_goes_on_when_nobody_reads_it(tmp_path, kind):
+def test_a_command_continues_without_a_reader(tmp_path, kind):
     assert run_command(tmp_path, kind, kind) == (0, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refusal_that_nobody_reads_keeps_its_code(tmp_path, kind):
+def test_an_error_without_a_reader_keeps_its_exit_code(tmp_path, kind):
     assert run_command(tmp_path, kind, kind, "refused") == (2, True)
 
 
 @pytest.mark.parametrize(("kind", "code"), [("left", 0), ("full", 2), ("terminal", 2)])
-def test_a_result_may_be_read_in_part_but_not_be_lost(tmp_path, kind, code):
+def test_a_result_may_be_read_in_part_but_never_lost(tmp_path, kind, code):
     assert run_command(tmp_path, kind, "full", "result")[0] == code
 
 
@@ -96,9 +96,7 @@ def test_a_closed_stream_does_not_become_a_file(tmp_path):
     assert (tmp_path / "done").read_text() == "trained"
 
 
-def test_a_pipe_that_breaks_elsewhere_is_no_success(capsys):
-    from trainer.errors import main_guard
-
+def test_another_broken_pipe_is_an_error(capsys):
     def main():
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
@@ -106,7 +104,7 @@ def test_a_pipe_that_breaks_elsewhere_is_no_success(capsys):
     assert "Broken pipe" in capsys.readouterr().err
 
 
-def test_a_bar_in_a_log_file_is_lines_of_its_own(capsys):
+def test_a_bar_in_a_log_file_is_separate_lines(capsys):
     with tqdm(total=3, desc="training", **{**bar_settings(), "delay": 0, "mininterval": 0}) as bar:
         bar.update(1)
         tqdm.write("step 1", file=sys.stderr)
@@ -117,7 +115,7 @@ def test_a_bar_in_a_log_file_is_lines_of_its_own(capsys):
     assert all(line.startswith(("training: ", "step 1")) for line in said.splitlines())
 
 
-def test_a_short_bar_says_nothing_in_a_log_file(capsys):
+def test_a_short_bar_prints_nothing_in_a_log_file(capsys):
     list(tqdm(range(3), **bar_settings()))
     assert capsys.readouterr().err == ""
 
@@ -132,7 +130,7 @@ def test_a_short_bar_says_nothing_in_a_log_file(capsys):
         ("a;b", "'a;b'"),
     ],
 )
-def test_a_path_as_a_shell_reads_it(path, typed):
+def test_a_quoted_path_is_read_by_a_shell(path, typed):
     assert quote_path(path) == quote_path(Path(path)) == typed
     assert os.path.normpath(*shlex.split(quote_path(path))) == path
 
@@ -140,8 +138,28 @@ def test_a_path_as_a_shell_reads_it(path, typed):
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")]
 )
-def test_an_error_of_the_disk_names_the_path(error):
+def test_a_disk_error_names_the_path(error):
     with pytest.raises(OSError, match=r"^cannot write a/b: No space left on device"), writing(Path("a/b")):
         raise error
     with pytest.raises(ValueError, match="else"), writing(Path("a/b")):
         raise ValueError("something else")
+
+
+def test_main_guard(capsys, monkeypatch):
+    def fails(error):
+        def main():
+            raise error
+
+        return main
+
+    assert main_guard(lambda: 143) == 143 and main_guard(lambda: None) == 0
+    assert main_guard(fails(UserError("one\ntwo"))) == 2
+    assert capsys.readouterr().err == "error: one\ntwo\n"
+    assert main_guard(fails(OSError(28, "No space left on device", "x"))) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'x'\n"
+    for name, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main_guard(fails(UserError("one"))) == 2
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):
+        main_guard(fails(ZeroDivisionError()))

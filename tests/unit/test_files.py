@@ -37,7 +37,7 @@ def other_command(code):
 # --- run folders ---
 
 
-def test_a_run_folder_is_held_by_one_and_says_by_whom(tmp_path):
+def test_a_run_folder_is_locked_and_names_its_holder(tmp_path):
     with hold_run_folder(tmp_path / "run"), pytest.raises(UserError) as refused, hold_run_folder(tmp_path / "run"):
         pass
     message = str(refused.value)
@@ -48,7 +48,7 @@ def test_a_run_folder_is_held_by_one_and_says_by_whom(tmp_path):
 
 
 @pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
-def test_without_locks_of_the_file_system_a_run_folder_is_held_by_one(tmp_path, no_locks):
+def test_without_file_locks_a_run_folder_is_still_locked(tmp_path, no_locks):
     folder = tmp_path / "run"
     with hold_run_folder(folder):
         (folder / "config.yaml").touch()
@@ -63,7 +63,7 @@ def test_without_locks_of_the_file_system_a_run_folder_is_held_by_one(tmp_path, 
 
 
 @pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
-def test_a_lock_left_by_a_dead_process_of_this_machine_frees_itself(tmp_path, no_locks):
+def test_a_lock_of_a_dead_process_on_this_machine_is_released(tmp_path, no_locks):
     done = other_command(
         f"import os; lock = SoftFileLock({str(tmp_path / '.lock-file')!r}); lock.acquire(); os._exit(9)"
     )
@@ -73,7 +73,7 @@ def test_a_lock_left_by_a_dead_process_of_this_machine_frees_itself(tmp_path, no
 
 
 @pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
-def test_a_lock_left_by_a_dead_machine_says_which_and_how_to_free_the_folder(tmp_path, no_locks):
+def test_a_lock_of_a_dead_machine_names_it_and_the_fix(tmp_path, no_locks):
     (tmp_path / ".lock").touch()  # as from a start on a machine where locks work
     (tmp_path / ".lock-file").write_text("4711\nnode-17\n")
     with pytest.raises(UserError, match=r"\(process 4711 on node-17\)") as refused, hold_run_folder(tmp_path):
@@ -83,7 +83,7 @@ def test_a_lock_left_by_a_dead_machine_says_which_and_how_to_free_the_folder(tmp
         pass
 
 
-def test_a_folder_made_for_a_refused_run_goes_with_it(tmp_path):
+def test_a_folder_created_for_a_refused_run_is_removed(tmp_path):
     with pytest.raises(UserError, match="no such file"), hold_run_folder(tmp_path / "runs" / "x"):
         raise UserError("no such file")
     assert list(tmp_path.iterdir()) == []
@@ -94,7 +94,7 @@ def test_a_folder_made_for_a_refused_run_goes_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
-def test_a_folder_that_cannot_be_made_is_named(tmp_path, place):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, place):
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=f"run.output_dir: {tmp_path}/{place} cannot be written: "),
@@ -111,7 +111,7 @@ def test_a_run_folder_in_the_users_home(tmp_path, monkeypatch):
         main(["--data.train=x.csv", "--run.output_dir=~", "--run.name=letters"])
 
 
-def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_at_once(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -126,7 +126,7 @@ def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
 # --- caches ---
 
 
-def test_a_part_of_a_cache_is_prepared_by_one_at_a_time(tmp_path):
+def test_a_cache_entry_is_prepared_by_one_process_at_a_time(tmp_path):
     entry = tmp_path / "x"
     with lock_cache_entry(entry, True) as part:
         assert part == tmp_path / "x.part"
@@ -135,13 +135,13 @@ def test_a_part_of_a_cache_is_prepared_by_one_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("no_locks", NO_LOCKS, indirect=True)
-def test_without_locks_each_process_prepares_its_own(tmp_path, no_locks):
+def test_without_locks_each_process_prepares_its_own_entry(tmp_path, no_locks):
     (tmp_path / "x.lock").touch()  # filelock leaves it
     with lock_cache_entry(tmp_path / "x", True) as one, lock_cache_entry(tmp_path / "x", True) as other:
         assert len({one, other, tmp_path / "x.part"}) == 3
 
 
-def test_a_holder_that_does_not_end_is_named_and_not_waited_for(tmp_path, monkeypatch, capsys):
+def test_a_wait_for_a_lock_is_reported_and_ends(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(locks, "LOCK_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr(locks, "MESSAGE_SECONDS", 0.1)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -159,7 +159,7 @@ def mode(path):
 
 
 @pytest.mark.parametrize(("folder", "file", "inner"), [(0o2775, 0o664, 0o2775), (0o1777, 0o666, 0o777)])
-def test_in_a_shared_folder_all_may_use_what_one_has_put_there(tmp_path, folder, file, inner):
+def test_in_a_shared_folder_new_files_are_shared(tmp_path, folder, file, inner):
     tmp_path.chmod(folder)
     before = os.umask(0o077)
     try:
@@ -173,7 +173,7 @@ def test_in_a_shared_folder_all_may_use_what_one_has_put_there(tmp_path, folder,
     assert (mode(part), mode(part / "tokens")) == (inner, file)
 
 
-def test_in_a_private_folder_the_umask_counts(tmp_path):
+def test_in_a_private_folder_the_umask_applies(tmp_path):
     tmp_path.chmod(0o755)
     before = os.umask(0o077)
     try:
@@ -186,7 +186,7 @@ def test_in_a_private_folder_the_umask_counts(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
-def test_a_lock_of_another_user_that_may_not_be_opened_stops_nobody(tmp_path):
+def test_an_unreadable_lock_of_another_user_stops_no_one(tmp_path):
     place = tmp_path
     while place != place.parent:
         place.chmod(place.stat().st_mode | 0o055)

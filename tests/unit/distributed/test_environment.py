@@ -1,10 +1,11 @@
 """What launchers and accelerate leave in the environment: understood, or refused in one line."""
 
 import os
+import socket
 
 import pytest
 
-from trainer.distributed.environment import read_environment
+from trainer.distributed.environment import read_environment, set_environment
 from trainer.errors import UserError, is_first_on_machine, main_guard
 
 MASTER = {"MASTER_ADDR": "host-0", "MASTER_PORT": "29500"}
@@ -66,7 +67,7 @@ def mpi(*names):
         ),
     ],
 )
-def test_every_launcher_is_understood(monkeypatch, variables, group):
+def test_every_launcher_is_supported(monkeypatch, variables, group):
     assert said(monkeypatch, variables) == group
     assert "PMI_SIZE" not in os.environ or group is not ALONE  # accelerate would form a group by itself
 
@@ -129,7 +130,7 @@ def test_every_launcher_is_understood(monkeypatch, variables, group):
         ),
     ],
 )
-def test_what_is_not_understood_is_refused_in_one_line(monkeypatch, variables, message):
+def test_unsupported_settings_are_refused_in_one_line(monkeypatch, variables, message):
     with pytest.raises(UserError, match=message) as refusal:
         said(monkeypatch, variables)
     assert "\n" not in str(refusal.value)
@@ -145,7 +146,7 @@ def test_what_is_not_understood_is_refused_in_one_line(monkeypatch, variables, m
         {"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"},
     ],
 )
-def test_what_accelerate_sets_by_itself_passes(monkeypatch, variables):
+def test_defaults_of_accelerate_are_accepted(monkeypatch, variables):
     said(monkeypatch, variables)
 
 
@@ -162,7 +163,7 @@ def test_what_accelerate_sets_by_itself_passes(monkeypatch, variables):
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, True),
     ],
 )
-def test_an_error_is_said_once_a_machine_and_always_by_a_single_process(monkeypatch, capsys, variables, speaks):
+def test_an_error_is_printed_once_per_machine(monkeypatch, capsys, variables, speaks):
     monkeypatch.setattr(os, "environ", dict(variables))
     assert is_first_on_machine() == speaks
 
@@ -171,3 +172,17 @@ def test_an_error_is_said_once_a_machine_and_always_by_a_single_process(monkeypa
 
     assert main_guard(mistake) == 2
     assert capsys.readouterr().err == ("error: no such file\n" if speaks else "")
+
+
+@pytest.mark.parametrize(("path", "offline"), [("", False), ("/elsewhere", False), (None, True)])
+def test_an_unreachable_hub_sets_offline_mode(monkeypatch, path, offline):
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if path is not None:
+            server.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}{path or ''}")
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        set_environment()
+        assert ("HF_HUB_OFFLINE" in os.environ) == offline

@@ -33,14 +33,14 @@ def test_equal_to_the_bit_tells_signed_zeros_apart(tmp_path):
     assert compare_adapters(one, other).num_equal == 0
 
 
-def test_a_value_that_is_not_a_number_is_the_largest_difference(tmp_path):
+def test_nan_is_the_largest_difference(tmp_path):
     one = write_finished_run(tmp_path / "one", a=[1], b=[2])
     other = write_finished_run(tmp_path / "other", a=[9], b=[np.nan])
     assert compare_adapters(one, other).tensor == "b"
 
 
 @pytest.mark.parametrize("other", [{"a": [1, 2], "b": [1]}, {"a": [1]}])
-def test_adapters_of_other_tensors_are_refused(tmp_path, other):
+def test_adapters_with_different_tensors_are_refused(tmp_path, other):
     with pytest.raises(UserError, match=r"one.*other.*peft"):
         compare_adapters(
             write_finished_run(tmp_path / "one", a=[1, 2]), write_finished_run(tmp_path / "other", **other)

@@ -152,7 +152,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     assert (run / "report.html").read_bytes() == first
 
 
-def test_hostile_content_is_shown_and_never_acted_on(tmp_path: Path) -> None:
+def test_hostile_content_is_shown_as_text(tmp_path: Path) -> None:
     everything = "\n".join(HOSTILE)
     run = write_run(tmp_path / "run", labels=HOSTILE, text=everything, name=everything)
     with warnings.catch_warnings():
@@ -216,7 +216,7 @@ def assert_inert(page: Page, source: str) -> None:
     ],
     ids=" ".join,
 )
-def test_whatever_part_exists_is_enough(tmp_path: Path, missing: list[str]) -> None:
+def test_missing_files_are_fine(tmp_path: Path, missing: list[str]) -> None:
     run = write_run(tmp_path / "run")
     for path in missing:
         (run / path).unlink()
@@ -234,7 +234,7 @@ def test_an_unfinished_run_without_evaluation(tmp_path: Path) -> None:
     assert "last logged step 1" in read_page(run).text
 
 
-def test_without_a_test_split_the_errors_are_of_validation(tmp_path: Path) -> None:
+def test_without_a_test_split_the_validation_errors_are_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for path in sorted((run / "evaluation/test").iterdir()):
         path.unlink()
@@ -243,7 +243,7 @@ def test_without_a_test_split_the_errors_are_of_validation(tmp_path: Path) -> No
     assert "most confident errors of the validation split" in read_page(run).text
 
 
-def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path: Path) -> None:
+def test_a_torn_last_line_of_the_metrics_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "train/loss": NaN}\n{"step": 2, "a\xe2\x80\xa8b": 1}\n{"step": 3, "tr\xc3')
     records = read_records(path)
@@ -251,14 +251,14 @@ def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path: Path) -> None:
     assert not len(select_values(records, "train/loss")[0])
 
 
-def test_a_torn_line_elsewhere_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_another_torn_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         read_records(path)
 
 
-def test_150_classes_stay_bounded(tmp_path: Path) -> None:
+def test_150_classes_fit_the_page(tmp_path: Path) -> None:
     labels = [f"a_rather_long_intent_name_{number:03}" for number in range(150)]
     run = write_run(tmp_path / "run", labels=labels)
     build_report(run)
@@ -269,7 +269,7 @@ def test_150_classes_stay_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 30])
-def test_counts_are_printed_where_they_can_be_read(num_classes: int) -> None:
+def test_counts_are_printed_if_readable(num_classes: int) -> None:
     figure = confusion_matrix_figure(np.full((num_classes, num_classes), 1234), ["$x_{"] * num_classes)
     assert [text.get_text() for text in figure.axes[0].texts] == ["1,234"] * num_classes**2
 
@@ -280,13 +280,13 @@ def test_a_confusion_matrix_of_hostile_labels_is_drawn_outside_the_report_too() 
         confusion_matrix_figure(np.eye(len(HOSTILE)), HOSTILE).savefig(io.BytesIO(), format="png")
 
 
-def test_cells_are_coloured_by_the_share_of_the_true_class() -> None:
+def test_cell_colors_show_the_share_of_the_true_class() -> None:
     figure = confusion_matrix_figure(np.array([[6, 2], [0, 0]]), NEWS[:2])
     shares = np.asarray(figure.axes[0].images[0].get_array())
     assert shares.tolist() == [[0.75, 0.25], [0.0, 0.0]]
 
 
-def test_a_matrix_of_another_size_than_its_labels_is_refused() -> None:
+def test_a_matrix_must_match_its_labels() -> None:
     with pytest.raises(ValueError, match=r"4 labels cannot have the shape \(2, 2\)"):
         confusion_matrix_figure(np.eye(2), NEWS)
 
@@ -298,7 +298,7 @@ def test_figure_labels_are_one_short_line_the_font_can_draw() -> None:
     assert len(figure_label("x" * 1000)) == 24
 
 
-def test_the_errors_are_the_most_confident_ones_in_order(tmp_path: Path) -> None:
+def test_errors_are_sorted_by_confidence(tmp_path: Path) -> None:
     confidences = np.random.default_rng(0).permutation(100) / 100
     with (tmp_path / "predictions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -347,7 +347,7 @@ def test_the_command_works_from_any_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "torn"])
-def test_a_bad_folder_is_one_line_and_exit_code_2(tmp_path: Path, kind: str) -> None:
+def test_a_bad_folder_exits_with_one_line_and_code_2(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / kind
     if kind != "missing":
         folder.mkdir()

@@ -59,7 +59,7 @@ def train(log, first, last, value):
         log.log_scalars({"train/loss": value}, step, step / 6)
 
 
-def test_the_same_numbers_in_both(tmp_path):
+def test_metrics_file_and_tensorboard_have_the_same_numbers(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
     log.log_scalars({"train/loss": 1.5, "train/learning_rate": 0.1}, 2, 1 / 3)
@@ -77,7 +77,7 @@ def test_the_same_numbers_in_both(tmp_path):
     }
 
 
-def test_after_a_resume_no_step_stands_twice(tmp_path):
+def test_after_a_resume_each_step_is_logged_once(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
     train(log, 1, 5, 1.0)  # killed here; the checkpoint was of step 3
@@ -90,7 +90,7 @@ def test_after_a_resume_no_step_stands_twice(tmp_path):
     assert [(line["step"], line["train/loss"]) for line in lines(folder)] == wanted
 
 
-def test_an_evaluation_that_is_to_come_again_stands_once(tmp_path):
+def test_a_repeated_evaluation_is_logged_once(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
     train(log, 1, 4, 1.0)
@@ -105,7 +105,7 @@ def test_an_evaluation_that_is_to_come_again_stands_once(tmp_path):
     assert [line["validation/loss"] for line in lines(folder) if "validation/loss" in line] == [2.0]
 
 
-def test_final_metrics_written_twice_stand_once(tmp_path):
+def test_repeated_final_metrics_are_logged_once(tmp_path):
     folder = tmp_path / "run"
     for value in (1.0, 2.0):  # killed after the first time, before the summary was written
         log = opened(folder, step=6 if value > 1 else 0, evaluated=6 if value > 1 else 0)
@@ -139,7 +139,7 @@ def test_hyperparameters_text_and_figure(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["start", "log", "finish"])
-def test_a_tracker_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypatch, capsys, broken):
+def test_a_failing_tracker_is_named_once_and_stops_nothing(tmp_path, monkeypatch, capsys, broken):
     def fails(*arguments, **settings):
         raise RuntimeError("no network")
 
@@ -203,7 +203,7 @@ def service(monkeypatch):
         *(("mlflow", call) for call in ("import", "start_run", "log_params", "log_metrics", "end_run")),
     ],
 )
-def test_no_tracker_takes_another_with_it(tmp_path, service, capsys, name, broken, first, error):
+def test_a_failing_tracker_does_not_affect_others(tmp_path, service, capsys, name, broken, first, error):
     service(name, broken, error)
     folder = tmp_path / "run"
     log = opened(folder, backends=(name, "tensorboard") if first else ("tensorboard", name), quiet=False)
@@ -215,7 +215,7 @@ def test_no_tracker_takes_another_with_it(tmp_path, service, capsys, name, broke
     assert warning.startswith(f"warning: {name} failed and may miss values: ")
 
 
-def test_a_tracker_that_fails_again_and_again_is_left_out_and_one_that_recovers_is_not(tmp_path, service):
+def test_a_tracker_is_skipped_after_repeated_failures_unless_it_recovers(tmp_path, service):
     wandb = service("wandb", "log")
     log = opened(tmp_path / "run", backends=("wandb",))
     train(log, 1, 2, 1.0)
@@ -228,7 +228,7 @@ def test_a_tracker_that_fails_again_and_again_is_left_out_and_one_that_recovers_
     assert [settings["step"] for _, settings in wandb.made("log")] == [3]
 
 
-def test_wandb_gets_the_configuration_the_runs_name_and_the_same_run_after_a_resume(tmp_path, service):
+def test_wandb_gets_config_and_run_name_and_resumes_its_run(tmp_path, service):
     wandb, folder = service("wandb"), tmp_path / "my run"
     for step in (0, 3):
         log = opened(folder, step=step, backends=("wandb",))
@@ -247,7 +247,7 @@ def test_wandb_gets_the_configuration_the_runs_name_and_the_same_run_after_a_res
     assert [settings["step"] for _, settings in wandb.made("log")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_wandbs_own_variables_name_project_and_run(tmp_path, service, monkeypatch):
+def test_wandb_variables_set_project_and_run_name(tmp_path, service, monkeypatch):
     wandb = service("wandb")
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_NAME", "mine")
@@ -256,7 +256,7 @@ def test_wandbs_own_variables_name_project_and_run(tmp_path, service, monkeypatc
     assert (settings["project"], settings["name"]) == ("theirs", "mine")
 
 
-def test_mlflow_gets_the_configuration_the_runs_name_and_the_same_run_after_a_resume(tmp_path, service):
+def test_mlflow_gets_config_and_run_name_and_resumes_its_run(tmp_path, service):
     mlflow, folder = service("mlflow"), tmp_path / "my run"
     for step in (0, 3):
         log = opened(folder, step=step, backends=("mlflow",))
@@ -271,7 +271,7 @@ def test_mlflow_gets_the_configuration_the_runs_name_and_the_same_run_after_a_re
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"wandb": '])
-def test_a_damaged_record_of_trackers_begins_a_new_run(tmp_path, service, content):
+def test_a_damaged_trackers_file_starts_a_new_run(tmp_path, service, content):
     wandb, folder = service("wandb"), tmp_path / "run"
     folder.mkdir()
     (folder / "trackers.json").write_text(content)
@@ -280,7 +280,7 @@ def test_a_damaged_record_of_trackers_begins_a_new_run(tmp_path, service, conten
     assert json.loads((folder / "trackers.json").read_text()) == {"wandb": "run of wandb"}
 
 
-def test_a_figure_that_fails_stops_nothing(tmp_path, capsys):
+def test_a_failing_figure_stops_nothing(tmp_path, capsys):
     log = opened(tmp_path / "run", quiet=False)
     log.log_confusion_matrix("validation/confusion_matrix", np.eye(3, dtype=int), ["a", "b"], 2)
     log.log_scalars({"train/loss": 1.0}, 1, 0.1)
@@ -298,7 +298,7 @@ def test_without_backends(tmp_path):
     assert len(lines(tmp_path / "run")) == 3
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+def test_a_full_disk_names_the_file(tmp_path):
     log = opened(tmp_path / "run", backends=())
     path = tmp_path / "run" / "metrics.jsonl"
     path.symlink_to("/dev/full")
@@ -306,7 +306,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
         log.log_scalars({"train/loss": 1.0}, 1, 0.1)
 
 
-def test_quiet_says_nothing_and_other_ranks_write_nothing(tmp_path, capsys):
+def test_quiet_prints_nothing_and_other_ranks_write_nothing(tmp_path, capsys):
     log = opened(tmp_path / "quiet")
     log.print_line("hello")
     log.advance_bar(1, loss="1.0")
@@ -332,13 +332,13 @@ def test_torn_and_foreign_lines_are_dropped(tmp_path):
     assert keep_steps(tmp_path / "none.jsonl", 9, 9) == []
 
 
-def test_bytes_that_are_no_text_are_dropped(tmp_path):
+def test_invalid_bytes_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "train/loss": 1.0}\n\xff\xfe{"step": 2}\n')
     assert keep_steps(path, 9, 9) == [{"step": 1, "train/loss": 1.0}]
 
 
-def test_a_class_name_with_a_line_separator_stays_whole(tmp_path):
+def test_a_class_name_may_contain_a_line_separator(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder, backends=())
     log.log_scalars({"validation/f1/a\u2028b\x85": 1.0}, 1, 0.1)
