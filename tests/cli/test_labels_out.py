@@ -43,16 +43,6 @@ def test_ids_and_labels_of_a_submission(run, tmp_path):
     assert ended.stderr.endswith("Label holds the labels of --label_names: 3, 4, 2, 1\n")
 
 
-@pytest.mark.parametrize(
-    ("ids", "told"), [(["1", "nan"], "row 2 has no id ('nan')"), (["1.5e+17", "2"], "lost digits")]
-)
-def test_ids_that_no_submission_may_hold(run, tmp_path, ids, told):
-    source = write_csv(tmp_path / "test.csv", zip(ids, TEXTS, strict=False), ("ID", "text"))
-    ended = predict(run, source, tmp_path / "out.csv", "--layout", "contest")
-    assert (ended.code, ended.stderr.count("\n")) == (2, 1) and told in ended.stderr
-    assert not (tmp_path / "out.csv").exists()
-
-
 def test_numbers_for_names_and_a_run_without_the_record(tiny_arguments, tiny_data, tmp_path):
     topics = {"World": 0, "Sports": 4, "Business": 4, "Sci/Tech": 4}
     rows = [(text, topics[label]) for text, label in topic_rows(40, seed=5)]

@@ -47,12 +47,6 @@ def test_what_is_wrong_with_the_folder_is_found_before_any_data_is_read(place, k
         assert "another configuration: optim.epochs (there 2, now 5)" in error_of(ended)
 
 
-def test_a_run_that_is_refused_leaves_no_folder(options, tmp_path):
-    arguments = changed(options, run__output_dir=tmp_path / "runs", data__train=tmp_path / "none.csv")
-    error_of(command("run", arguments))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_precision_is_chosen_once(killed, reference):
     """The run was begun with "no", which `auto` is not on every machine."""
     folder, arguments = killed
@@ -92,20 +86,7 @@ def test_a_run_that_nobody_reads_goes_on(kind, killed, reference):
     assert_same(folder, reference)
 
 
-def test_sigquit_saves(killed):
-    ended = command("run", killed[1], [LESS, ("at_call", "example_losses", 3, int(signal.SIGQUIT))])
-    assert ended.code == 128 + signal.SIGQUIT
-    assert "stopped by SIGQUIT" in ended.stderr
-
-
 # --- training on ------------------------------------------------------------------------------------------------------
-
-
-def test_another_configuration_shows_how_to_train_on(uninterrupted, options):
-    folder, _ = uninterrupted
-    ended = command("run", changed(options, run__output_dir=folder.parent, optim__epochs=3), [UNREAD])
-    assert "optim.epochs (there 2, now 3)" in error_of(ended)
-    assert f"--run.name NAME --model.adapter {folder}/adapter\n" in ended.stderr
 
 
 def test_a_new_run_starts_from_an_adapter(uninterrupted, options, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -98,16 +97,6 @@ def test_jsonl_in_and_out_without_labels(run, wanted, tmp_path):
     assert probabilities.sum(axis=1) == pytest.approx(np.ones(len(ROWS)))
 
 
-def test_parquet_in(run, wanted, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pa.table({"text": [text for text, _ in ROWS]}), tmp_path / "input.parquet")
-    assert predict(run, tmp_path / "input.parquet", tmp_path / "out.csv").code == 0
-    found = np.array([row[3:] for row in read_csv(tmp_path / "out.csv")[1:]], dtype=float)
-    assert np.abs(found - wanted).max() <= 2e-6
-
-
 def test_contest_layout_with_ids(run, wanted, tmp_path):
     rows = [(f"x{i * 7}", text) for i, (text, _) in enumerate(ROWS)]
     source = write_csv(tmp_path / "input.csv", rows, header=["number", "text"])
@@ -151,27 +140,6 @@ def test_an_existing_output_is_replaced_whole(run, labelled, tmp_path):
     assert len(read_csv(tmp_path / "out.csv")) == len(ROWS) + 1
 
 
-def test_what_is_refused(run, killed, labelled, tmp_path):
-    output = tmp_path / "out.csv"
-    pickled = tmp_path / "input.pkl"
-    pickled.write_bytes(pickle.dumps({"text": ["a"]}))
-    assert "pickle" in refused(run, pickled, output)
-    assert "must end in .csv or .jsonl" in refused(run, labelled, tmp_path / "out.xlsx")
-    assert "no folder" in refused(run, labelled, tmp_path / "none" / "out.csv")
-    assert "not a run folder" in refused(tmp_path, labelled, output)
-    assert "not finished" in refused(killed[0], labelled, output)
-    assert "nothing" in refused(run, tmp_path / "nothing.csv", output)
-    other = write_csv(tmp_path / "other.csv", [["x"]], header=["body"])
-    assert "no column 'text'" in refused(run, other, output)
-    assert "line 33: a quote opens here" in refused(run, labelled, output, "--quoting", "single_line")
-    assert "'number'" in refused(run, labelled, output, "--id_column", "number")
-    assert "layout" in refused(run, labelled, output, "--layout", "wide")
-    assert "--inputs" in refused(run, labelled, output, "--inputs", "x")
-    assert "label_names" in refused(run, labelled, output, "--label_names", "{1: World, 1: Sports}")
-    assert "max_tokens" in refused(run, labelled, output, "--max_tokens", "0")
-    assert refused(run, labelled, output, "--encoding", "utf-9", "--delimiter", ";;").count("\n") == 2
-
-
 def test_the_input_is_not_written_over(run, labelled, tmp_path):
     source = tmp_path / "rows.csv"
     shutil.copy(labelled, source)
@@ -197,13 +165,6 @@ def test_neither_the_run_nor_its_data_is_written_over(run, labelled, tmp_path, f
         assert before is None or output.read_bytes() == before
 
 
-def test_help():
-    ended = command("predict", ["--help"])
-    assert ended.code == 0
-    for option in ("--run", "--layout", "--id_column", "--max_tokens"):
-        assert option in ended.stdout
-
-
 def test_two_processes_write_the_same_file(run, labelled, tmp_path):
     """By the real command. Without the "--", torchrun takes --run for an option of its own."""
     assert predict(run, labelled, tmp_path / "one.csv", "--max_tokens", "200").code == 0
@@ -223,18 +184,3 @@ def test_two_processes_write_the_same_file(run, labelled, tmp_path):
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
     assert json.loads(process.stdout)["num_examples"] == len(ROWS)
-
-
-def test_an_input_with_a_header_for_a_run_without(tiny_arguments, tiny_data, tmp_path):
-    """[] says that the first row is the header; null would mean the run's own column names."""
-    bare = write_csv(tiny_data / "bare.csv", topic_rows(40, seed=5), header=None)
-    arguments = [*tiny_arguments, "--data.train", bare, "--data.column_names", "[body, topic]"]
-    arguments += ["--data.text_columns", "[body]", "--data.label_column", "topic", "--optim.max_steps", "1"]
-    start = arguments.index("--data.test")
-    assert command("run", arguments[:start] + arguments[start + 2 :]).code == 0
-    columns = ["--text_columns", "[text]", "--label_column", "label"]
-    run, output = tmp_path / "runs" / "tiny", tmp_path / "out.csv"
-    asked = ["--run", run, "--input", tiny_data / "test.csv", "--output", output, *columns]
-    assert command("predict", asked).code == 2
-    assert command("predict", [*asked, "--column_names", "[]"]).code == 0
-    assert len(read_csv(output)) == 1 + 23

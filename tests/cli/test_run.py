@@ -8,14 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-import yaml
 
 from tests.harness.commands import changed, command
 from tests.harness.data import topic_rows, write_csv
 from tests.harness.processes import ROOT
 from tests.harness.runs import checkpoints, read_csv, records, tensorboard, tensors
 from trainer.config.loading import parse_config
-from trainer.tasks.single_label import METRICS
 from trainer.training.optim import learning_rate
 
 LESS = ("no_figures",)
@@ -143,16 +141,6 @@ def test_the_same_command_again_and_the_run_used_from_another_folder(elsewhere, 
     assert len(read_csv(output)) == 2
 
 
-def test_the_configuration_is_kept_whole(elsewhere):
-    place, arguments, _ = elsewhere
-    kept = yaml.safe_load((place / "runs" / "run" / "config.yaml").read_text())
-    assert kept["optim"]["learning_rate"] == 0.02
-    assert kept["peft"]["r"] == 4
-    again = parse_config(["--recipe", str(place / "runs" / "run" / "config.yaml")])
-    assert again.optim == parse_config(arguments).optim
-    assert again.batch == parse_config(arguments).batch
-
-
 def test_accelerate_launch(options, tmp_path):
     arguments = changed(options, run__output_dir=tmp_path, optim__max_steps=2, run__quiet="true")
     launch = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml"]
@@ -182,8 +170,8 @@ def test_the_best_adapter_is_that_of_the_best_evaluation(uninterrupted):
     assert any(not np.array_equal(adapter[name], last[name]) for name in best)
 
 
-@pytest.mark.parametrize("metric", [*METRICS, "f1/Sports"])
-def test_every_metric_can_choose_the_best(metric, options, tmp_path):
+@pytest.mark.parametrize("metric", ["accuracy", "f1/Sports"])  # and the loss, in the run above
+def test_a_metric_can_choose_the_best(metric, options, tmp_path):
     few = {"evaluation__every_steps": 1, "optim__max_steps": 2, "tracking__backends": "[]"}
     folder, _ = trained(options, tmp_path, evaluation__metric=metric, **few)
     values = {line["step"]: line[f"validation/{metric}"] for line in records(folder) if f"validation/{metric}" in line}
@@ -215,9 +203,7 @@ def test_patience_and_its_state_over_a_kill(options, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"optim__schedule": "linear", "optim__name": "adamw"},
         {"optim__schedule": "cosine", "optim__name": "sgd", "optim__warmup_fraction": 0.5},
-        {"optim__schedule": "cosine", "optim__name": "adam", "optim__final_lr_fraction": 0.1},
         {"optim__schedule": "constant", "optim__name": "adamw", "optim__max_grad_norm": "null"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
@@ -288,9 +274,3 @@ def test_text_pairs(options, tmp_path):
 def test_quiet_says_nothing(options, tmp_path):
     _, ended = trained(options, tmp_path, run__quiet="true", optim__max_steps=2)
     assert (ended.stdout, ended.stderr) == ("", "")
-
-
-def test_micro_batches_change_nothing_but_rounding(options, uninterrupted, tmp_path):
-    folder, _ = trained(options, tmp_path, batch__max_tokens=1000, batch__eval_max_tokens=1000, tracking__backends="[]")
-    for one, other in zip(records(folder), records(uninterrupted[0]), strict=True):
-        assert one == pytest.approx(other, rel=1e-3)

@@ -88,9 +88,9 @@ def test_the_order_is_shared_and_so_cannot_be_written():
         epoch_order(0, 4, 4, 0, 0)[0] = 1
 
 
-@pytest.mark.parametrize("num_examples", [*range(1, 70), 1000, 2**16 - 1, 2**16, 2**16 + 1])
-def test_the_order_is_a_permutation(num_examples):
-    assert sorted(order_of(3, 1, num_examples)) == list(range(num_examples))
+def test_the_order_is_a_permutation():
+    for num_examples in [*range(1, 70), 1000, 2**16 - 1, 2**16, 2**16 + 1]:
+        assert sorted(order_of(3, 1, num_examples)) == list(range(num_examples))
 
 
 def test_any_stretch_of_a_long_order_is_found_alone():
