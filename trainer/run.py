@@ -20,17 +20,7 @@ from trainer.errors import UserError, main_guard, quote_path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what the command line describes.
-
-    Args:
-        arguments: the command line; None = that of this process.
-
-    Returns:
-        the exit code: 0, or 128 + signal.
-
-    Raises:
-        UserError: anything that the user can fix.
-    """
+    """Runs what the command line describes; returns the exit code: 0, or 128 + signal."""
     config = parse_config(sys.argv[1:] if arguments is None else arguments)
     read_environment()
     folder = Path(config.run.output_dir).expanduser() / run_name(config)

@@ -1,8 +1,8 @@
-"""Checkpoints: atomic, hashed, adapter-only, rotating.
+"""Checkpoints: written atomically, hashed, adapter-only, rotating.
 
-Always holds: a folder named step-XXXXXXXX is whole. It is written under another name, synced to disk, hashed and then
-renamed; a reader checks every hash before it believes a byte, and takes the newest that is whole. A checkpoint has what
-trains (adapter and head), the optimizer's state and a few numbers; never the frozen backbone, never a pickle.
+Always holds: a folder named step-XXXXXXXX is complete. It is written under another name, synced to disk and then
+renamed. A reader checks every hash first and takes the newest complete checkpoint. A checkpoint has what trains, the
+optimizer's state and a few numbers. It never has the frozen backbone or a pickle.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FORMAT = 1
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that is not what was written; the message names the file."""
+    """A checkpoint differs from what was written; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a step leaves behind; tensors on the CPU."""
+    """The content of a checkpoint; tensors on the CPU."""
 
     step: int
     adapter: dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]
     """optimizer state as "parameter name/state name" """
     state: dict[str, Any]
-    """numbers of the loop, fp16 scaler, fingerprints; as in trainer_state.json"""
+    """trainer_state.json: `TrainState`, fp16 scaler, fingerprints"""
     adapter_config: str
     """adapter_config.json"""
 
@@ -82,11 +82,7 @@ def save_checkpoint(run: Run, state: TrainState, best: dict[str, torch.Tensor] |
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> TrainState:
-    """Loads a checkpoint into model, optimizer and scaler, and returns its state.
-
-    Raises:
-        UserError: it belongs to other data or another backbone, or it does not fit the model or this version.
-    """
+    """Loads a checkpoint into model, optimizer and scaler, and returns its state; refuses one of another run."""
     learner, values, fingerprints = run.learner, checkpoint.state, run.inputs.fingerprints
     for name in dict.fromkeys([*fingerprints, *values["fingerprints"]]):
         recorded = values["fingerprints"].get(name)
@@ -116,10 +112,10 @@ def restore(run: Run, checkpoint: Checkpoint) -> TrainState:
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
     """Writes `folder`/step-XXXXXXXX and removes all but the newest `keep_last` up to this step.
 
-    A checkpoint of a later step is removed too: a run that comes by its step again has found it damaged.
+    It removes later steps too: they were damaged, or this run would have resumed there.
 
     Raises:
-        OSError: the disk is full or not writable; the checkpoints before are whole.
+        OSError: the disk is full or not writable; earlier checkpoints are still complete.
     """
     files = {
         "adapter_model.safetensors": safetensors.torch.save(checkpoint.adapter, {"format": "pt"}),
@@ -143,7 +139,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pa
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, and a line about each damaged one that was passed over."""
+    """The newest complete checkpoint, and a line about each damaged one that was skipped."""
     damage: list[str] = []
     for path in reversed(_numbered(folder)):
         try:
@@ -154,11 +150,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads one checkpoint, hashes first.
-
-    Raises:
-        DamagedCheckpoint: a file is missing, cut, altered or of another format.
-    """
+    """Reads one checkpoint after a check of its hashes."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["format"] > FORMAT:
@@ -180,7 +172,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def recorded_backbone(folder: Path) -> dict[str, Any] | None:
-    """The backbone that the newest checkpoint with a readable state was trained on; None without a record of it."""
+    """The backbone that the newest readable checkpoint was trained on; None if there is none."""
     for path in reversed(_numbered(folder)):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DamagedCheckpoint):
             entry = json.loads((path / "manifest.json").read_bytes())["files"]["trainer_state.json"]
@@ -203,11 +195,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Puts back what `optimizer_tensors` took out; hyperparameters stay the optimizer's own.
-
-    Raises:
-        DamagedCheckpoint: state of a parameter that is not trained, or none of one that is.
-    """
+    """Loads what `optimizer_tensors` returned; the optimizer keeps its own hyperparameters."""
     index = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -215,7 +203,7 @@ def load_optimizer_tensors(
         if name not in index:
             raise DamagedCheckpoint(f"optimizer state of unknown parameter {name}")
         state.setdefault(index[name], {})[entry] = tensor
-    if state and len(state) < len(names):  # sgd has none at all
+    if state and len(state) < len(names):  # sgd has no state
         raise DamagedCheckpoint(f"{len(names) - len(state)} trained parameters have no optimizer state")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -226,7 +214,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _remove_folder(path: Path) -> None:
-    """Removes a folder so that, killed halfway, no part of it stands under its name."""
+    """Removes a folder; a process that is killed meanwhile leaves no part of it under its name."""
     retired = path.with_name(f"{UNFINISHED}old-{path.name}")
     path.rename(retired)
     shutil.rmtree(retired, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""A run from a checked configuration to its summary: data, model, resume, training, test, adapter, report.
+"""A run from its configuration to its summary: data, model, resume, training, test, adapter, report.
 
-Always holds: whatever a user can get wrong is found before a weight is loaded and before a file of the run is touched;
-`summary.json` is the last thing written, so a run with a summary is finished.
+Always holds: a user's mistake is found before weights are loaded and before a file of the run is touched.
+`summary.json` is written last, so a run with a summary is finished.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from trainer.training.setup import build, describe_forward, prepare
 from trainer.training.state import TrainState
 
 CHANGEABLE = {"base_model_name_or_path", "revision", "peft_version"}
-"""in adapter_config.json, what may differ from the adapter that a run starts from"""
+"""keys of adapter_config.json that may differ from the adapter that a run starts from"""
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
@@ -65,20 +65,18 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
     Args:
         config: of the run.
         folder: of the run.
-        is_finished: asked on rank 0 once the processes have met; if it says yes, all ranks end.
+        is_finished: rank 0 asks it after the rendezvous and ends all ranks if it is.
 
     Returns:
         the exit code: 0, or 128 + signal.
-
-    Raises:
-        UserError: anything that the user can fix.
     """
-    stop, notes = StopRequest(), []
-    if not stop.listen():
-        notes.append("started from a thread: a signal ends the run at once, and it continues from the last checkpoint")
+    stop = StopRequest()
+    can_stop = stop.listen()
     silence_libraries()
     check_device()
-    precision = _choose_precision(config, folder, notes)
+    precision, notes = _choose_precision(config, folder)
+    if not can_stop:
+        notes.append("started from a thread: a signal ends the run at once, and it continues from the last checkpoint")
     _check_trackers(config.tracking.backends)
     facts = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
     with join_processes(precision, facts) as (accelerator, watch):
@@ -109,17 +107,17 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
     return 0
 
 
-def _choose_precision(config: Config, folder: Path, notes: list[str]) -> str:
-    """The precision of the run: `auto` keeps what it chose when the run began. Adds a note where that differs now."""
+def _choose_precision(config: Config, folder: Path) -> tuple[str, list[str]]:
+    """The precision of the run, and notes about it; `auto` keeps what it chose when the run began."""
     kept = None
     if config.run.precision == "auto":
         with contextlib.suppress(UserError):  # a new run
             kept = load_config(folder / "config.yaml").run.precision
     if kept in (None, "auto"):  # earlier versions recorded auto
-        return choose_precision(config.run.precision)
-    if (alone := choose_precision("auto")) != kept:
-        notes.append(f"run.precision: auto stays {kept}, as when the run began; this machine would choose {alone}")
-    return choose_precision(kept, begun=True)
+        return choose_precision(config.run.precision), []
+    now, precision = choose_precision("auto"), choose_precision(kept, begun=True)
+    note = f"run.precision: auto stays {kept}, as when the run began; this machine would choose {now}"
+    return precision, [note] if now != kept else []
 
 
 def _check_trackers(backends: list[str]) -> None:
@@ -137,11 +135,7 @@ def _read_on_main(accelerator: Accelerator, read: Callable[[], Any]) -> Any:
 
 
 def _resume_or_start(run: Run) -> tuple[TrainState, dict[str, torch.Tensor] | None]:
-    """Loads the newest checkpoint, or the adapter to start from; returns the state and the best adapter so far.
-
-    Raises:
-        UserError: the checkpoint or the adapter does not fit.
-    """
+    """Loads the newest checkpoint, or the adapter to start from; returns the state and the best adapter so far."""
     accelerator, checkpoints, say = run.learner.accelerator, run.folder / "checkpoints", run.console.log.print_line
     if accelerator.is_main_process:
         remove_unfinished(checkpoints)
@@ -158,11 +152,7 @@ def _resume_or_start(run: Run) -> tuple[TrainState, dict[str, torch.Tensor] | No
 
 
 def _load_start(run: Run, start: SavedAdapter) -> None:
-    """Loads the adapter and head of another run.
-
-    Raises:
-        UserError: they do not fit.
-    """
+    """Loads the adapter and head of another run, if its PEFT options are equal."""
     own = json.loads(adapter_config_json(run.learner.model))
     for name in sorted(own.keys() & start.peft.keys()):
         if own[name] != start.peft[name] and name not in CHANGEABLE and not name.endswith("dropout"):
@@ -173,7 +163,7 @@ def _load_start(run: Run, start: SavedAdapter) -> None:
 
 
 def record_start(run: Run, state: TrainState, notes: list[str]) -> TrainState:
-    """Writes config.yaml and environment.json, tells the user what will run, and notes the start in the state."""
+    """Tells the user what will run, writes config.yaml and environment.json, and adds the start to the state."""
     accelerator, precision, say = run.learner.accelerator, run.config.run.precision, run.console.log.print_line
     trainable, total = run.learner.model.get_nb_trainable_parameters()
     for line in [*describe_data(run), *(f"note: {note}" for note in notes)]:
@@ -293,7 +283,7 @@ def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, Any]]:
 
 def probe(run: Run, state: TrainState) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A few examples and their logits by the model's own forward. All ranks call it: a sharded model needs them."""
-    # no more tokens than memory has allowed a step
+    # a budget that memory allowed for a step
     learner, examples, limit = run.learner, run.inputs.examples["train"], current_plan(run, state).max_tokens
     padding, pad_token_id = learner.forward.padding, run.inputs.backbone.tokenizer.pad_token_id
     ids = np.array(split_by_tokens(examples.lengths[:8], limit, one_length=padding.one_length)[0])
