@@ -1,7 +1,7 @@
 """The order of the examples in an epoch.
 
-Always holds: the order is a pure function of (number of examples, seed, epoch). It is computed for the places that are
-asked for and never stored.
+Always holds: the order is a pure function of (number of examples, seed, epoch). It is computed for the places that a
+step needs and never stored.
 
 It is a Feistel network (Luby & Rackoff, 1988) of 24 rounds, as Mitchell et al. shuffle on GPUs (arXiv 2106.06161). A
 place outside of the range goes through it again (Black & Rogaway, 2002). Round keys are Philox's (Salmon et al., 2011)
