@@ -66,6 +66,8 @@ csv.field_size_limit(2**31 - 1)
 Columns = dict[str, list[Any]]
 Chunk = tuple[int, Columns]
 """number of rows, and the values of their columns"""
+Record = tuple[int, list[Any]]
+"""number of the line where a record begins, and its fields; a blank line has none"""
 
 
 @dataclass(frozen=True)
@@ -274,55 +276,6 @@ def _only_member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 # --- csv, tsv and xlsx ------------------------------------------------------------------------------------------------
 
 
-class _CsvReader:
-    """The records of a csv or tsv file, each as a list of fields; a blank line is an empty list."""
-
-    def __init__(self, lines: Iterator[str], delimiter: str, request: Request):
-        self.line = 1
-        """line where the record begins that was read last"""
-        self._prefix, self._quoting = request.prefix, request.source.quoting
-        self._no_quotes = f"if quotes are plain characters: {request.prefix}quoting none"
-        quoting: Any = csv.QUOTE_NONE if self._quoting == "none" else csv.QUOTE_MINIMAL
-        self._reader = csv.reader(self._checked(lines), delimiter=delimiter, quoting=quoting, strict=True)
-
-    def _checked(self, lines: Iterator[str]) -> Iterator[str]:
-        """Refuses a line that continues a record, unless records may span lines."""
-        one_line = self._quoting != "multi_line"
-        for number, line in enumerate(lines, start=1):
-            if one_line:
-                if number > self.line:  # csv.reader reads on to find the closing quote
-                    raise ValueError(self._describe_open_quote())
-                if line.find("\r", 0, -2) >= 0 and "\r" in line.rstrip("\r\n"):
-                    raise ValueError(
-                        f"line {number} has a carriage return (\\r) inside, which would split a row in other programs; "
-                        f"remove it, or, where it lies in quotes, {self._prefix}quoting multi_line"
-                    )
-            yield line
-
-    def __iter__(self) -> Iterator[list[str]]:
-        try:
-            for fields in self._reader:
-                yield fields
-                self.line = self._reader.line_num + 1
-        except csv.Error as error:
-            reason = str(error)
-            if reason.startswith("unexpected end"):
-                raise ValueError(self._describe_open_quote()) from None
-            if reason.startswith("new-line"):
-                raise ValueError(f"line {self._reader.line_num} has a carriage return (\\r) outside quotes") from None
-            if "expected after" in reason:
-                reason = "text follows a quote that closes; a quote inside quotes is doubled"
-            raise ValueError(f"line {self.line}: {reason}; {self._no_quotes}") from None
-
-    def _describe_open_quote(self) -> str:
-        if self._quoting == "multi_line":
-            return f"line {self.line}: the row that begins here has a quote that never closes; {self._no_quotes}"
-        return (
-            f"line {self.line}: a quote opens here and does not close in this line; if texts may span lines: "
-            f"{self._prefix}quoting multi_line; {self._no_quotes}"
-        )
-
-
 def _read_csv(path: str, request: Request) -> Iterator[Chunk]:
     lines = filter(str.strip, _lines(path, request))
     first = next(lines, "")
@@ -331,11 +284,52 @@ def _read_csv(path: str, request: Request) -> Iterator[Chunk]:
     delimiter = request.source.delimiter or (excel and excel[2]) or ("\t" if kind_of(path) == ".tsv" else ",")
     delimiter = "\t" if delimiter == "\\t" else delimiter
     _check_delimiter(next(lines, "") if excel else first, delimiter, request)
-    reader = _CsvReader(_lines(path, request), delimiter, request)
-    records = iter(reader)
+    records = _csv_records(_lines(path, request), delimiter, request)
     if excel:
-        next(filter(None, records))
-    return _read_records(records, lambda: f"line {reader.line}", request)
+        next(fields for _, fields in records if fields)
+    return _read_records(records, "", request)
+
+
+def _csv_records(lines: Iterator[str], delimiter: str, request: Request) -> Iterator[Record]:
+    quoting, prefix, start = request.source.quoting, request.prefix, 1
+    no_quotes = f"if quotes are plain characters: {prefix}quoting none"
+
+    def describe_open_quote() -> str:
+        if quoting == "multi_line":
+            return f"line {start}: the row that begins here has a quote that never closes; {no_quotes}"
+        reason = (
+            f"a quote opens here and does not close in this line; if texts may span lines: {prefix}quoting multi_line"
+        )
+        return f"line {start}: {reason}; {no_quotes}"
+
+    def check(lines: Iterator[str]) -> Iterator[str]:
+        """Refuses a line that continues a record, unless records may span lines."""
+        for number, line in enumerate(lines, start=1):
+            if quoting != "multi_line":
+                if number > start:  # csv.reader reads on to find the closing quote
+                    raise ValueError(describe_open_quote())
+                if line.find("\r", 0, -2) >= 0 and "\r" in line.rstrip("\r\n"):
+                    raise ValueError(
+                        f"line {number} has a carriage return (\\r) inside, which would split a row in other programs; "
+                        f"remove it, or, where it lies in quotes, {prefix}quoting multi_line"
+                    )
+            yield line
+
+    csv_quoting: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+    reader = csv.reader(check(lines), delimiter=delimiter, quoting=csv_quoting, strict=True)
+    try:
+        for fields in reader:
+            yield start, fields
+            start = reader.line_num + 1
+    except csv.Error as error:
+        reason = str(error)
+        if reason.startswith("unexpected end"):
+            raise ValueError(describe_open_quote()) from None
+        if reason.startswith("new-line"):
+            raise ValueError(f"line {reader.line_num} has a carriage return (\\r) outside quotes") from None
+        if "expected after" in reason:
+            reason = "text follows a quote that closes; a quote inside quotes is doubled"
+        raise ValueError(f"line {start}: {reason}; {no_quotes}") from None
 
 
 def _check_delimiter(line: str, delimiter: str, request: Request) -> None:
@@ -367,55 +361,58 @@ def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
         raise ValueError("reading .xlsx needs openpyxl: pip install openpyxl (or save the sheet as csv)") from None
     with zipfile.ZipFile(path) as archive:
         _check_growth(Path(path).stat().st_size, sum(part.file_size for part in archive.infolist()))
-    number = 0
-
-    def records(sheet: Any) -> Iterator[list[Any]]:
-        nonlocal number
-        width = len(request.source.column_names or [])
-        sheet.reset_dimensions()  # some programs write a smaller one than the sheet has
-        for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):  # noqa: B007
-            cells = list(row)
-            while len(cells) > width and cells[-1] is None:
-                cells.pop()
-            width = width or len(cells)
-            yield [] if all(cell is None for cell in cells) else cells + [None] * (width - len(cells))
-
     try:
         with warnings.catch_warnings(action="ignore"):  # about what a sheet has beside its cells
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         with contextlib.closing(book):
-            sheets = [sheet for sheet in book.worksheets if any(records(sheet))]
+            width = len(request.source.column_names or [])
+            sheets = [sheet for sheet in book.worksheets if any(cells for _, cells in _sheet_records(sheet, width))]
             if len(sheets) > 1:
                 names = ", ".join(repr(sheet.title) for sheet in sheets[:4])
                 raise ValueError(f"has {len(sheets)} sheets with cells ({names}); save the one you mean as csv")
             for sheet in sheets:
-                yield from _read_records(records(sheet), lambda: f"line {number} of the sheet", request)
+                yield from _read_records(_sheet_records(sheet, width), " of the sheet", request)
     except UNREADABLE:
         raise
     except Exception as error:  # a damaged book makes openpyxl or its XML parser raise anything
         raise ValueError(f"cannot be read: {error}") from None
 
 
-def _read_records(records: Iterator[list[Any]], place: Callable[[], str], request: Request) -> Iterator[Chunk]:
-    """Makes columns of records, the first of which is the header unless the columns were named."""
-    header = request.source.column_names or next(filter(None, records), [])
+def _sheet_records(sheet: Any, width: int) -> Iterator[Record]:
+    """Cuts empty cells behind the columns, and fills up short rows. Without a width, the first row sets it."""
+    sheet.reset_dimensions()  # some programs write a smaller one than the sheet has
+    for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):
+        cells = list(row)
+        while len(cells) > width and cells[-1] is None:
+            cells.pop()
+        width = width or len(cells)
+        yield number, [] if all(cell is None for cell in cells) else cells + [None] * (width - len(cells))
+
+
+def _read_records(records: Iterator[Record], place: str, request: Request) -> Iterator[Chunk]:
+    """Makes columns of records. The first is the header, unless the columns were named.
+
+    Args:
+        records: all records of a file.
+        place: follows the number of a line in messages.
+        request: what to read.
+    """
+    header = request.source.column_names or next((fields for _, fields in records if fields), [])
     names = [str(name) if name is not None else "" for name in header]
     used = _refuse_repeated([name for name in names if name in request.wanted])
     index = {name: names.index(name) for name in used}
     yield 0, {name: [] for name in names if name.strip() or name in used}
     end = max((i for i, name in enumerate(names, 1) if name in used or not _UNNAMED.fullmatch(name)), default=0)
-    for chunk in _in_chunks(_checked_records(records, names, place, request)):
+    for chunk in _in_chunks(_checked_rows(records, names, place, request)):
         columns: Columns = {name: [row[i] for row in chunk] for name, i in index.items()}
         if end < len(names):
             columns[TRAILING_TEXT] = [any(c is not None and str(c).strip() for c in row[end:]) for row in chunk]
         yield len(chunk), columns
 
 
-def _checked_records(
-    records: Iterator[list[Any]], names: list[str], place: Callable[[], str], request: Request
-) -> Iterator[list[Any]]:
+def _checked_rows(records: Iterator[Record], names: list[str], place: str, request: Request) -> Iterator[list[Any]]:
     num_blank, may_be_header = 0, request.source.column_names is not None
-    for row in records:
+    for number, row in records:
         if not row:
             num_blank += 1
             continue
@@ -423,12 +420,13 @@ def _checked_records(
             yield from [[""]] * num_blank
         num_blank = 0
         if len(row) != len(names):
-            raise ValueError(f"{place()} has {len(row)} fields, expected {len(names)} ({', '.join(names)[:80]})")
+            expected = f"expected {len(names)} ({', '.join(names)[:80]})"
+            raise ValueError(f"line {number}{place} has {len(row)} fields, {expected}")
         if may_be_header:
-            _refuse_header(row, names, place(), request.prefix)
+            _refuse_header(row, names, f"line {number}{place}", request.prefix)
             may_be_header = False
         if row[-1] == names[-1] and len(names) > 1 and [str(cell).removeprefix("\ufeff") for cell in row] == names:
-            raise ValueError(f"{place()} repeats the names of the columns; remove it")
+            raise ValueError(f"line {number}{place} repeats the names of the columns; remove it")
         yield row
 
 

@@ -1,6 +1,6 @@
 """The columns of a source -> checked texts, labels and digests, in Arrow.
 
-Always holds: in a table without a problem every text is a string, every label is present, and no text is empty unless
+Always holds: in a table without a problem every text is a string, and every label is present. No text is empty unless
 `data.empty_text` keeps it. An example knows its row in the source. The rows of a large source are cached under a hash
 of its content and of the options that read it. Cached rows are mapped into memory, not loaded.
 """

@@ -18,19 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from trainer.config.schema import ResolvedSource, Source
-from trainer.data.formats import (
-    CHUNK,
-    FILE_TYPES,
-    LINES,
-    PACKED,
-    UNREADABLE,
-    Chunk,
-    Request,
-    kind_of,
-    read_batches,
-    read_file,
-    stored_class_names,
-)  # fmt: skip
+from trainer.data import formats
+from trainer.data.formats import Chunk, Request, kind_of
 from trainer.errors import UserError, one_line
 
 if TYPE_CHECKING:  # its import takes most of a second, and files do not need it
@@ -90,8 +79,8 @@ class Origin:
             return
         hub = self.hub
         with _refusals(self.option, self.source.path):
-            for chunk in read_batches(
-                hub.column_names, wanted, lambda used: hub.select_columns(used).with_format("arrow").iter(CHUNK)
+            for chunk in formats.read_batches(
+                hub.column_names, wanted, lambda used: hub.select_columns(used).with_format("arrow").iter(formats.CHUNK)
             ):
                 yield 0, chunk
 
@@ -199,14 +188,14 @@ def find_origin(name: str, source: ResolvedSource) -> Origin:
     stored: list[list[str] | None] = []
     for path in paths:
         with _refusals(option_name(name), path):
-            stored.append(stored_class_names(path, source.label_column))
+            stored.append(formats.stored_class_names(path, source.label_column))
             if stored[-1] != stored[0]:
                 raise ValueError(f"the stored class names of {source.label_column!r} are not those of {paths[0]}")
     return Origin(name, source, paths, class_names=stored[0])
 
 
 def _has_file_type(path: str) -> bool:
-    return Path(path).suffix.lower() in (*FILE_TYPES, *PACKED, *PICKLED)
+    return Path(path).suffix.lower() in (*formats.FILE_TYPES, *formats.PACKED, *PICKLED)
 
 
 def _describe_no_files(path: str) -> str:
@@ -223,8 +212,8 @@ def _describe_no_files(path: str) -> str:
 def _why_unsupported(file: str) -> str | None:
     if Path(file).suffix.lower() in PICKLED:
         return "is a pickled file, which can run code when read; refused. Save it as csv"
-    if kind_of(file) not in FILE_TYPES:
-        return f"is of no known type ({', '.join((*FILE_TYPES, *PACKED))})"
+    if kind_of(file) not in formats.FILE_TYPES:
+        return f"is of no known type ({', '.join((*formats.FILE_TYPES, *formats.PACKED))})"
     if not Path(file).is_file():
         return "is not a file"
     with open(file, "rb") as content:
@@ -269,7 +258,7 @@ def _refusals(option: str, path: str | None = None) -> Iterator[None]:
     """Names the option and the path in errors of files."""
     try:
         yield
-    except UNREADABLE as error:
+    except formats.UNREADABLE as error:
         place = option if path is None else f"{option}: {path}"
         raise UserError(f"{place}: {one_line(error)}") from None
 
@@ -280,8 +269,8 @@ def _read_files(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk]
     for index, path in enumerate(origin.paths):
         columns: set[str] = set()
         with _refusals(origin.option, path):
-            may_lack_columns = kind_of(path) in (".json", *LINES)
-            for count, chunk in read_file(path, request):
+            may_lack_columns = kind_of(path) in (".json", *formats.LINES)
+            for count, chunk in formats.read_file(path, request):
                 columns.update(set(chunk) & set(wanted))
                 if chunk and not may_lack_columns:  # also without rows: its header may be a row of a file without one
                     first = first or (path, columns)
