@@ -1,4 +1,4 @@
-"""What grows with the number of examples: reading, tokenising, an epoch's plan, starting and resuming.
+"""What grows with the number of examples: reading, tokenizing, an epoch's plan, starting and resuming.
 
     python -m benchmarks.scale                      # from the repository's root; while nothing else runs; 25 min
     python -m benchmarks.scale --max 100000         # a minute
@@ -9,15 +9,15 @@ number of examples share a cache. Of each, the seconds and ru_maxrss, the most m
 process began, pages of mapped files included:
 
     read        the file for the first time: parsed, checked, hashed, kept
-    tokenise    all splits, with 1 and with 2 workers; the rows are kept already
+    tokenize    all splits, with 1 and with 2 workers; the rows are kept already
     plan        the first global batch of an epoch and its micro-batches
     resume      the micro-batches of step k, for k early, in the middle and last of an epoch, and in a later epoch
-    start       all that a start with a warm cache does with the data, with the imports: read, held out, tokenised,
+    start       all that a start with a warm cache does with the data, with the imports: read, held out, tokenized,
                 fingerprints, duplicates counted, plan, first global batch collated
     command     with --command: `trainer/run.py` for one optimizer step with a warm cache (of repeated tokens, without a
                 validation split, which a CPU would score for hours), from nothing to the summary and the report
 
-Above --tokenise-max examples no texts are tokenised: the cache is made of the tokens of the first ones, repeated.
+Above --tokenize-max examples no texts are tokenized: the cache is made of the tokens of the first ones, repeated.
 Writes benchmarks/results/scale.json. Exit code 1 where time per example at the most examples is over 1.5 times that at
 fewer (what takes less than 0.05 s is not judged), where resuming depends on k, or where a start takes more than 60 s or
 4 GiB.
@@ -107,12 +107,12 @@ def measure_read(chosen):
     return {"seconds": seconds[0]}
 
 
-def measure_tokenise(chosen):
-    from trainer.data.tokens import tokenise
+def measure_tokenize(chosen):
+    from trainer.data.tokens import tokenize
 
     tokenizer, corpus = tokenizer_of(chosen), load(chosen)
     with timed() as seconds:
-        made = [tokenise(s, tokenizer, MAX_LENGTH, True, chosen["workers"]) for s in corpus.splits.values()]
+        made = [tokenize(s, tokenizer, MAX_LENGTH, True, chosen["workers"]) for s in corpus.splits.values()]
     return {"seconds": seconds[0], "tokens": sum(len(examples.tokens) for examples in made)}
 
 
@@ -121,13 +121,13 @@ def measure_repeat(chosen):
     import numpy as np
 
     from trainer.data.cache import load_or_create
-    from trainer.data.tokens import cache_name, tokenise, write_parts
+    from trainer.data.tokens import cache_name, tokenize, write_parts
 
     tokenizer, corpus = tokenizer_of(chosen), load(chosen)
     with timed() as seconds:
         for name, split in corpus.splits.items():
-            few = split.take(name, np.arange(min(len(split), chosen["tokenise_max"])))
-            some = tokenise(few, tokenizer, MAX_LENGTH, quiet=True)
+            few = split.take(name, np.arange(min(len(split), chosen["tokenize_max"])))
+            some = tokenize(few, tokenizer, MAX_LENGTH, quiet=True)
             parts = repeated(some, len(split))
             load_or_create(
                 cache_name(split, tokenizer, MAX_LENGTH),
@@ -187,7 +187,7 @@ def measure_start(chosen):
     import torch
 
     from trainer.batching.collate import collate_padded
-    from trainer.data.tokens import tokenise
+    from trainer.data.tokens import tokenize
     from trainer.training import pipeline  # noqa: F401  all that a run imports
 
     stages = {"imports": time.perf_counter() - begun}
@@ -201,7 +201,7 @@ def measure_start(chosen):
     tokenizer = stage("backbone", lambda: tokenizer_of(chosen))
     corpus = stage("read", lambda: load(chosen))
     examples = stage(
-        "tokenise", lambda: {n: tokenise(s, tokenizer, MAX_LENGTH, True) for n, s in corpus.splits.items()}
+        "tokenize", lambda: {n: tokenize(s, tokenizer, MAX_LENGTH, True) for n, s in corpus.splits.items()}
     )
     stage("fingerprints", lambda: [split.fingerprint() for split in examples.values()])
     train = examples["train"]
@@ -287,17 +287,17 @@ def measure_all(num_examples, place, chosen):
         write_rows(file, num_examples)
         same = (num_examples, file, cache, chosen.model)
         rows = [in_a_process("read", *same)]
-        if num_examples <= chosen.tokenise_max:
+        if num_examples <= chosen.tokenize_max:
             for workers in (1, 2):
                 for tokens in list((cache / "isotrain").glob("*.tokens")):  # the rows stay
                     shutil.rmtree(tokens)
-                rows.append(in_a_process("tokenise", *same, workers=workers))
+                rows.append(in_a_process("tokenize", *same, workers=workers))
         else:
-            in_a_process("repeat", *same, tokenise_max=chosen.tokenise_max)
+            in_a_process("repeat", *same, tokenize_max=chosen.tokenize_max)
         rows += [in_a_process(name, *same) for name in ("plan", "resume", "start")]
         if chosen.command:
             # without a validation split it is another corpus: its tokens are not in the cache yet
-            in_a_process("repeat", *same, tokenise_max=min(chosen.tokenise_max, REPEATED), fraction=0)
+            in_a_process("repeat", *same, tokenize_max=min(chosen.tokenize_max, REPEATED), fraction=0)
             rows.append(one_step(num_examples, file, cache, chosen.model, folder / "runs"))
         return rows
     finally:
@@ -351,7 +351,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max", type=int, default=10_000_000, help="most examples")
     parser.add_argument("--min", type=int, default=10_000, help="fewest examples")
-    parser.add_argument("--tokenise-max", type=int, default=10_000_000, help="most examples that are tokenised")
+    parser.add_argument("--tokenize-max", type=int, default=10_000_000, help="most examples that are tokenized")
     parser.add_argument("--command", action="store_true", help="measure trainer/run.py too")
     parser.add_argument("--model", default=MODEL, help="whose tokenizer")
     parser.add_argument("--folder", type=Path, help="for temporary files, about 850 bytes an example")
@@ -365,7 +365,7 @@ def main():
     result = {
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "cores": os.cpu_count(),
-        "tokenise_max": chosen.tokenise_max,
+        "tokenize_max": chosen.tokenize_max,
         "rows": rows,
     }
     chosen.output.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def test_the_cost_of_dropout_is_kept_for_every_model():
 
 def test_scale_measures_everything(tiny_backbone, tmp_path):
     output = tmp_path / "scale.json"
-    options = {"--min": 100, "--max": 100, "--tokenise-max": 10, "--model": tiny_backbone, "--folder": tmp_path}
+    options = {"--min": 100, "--max": 100, "--tokenize-max": 10, "--model": tiny_backbone, "--folder": tmp_path}
     arguments = [*(str(word) for pair in options.items() for word in pair), "--output", output]
     done = subprocess.run(
         [sys.executable, "benchmarks/scale.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
@@ -85,10 +85,10 @@ def test_scale_measures_everything(tiny_backbone, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
 
 
-def test_scale_tokenises(tiny_backbone, tmp_path, monkeypatch):
+def test_scale_tokenizes(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     scale.write_rows(tmp_path / "rows.csv", 50)
-    found = scale.measure_tokenise({"file": str(tmp_path / "rows.csv"), "model": str(tiny_backbone), "workers": 2})
+    found = scale.measure_tokenize({"file": str(tmp_path / "rows.csv"), "model": str(tiny_backbone), "workers": 2})
     assert found["tokens"] > 50 * 20 and found["seconds"] > 0
 
 
@@ -96,7 +96,7 @@ def test_scale_is_found_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.scale", "--help"], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0 and "--tokenise-max" in done.stdout
+    assert done.returncode == 0 and "--tokenize-max" in done.stdout
 
 
 def test_scale_refuses_what_grows_too_much():

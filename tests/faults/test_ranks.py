@@ -16,7 +16,7 @@ AT_ONCE = 10  # seconds; a collective would wait for half an hour
 # What fails on which rank, the exit codes of ranks 0 and 1, and what is said of it. A rank that is lost was lost where
 # the one that tells it is. One fault after another befalls the same run, so that a fault costs one start.
 CHAIN = [
-    (1, ("at_call", "tokenise"), [LOST, -9], "rank 1 on HOST was lost in the (preparation|making)"),
+    (1, ("at_call", "tokenize"), [LOST, -9], "rank 1 on HOST was lost in the (preparation|making)"),
     (1, ("error_at_call", "build_model", "UserError", "a mistake"), [2, 2], "rank 1 on HOST: a mistake"),
     (1, ("error_at_call", "example_losses", "OSError", "a disk", 7), [2, 2], "rank 1 on HOST: a disk"),
     # after the vote: the other one waits for this one's gradient

@@ -68,7 +68,7 @@ class Examples:
         return digest.hexdigest()
 
 
-def tokenise(
+def tokenize(
     split: TextSplit,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,

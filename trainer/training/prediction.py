@@ -19,7 +19,7 @@ from trainer.config.loading import parse_label_names
 from trainer.config.prediction import Options
 from trainer.config.schema import Config, Source, resolve
 from trainer.data.corpus import id_columns, load_for_prediction
-from trainer.data.tokens import Examples, tokenise
+from trainer.data.tokens import Examples, tokenize
 from trainer.distributed.session import choose_precision, join_processes
 from trainer.errors import UserError
 from trainer.files import write_atomic
@@ -57,7 +57,7 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
         source, config.data, task, label_names, id_column, options.ignore_labels, options.quiet
     )
     backbone = find_trained_backbone(run, config.model, label_names, task.problem_type)
-    examples = tokenise(split, backbone.tokenizer, config.data.max_length, options.quiet)
+    examples = tokenize(split, backbone.tokenizer, config.data.max_length, options.quiet)
     padding = Padding(**summary.get("padding", {}))
     logits, is_main_process = _score(options, config, backbone, examples, padding, len(label_names))
     assert len(ids) == len(split) == len(logits), "a row was lost"

@@ -16,7 +16,7 @@ from trainer.batching.plan import Plan
 from trainer.config.labels import describe_look_alikes, match_labels
 from trainer.config.schema import Config
 from trainer.data.corpus import Corpus, load_corpus
-from trainer.data.tokens import tokenise
+from trainer.data.tokens import tokenize
 from trainer.distributed.session import StopRequest
 from trainer.distributed.watch import Watch
 from trainer.errors import UserError
@@ -62,7 +62,7 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     if start is not None:
         check_same_backbone(start.backbone, backbone.identity, start.folder)
     examples = {
-        name: tokenise(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
+        name: tokenize(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
         for name, split in corpus.splits.items()
     }
     fingerprints = {

@@ -12,7 +12,7 @@ import pytest
 from tests.harness.data import WORDS
 from trainer.data.corpus import TextSplit
 from trainer.data.rows import digests
-from trainer.data.tokens import Examples, tokenise
+from trainer.data.tokens import Examples, tokenize
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +57,16 @@ def test_a_text_without_tokens_has_one(bert_tokenizer):
     settings = json.loads(bare.backend_tokenizer.to_str()) | {"post_processor": None}
     bare._tokenizer = Tokenizer.from_str(json.dumps(settings))
     for pairs in (None, ["", "", "goal"]):
-        examples = tokenise(split_of(["", "goal", ""], pairs), bare, 16, quiet=True)
+        examples = tokenize(split_of(["", "goal", ""], pairs), bare, 16, quiet=True)
         assert examples.lengths.tolist() == [1, 1, 1] and len(examples.tokens) == 3
         assert example(examples, 0) == [bare.unk_token_id]
         assert pairs is None or len(examples.token_types) == 3
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 10001])
-def test_tokenise_equals_the_tokenizer(tiny_tokenizer, count):
+def test_tokenize_equals_the_tokenizer(tiny_tokenizer, count):
     texts = words(count)
-    examples = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
+    examples = tokenize(split_of(texts), tiny_tokenizer, 16, quiet=True)
     direct = tiny_tokenizer(texts, truncation=True, max_length=16)["input_ids"]
     assert len(examples) == count and examples.token_types is None
     assert examples.lengths.tolist() == [len(ids) for ids in direct]
@@ -76,20 +76,20 @@ def test_tokenise_equals_the_tokenizer(tiny_tokenizer, count):
     assert (examples.tokens.dtype, examples.offsets.dtype, examples.lengths.dtype) == (np.int32, np.int64, np.int64)
 
 
-def test_tokenise_pairs_with_types(bert_tokenizer):
+def test_tokenize_pairs_with_types(bert_tokenizer):
     left, right = words(1203, seed=1), words(1203, seed=2)
-    examples = tokenise(split_of(left, right), bert_tokenizer, 20, quiet=True)
+    examples = tokenize(split_of(left, right), bert_tokenizer, 20, quiet=True)
     direct = bert_tokenizer(left, right, truncation=True, max_length=20)
     assert examples.tokens.tolist() == [token for ids in direct["input_ids"] for token in ids]
     assert examples.token_types.tolist() == [kind for kinds in direct["token_type_ids"] for kind in kinds]
     assert examples.token_types.dtype == np.int8
     assert examples.lengths.max() == 20 and example(examples, 7) == direct["input_ids"][7]
-    assert tokenise(split_of(left), bert_tokenizer, 20, quiet=True).token_types is None
+    assert tokenize(split_of(left), bert_tokenizer, 20, quiet=True).token_types is None
 
 
-def test_tokenise_unlabelled(tiny_tokenizer):
+def test_tokenize_unlabelled(tiny_tokenizer):
     split = dataclasses.replace(split_of(["goal", "win"]), labels=None)
-    assert tokenise(split, tiny_tokenizer, 16, quiet=True).labels.tolist() == [0, 0]
+    assert tokenize(split, tiny_tokenizer, 16, quiet=True).labels.tolist() == [0, 0]
 
 
 def kept_arrays(cache):
@@ -98,12 +98,12 @@ def kept_arrays(cache):
 
 def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
     split = split_of(words(50))
-    first = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    first = tokenize(split, tiny_tokenizer, 16, quiet=True)
     (folder,) = kept_arrays(cache)
-    monkeypatch.setattr("trainer.data.tokens._encode", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("trainer.data.tokens._encode", lambda *_: pytest.fail("tokenized again"))
     # truncation and padding of earlier calls are no part of the tokenizer
     tiny_tokenizer(["goal"], truncation=True, max_length=3, padding="max_length")
-    second = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    second = tokenize(split, tiny_tokenizer, 16, quiet=True)
     assert kept_arrays(cache) == [folder]
     assert second.fingerprint() == first.fingerprint()
 
@@ -113,7 +113,7 @@ def test_cache_is_used_the_second_time(tiny_tokenizer, cache, monkeypatch):
 )
 def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, change):
     texts = [*words(50), "goal <mask>"]
-    before = tokenise(split_of(texts), tiny_tokenizer, 16, quiet=True)
+    before = tokenize(split_of(texts), tiny_tokenizer, 16, quiet=True)
     tokenizer, pairs, length = tiny_tokenizer, None, 16
     if change == "text":
         texts = [*texts[:-1], "goal"]
@@ -133,7 +133,7 @@ def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, c
         pairs = [""] * 51
     if change == "tokenizer":
         tokenizer = bert_tokenizer
-    after = tokenise(split_of(texts, pairs), tokenizer, length, quiet=True)
+    after = tokenize(split_of(texts, pairs), tokenizer, length, quiet=True)
     assert len(kept_arrays(cache)) == 2
     direct = tokenizer(texts, pairs, truncation=True, max_length=length)["input_ids"]
     assert after.tokens.tolist() == [token for ids in direct for token in ids]
@@ -144,7 +144,7 @@ def test_cache_is_missed_after_a_change(tiny_tokenizer, bert_tokenizer, cache, c
 @pytest.mark.parametrize("damage", ["one bit", "cut", "cut late", "empty", "foreign", "longer", "absent"])
 def test_damaged_array_is_made_again(bert_tokenizer, cache, name, damage):
     split = split_of(words(2500), words(2500, seed=1))
-    before = tokenise(split, bert_tokenizer, 16, quiet=True).fingerprint()
+    before = tokenize(split, bert_tokenizer, 16, quiet=True).fingerprint()
     (folder,) = kept_arrays(cache)
     content = (folder / name).read_bytes()
     if damage == "absent":
@@ -159,7 +159,7 @@ def test_damaged_array_is_made_again(bert_tokenizer, cache, name, damage):
             "foreign": b"x" * 5000,
         }
         (folder / name).write_bytes(cut.get(damage, content + content))
-    again = tokenise(split, bert_tokenizer, 16, quiet=True)
+    again = tokenize(split, bert_tokenizer, 16, quiet=True)
     assert again.fingerprint() == before
     assert (folder / name).read_bytes() == content
     assert kept_arrays(cache) == [folder]
@@ -167,30 +167,30 @@ def test_damaged_array_is_made_again(bert_tokenizer, cache, name, damage):
 
 def test_arrays_of_other_texts_are_made_again(tiny_tokenizer, cache):
     split = split_of(words(2500))
-    before = tokenise(split, tiny_tokenizer, 16, quiet=True).fingerprint()
+    before = tokenize(split, tiny_tokenizer, 16, quiet=True).fingerprint()
     (folder,) = kept_arrays(cache)
-    tokenise(split_of(words(30)), tiny_tokenizer, 16, quiet=True)
+    tokenize(split_of(words(30)), tiny_tokenizer, 16, quiet=True)
     (other,) = set(kept_arrays(cache)) - {folder}
     shutil.rmtree(folder)
     other.rename(folder)
-    assert tokenise(split, tiny_tokenizer, 16, quiet=True).fingerprint() == before
+    assert tokenize(split, tiny_tokenizer, 16, quiet=True).fingerprint() == before
 
 
 def test_what_a_killed_process_left_is_removed(tiny_tokenizer, cache):
     split = split_of(words(50))
-    tokenise(split, tiny_tokenizer, 16, quiet=True)
+    tokenize(split, tiny_tokenizer, 16, quiet=True)
     (folder,) = kept_arrays(cache)
     folder.rename(folder.with_suffix(".part"))
     (folder.with_suffix(".part") / "tokens").write_bytes(b"half")
-    examples = tokenise(split, tiny_tokenizer, 16, quiet=True)
+    examples = tokenize(split, tiny_tokenizer, 16, quiet=True)
     assert kept_arrays(cache) == [folder] and len(examples) == 50
 
 
 def test_a_full_disk_leaves_nothing_in_the_cache_and_stops_nothing(tiny_tokenizer, cache, monkeypatch, capsys):
-    expected = tokenise(split_of(words(50)), tiny_tokenizer, 16, quiet=True).fingerprint()
+    expected = tokenize(split_of(words(50)), tiny_tokenizer, 16, quiet=True).fingerprint()
     shutil.rmtree(cache)
     monkeypatch.setattr("trainer.data.cache.publish", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
-    assert tokenise(split_of(words(50)), tiny_tokenizer, 16).fingerprint() == expected
+    assert tokenize(split_of(words(50)), tiny_tokenizer, 16).fingerprint() == expected
     assert kept_arrays(cache) == []
     assert f"note: going on without the cache {cache} (HF_DATASETS_CACHE): disk full\n" in capsys.readouterr().err
 
@@ -200,16 +200,16 @@ def test_any_number_of_workers_gives_the_same_in_the_same_order(tiny_tokenizer, 
     prints = set()
     for workers in (1, 2, 5):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / str(workers))
-        prints.add(tokenise(split_of(words(count)), tiny_tokenizer, 16, quiet=True, workers=workers).fingerprint())
+        prints.add(tokenize(split_of(words(count)), tiny_tokenizer, 16, quiet=True, workers=workers).fingerprint())
     assert len(prints) == 1
 
 
 def test_kept_arrays_are_mapped_and_equal_those_in_memory(bert_tokenizer, cache, monkeypatch):
     split = split_of(words(1203, seed=1), words(1203, seed=2))
     monkeypatch.setattr("trainer.data.tokens.load_or_create", lambda *_: None)
-    loaded = tokenise(split, bert_tokenizer, 20, quiet=True)
+    loaded = tokenize(split, bert_tokenizer, 20, quiet=True)
     monkeypatch.undo()
-    mapped = tokenise(split, bert_tokenizer, 20, quiet=True)
+    mapped = tokenize(split, bert_tokenizer, 20, quiet=True)
     assert isinstance(mapped.tokens.base.obj, mmap.mmap) and loaded.tokens.base is None
     assert mapped.fingerprint() == loaded.fingerprint()
     assert [array.dtype for array in (mapped.tokens, mapped.token_types)] == [np.int32, np.int8]
@@ -231,14 +231,14 @@ AWKWARD = [
 @pytest.mark.parametrize("pairs", [None, ["", "y", "\0", "", "goal " * 3000, "", "\U0001f600", "", "x"]])
 def test_awkward_texts_equal_the_tokenizers_own_call(bert_tokenizer, tiny_tokenizer, cache, pairs):
     for tokenizer in (bert_tokenizer, tiny_tokenizer):
-        examples = tokenise(split_of(AWKWARD, pairs), tokenizer, 20, quiet=True)
+        examples = tokenize(split_of(AWKWARD, pairs), tokenizer, 20, quiet=True)
         direct = tokenizer(AWKWARD, pairs, truncation=True, max_length=20)["input_ids"]
         assert [example(examples, i) for i in range(len(AWKWARD))] == direct
 
 
 def test_fingerprint_is_that_of_the_whole_arrays(tiny_tokenizer, cache, monkeypatch):
     monkeypatch.setattr("trainer.data.tokens.HASHED_NUMBERS", 7)
-    examples = tokenise(split_of(words(100)), tiny_tokenizer, 16, quiet=True)
+    examples = tokenize(split_of(words(100)), tiny_tokenizer, 16, quiet=True)
     arrays = (examples.tokens, examples.offsets, examples.labels)
     assert examples.fingerprint() == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
@@ -246,7 +246,7 @@ def test_fingerprint_is_that_of_the_whole_arrays(tiny_tokenizer, cache, monkeypa
 def test_cache_that_cannot_be_written(tiny_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "below")
-    examples = tokenise(split_of(["goal", "win"]), tiny_tokenizer, 16, quiet=True)
+    examples = tokenize(split_of(["goal", "win"]), tiny_tokenizer, 16, quiet=True)
     assert examples.lengths.tolist() == [3, 3]
 
 
