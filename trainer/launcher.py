@@ -358,7 +358,7 @@ def check_nodes(nodes: Mapping[str, Choice]) -> int:
 def choose_topology(
     wanted: str | None, nodes: Choice, num_tasks: int, processes: Choice | None, num_gpus: int
 ) -> Choice:
-    """The topology that is asked for, if the launcher around allows it; else by srun, the nodes and the GPUs."""
+    """Chooses the given topology, if the surrounding launcher allows it, or one that fits srun, nodes and GPUs."""
     several = "srun has several tasks" if num_tasks else "" if nodes.value in ("", "1") else str(nodes)
     if wanted is not None:
         if wanted not in TOPOLOGIES:

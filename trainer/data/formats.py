@@ -2,7 +2,7 @@
 
 Always holds: each record of the file is one row, in order, and its text is unchanged ("NA" and "null" too). What cannot
 be read exactly is refused. In a message a "line" is a line of the file, and a "row" is a row of data. Both count from
-1, and a header is no row. Nothing pickled is opened. Only a chunk is in memory, except of a .json file.
+1, and rows do not count the header. Nothing pickled is opened. Only a chunk is in memory, except of a .json file.
 """
 
 from __future__ import annotations

@@ -285,7 +285,7 @@ def _join_texts(columns: list[list[Any]]) -> list[str]:
 
 
 def _checked_values(values: list[Any], column: str, reading: Reading) -> list[Any]:
-    """Returns the values of a column, and notes the first that is no text."""
+    """Returns the values of a column, and notes the first that is not text."""
     for row, value in enumerate(values if column not in reading.not_text else (), start=reading.num_rows):
         if isinstance(value, str):
             if value.isascii() or not re.search("[\ud800-\udfff]", value):

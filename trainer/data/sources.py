@@ -138,7 +138,7 @@ def files_of(path: str, name: str = "input") -> list[str]:
     """Lists the files that a path, a glob or a folder of part files names, in the order of their names.
 
     Raises:
-        ValueError: a folder that is no single table, or a file that is named twice.
+        ValueError: a folder that is not a single table, or a file that is named twice.
     """
     if os.path.isdir(path):  # Path.is_dir raises if a name is too long
         return _files_in(Path(path), name)
