@@ -102,40 +102,33 @@ def _open_store(rank: int, world_size: int) -> TCPStore:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    reason = ""
 
-    def can_connect() -> bool:
-        nonlocal reason
+    def find_missing() -> str:
         try:
             socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_SECONDS).close()
         except OSError as error:
-            reason = error.strerror or str(error)
-            return False
-        return True
+            return f"rank 0 ({error.strerror or error})"
+        return ""
 
-    def describe() -> str:
-        return f"rank {rank} is waiting for rank 0 ({reason})"
-
-    if not is_server and not _wait_until(can_connect, describe, RENDEZVOUS_TIMEOUT_SECONDS):
-        raise _failure(f"rank {rank} cannot connect to rank 0: {reason}")
+    if not is_server and (missing := _wait_for(find_missing, RENDEZVOUS_TIMEOUT_SECONDS)):
+        raise _failure(f"no connection to {missing}")
     timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_SECONDS)
     return TCPStore(address, port, world_size, is_server, timeout, wait_for_workers=False, multi_tenant=is_server)
 
 
-def _wait_until(is_ready: Callable[[], bool], describe: Callable[[], str], seconds: float) -> bool:
-    """Polls until `is_ready`; returns False after `seconds`. Reports what it waits for from time to time."""
-    start = time.monotonic()
-    report_at = STATUS_INTERVAL_SECONDS
-    while not is_ready():
+def _wait_for(find_missing: Callable[[], str], seconds: float) -> str:
+    """Polls until nothing is missing, and reports from time to time. Returns what is missing after `seconds`."""
+    start, report_at = time.monotonic(), STATUS_INTERVAL_SECONDS
+    while missing := find_missing():
         elapsed = time.monotonic() - start
         if elapsed > seconds:
-            return False
+            break
         if elapsed > report_at and is_first_on_machine():
             left = f"({seconds - elapsed:.0f} s left)"
-            print(f"{describe()} at MASTER_ADDR:MASTER_PORT {_endpoint()} {left}", file=sys.stderr, flush=True)
+            print(f"waiting for {missing} at MASTER_ADDR:MASTER_PORT {_endpoint()} {left}", file=sys.stderr, flush=True)
             report_at += STATUS_INTERVAL_SECONDS
         time.sleep(0.05)
-    return True
+    return missing
 
 
 def _exchange(store: Any, topic: str, rank: int, world_size: int, own: Any) -> list[Any]:
@@ -159,16 +152,12 @@ def _wait_for_keys(store: Any, keys: list[str], seconds: float) -> bool:
     """Waits for all keys; returns False after `seconds`. Unlike `store.wait`, it reacts to signals."""
     pending = list(keys)
 
-    def is_ready() -> bool:
+    def find_missing() -> str:
         while pending and store.check([pending[0]]):
             pending.pop(0)
-        return not pending
+        return f"rank {keys.index(pending[0])} of {len(keys)} processes" if pending else ""
 
-    def describe() -> str:
-        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        return f"waiting for rank {', '.join(missing[:8])} of {len(keys)} processes"
-
-    return _wait_until(is_ready, describe, seconds)
+    return not _wait_for(find_missing, seconds)
 
 
 def _find_own_address(store: Any, rank: int, world_size: int) -> str:

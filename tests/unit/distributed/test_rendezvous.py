@@ -92,9 +92,7 @@ def test_a_failed_rendezvous_names_its_address(ranks, taken):
     if taken:
         assert said[-1].endswith("set another MASTER_PORT for all processes")
     else:
-        assert re.match(
-            f"rank 1 is waiting for rank 0 \\(Connection refused\\) at MASTER_ADDR:MASTER_PORT {place}", said[0]
-        )
+        assert re.match(f"waiting for rank 0 \\(Connection refused\\) at MASTER_ADDR:MASTER_PORT {place}", said[0])
 
 
 def test_a_rank_that_dies_during_the_rendezvous_is_named(ranks):
