@@ -1,7 +1,7 @@
 """How a label is spelled, and when two spellings mean one label.
 
-Always holds: two labels that differ in their spelling are two classes. Another spelling of a number or a truth value
-finds its class only where no class is spelled so itself. Imports nothing of the package.
+Always holds: labels with different spellings are different classes. Another spelling of a number or truth value finds
+its class only if no class has that spelling. Imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-SHOWN = 12  # how many labels a message names
+MAX_SHOWN_LABELS = 12  # in a message
 INVISIBLE = "case, spaces, invisible characters or Unicode form"
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 60
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?")
-# invisible characters that Unicode does not call format characters: fillers, selectors of another glyph
+# invisible characters that Unicode does not count as format characters: fillers and variation selectors
 _FILLERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f]")
 
 
 def label_text(value: Any) -> str | None:
-    """A label as text; None where missing.
+    """A label as text; None if it is missing.
 
-    Whole numbers are alike from csv ("1", "1.0"), json (1) and parquet (1.0). The truth values of json and parquet are
-    spelled "true" and "false". Other text stays as it is.
+    A whole number has one spelling, from csv ("1", "1.0"), json (1) and parquet (1.0). The truth values of json and
+    parquet become "true" and "false". Other text stays as it is.
     """
     if value is None or value != value:
         return None
@@ -46,9 +46,9 @@ def is_number(text: str) -> bool:
 
 
 def match_labels(words: Iterable[Any], labels: Iterable[str]) -> dict[Any, str]:
-    """{word: the label that it means}, without the words that mean none.
+    """{word: the label that it means}, without words that mean none.
 
-    A word means the label of its own spelling; else the only label that is the same number or truth value.
+    A word means the label with its spelling, or else the only label that is the same number or truth value.
 
     Example: words ["1.0", "False", "x"], labels ["1", "false"] -> {"1.0": "1", "False": "false"}
     """
@@ -66,7 +66,7 @@ def match_labels(words: Iterable[Any], labels: Iterable[str]) -> dict[Any, str]:
 
 
 def _value_of(text: str) -> str:
-    """The same for two spellings of one truth value or number: False and false, 1e3 and 1000; not 007 and 7."""
+    """One text for all spellings of a truth value or number: False and false, 1e3 and 1000; but not 007 and 7."""
     if text.lower() in {"true", "false"}:
         return text.lower()
     if len(text) <= 15 and _NUMBER.fullmatch(text):  # a float holds 15 digits
@@ -84,25 +84,20 @@ def look_alikes(labels: Iterable[str]) -> list[list[str]]:
 
 
 def describe_look_alikes(word: str, labels: Iterable[str]) -> str:
-    """An addition to the message that a word is none of the labels, where it looks like one of them."""
+    """The end of a message about an unknown label: the labels that look like it; "" if there are none."""
     alike = [group for group in look_alikes([word, *labels]) if word in group]
     return f"; {quoted(alike[0])} differ only in {INVISIBLE}" if alike else ""
 
 
-def short(label: str) -> str:
-    """A label in quotes for a message, without its middle where it is long."""
-    return _SHORT.repr(label)
-
-
 def quoted(labels: Sequence[str]) -> str:
-    """Some labels for a message, with escapes where two of them would look the same."""
-    shown = labels[:SHOWN]
-    same = len({_visible(label) for label in shown}) < len(shown)
-    more = f", ... ({len(labels)})" if len(labels) > SHOWN else ""
-    return ", ".join(label if is_number(label) else ascii(label) if same else short(label) for label in shown) + more
+    """The first labels, for a message. They are escaped if two look the same; long ones lose their middle."""
+    shown = labels[:MAX_SHOWN_LABELS]
+    quote = ascii if len(set(map(_visible, shown))) < len(shown) else _SHORT.repr
+    more = f", ... ({len(labels)})" if len(labels) > MAX_SHOWN_LABELS else ""
+    return ", ".join(label if is_number(label) else quote(label) for label in shown) + more
 
 
 def _visible(text: str) -> str:
-    """A text without what cannot be seen, in one Unicode form."""
+    """A text without its invisible characters, in one Unicode form."""
     plain = unicodedata.normalize("NFKC", _FILLERS.sub("", text))
     return "".join(character for character in plain if unicodedata.category(character) not in {"Cc", "Cf"})

@@ -6,6 +6,7 @@ backbone's original weights, so the numbers equal those of plain PEFT.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -38,13 +39,7 @@ HEADERS = {"full": ("id", "prediction"), "contest": ("ID", "Label")}
 def predict_file(options: Options, config: Config, label_names: list[str]) -> None:
     """Scores the input, writes the output and, if the input has labels, prints its metrics.
 
-    Args:
-        options: checked by predict.py.
-        config: of the run.
-        label_names: of the run, [C].
-
-    Raises:
-        UserError: the input cannot be read or holds unknown labels, or the backbone is not that of the run.
+    `config` and `label_names` are those of the run.
     """
     silence_libraries()
     run, task, source = Path(options.run), TASKS[config.task.type], source_of(options)
@@ -96,17 +91,9 @@ def _score(
 
 def source_of(options: Options) -> Source:
     """How to read the input; null fields are the run's."""
-    return Source(
-        path=options.input,
-        column_names=options.column_names,
-        delimiter=options.delimiter,
-        encoding=options.encoding,
-        quoting=options.quoting,
-        text_columns=options.text_columns,
-        text_pair_columns=options.text_pair_columns,
-        label_column=options.label_column,
-        label_names=parse_label_names(options.label_names) if options.label_names is not None else None,
-    )
+    names = parse_label_names(options.label_names) if options.label_names is not None else None
+    same: dict[str, Any] = {item.name: getattr(options, item.name, None) for item in dataclasses.fields(Source)}
+    return Source(**{**same, "path": options.input, "label_names": names})
 
 
 def check_label_names(source: Source, label_names: list[str]) -> None:
@@ -154,14 +141,7 @@ def choose_labels(
 
 
 def render_predictions(options: Options, ids: list[str], columns: dict[str, list[Any]], labels: dict[str, Any]) -> str:
-    """The text of the output.
-
-    Args:
-        options: layout and type of the output.
-        ids: [N].
-        columns: the task's, of N values each.
-        labels: {class name: what a contest's file holds for it}.
-    """
+    """The text of the output; `labels` is {class name: what a contest's file holds for it}."""
     table: dict[str, list[Any]] = {"id": ids, **columns}
     in_json = options.output.lower().endswith(".jsonl")
     if options.layout == "contest":
