@@ -8,6 +8,7 @@ import ast
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,12 @@ def test_the_map_names_every_package():
     text = Path(ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     packages = sorted(path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py"))
     assert [package for package in packages if f"`{package}/`" not in text] == []
+
+
+def test_the_layers_are_those_that_are_checked():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert "```\n" + "\n".join(contracts[0]["layers"]) + "\n```" in text
 
 
 def test_the_architecture_names_what_exists():
