@@ -104,7 +104,7 @@ def test_a_task(train, tmp_path, monkeypatch):
     losses = list(records(run, "train/loss").values())
     assert losses[-1] < losses[0], "the loss of the task is what the optimizer lowers"
     assert json.loads((run / "adapter" / "backbone" / "config.json").read_text())["problem_type"] == "regression"
-    assert "mean_error" in (run / "report.html").read_text()
+    assert "<h3>test mean_error</h3>" in (run / "report.html").read_text()
     assert TaskConfig().type == "single_label"
 
 
@@ -120,6 +120,14 @@ def test_a_metric(train, monkeypatch, higher_is_better):
     assert len(set(found.values())) == len(found) == 4
     best = (max if higher_is_better else min)(found, key=found.get)
     assert json.loads((run / "summary.json").read_text())["best_step"] == best
+
+
+def test_a_task_without_classes_has_no_metric_of_a_class(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "amount", AMOUNT)
+    write_csv(tmp_path / "data" / "train.csv", [("a", 1), ("b", 2), ("c", 3)], ("text", "stars"))
+    data = ["--data.label_column", "stars", "--data.validation_fraction", 0, "--data.test", "null"]
+    with pytest.raises(UserError, match=r"evaluation\.metric: 'f1/stars' is unknown; known: mean_error$"):
+        train(*data, "--evaluation.metric", "f1/stars", task={"type": "amount"})
 
 
 def test_an_unknown_metric_is_refused(train):

@@ -218,8 +218,8 @@ class EvaluationConfig:
     every_steps: int | None = field(default=None, metadata=at_least(1))
     """steps between evaluations; null = at the end of each epoch"""
     metric: str = "accuracy"
-    """what selects the best adapter: accuracy, f1_macro, f1_weighted, precision_macro, recall_macro, mcc,
-    loss or f1/CLASS"""
+    """what selects the best adapter: a metric of the task, such as accuracy, f1_macro, mcc, loss or f1/CLASS
+    (an unknown name lists all)"""
     patience: int | None = field(default=None, metadata=at_least(1))
     """evaluations without improvement after which training stops; null = never"""
 

@@ -177,7 +177,8 @@ def evaluate(
     if task.confusion is not None:
         counts = task.confusion(logits, targets)
         log.log_confusion_matrix("validation/confusion_matrix", counts, label_names, state.step)
-    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in task.headline)
+    values = {**{name: metrics[name] for name in task.headline}, metric: value}
+    shown = "  ".join(f"{name} {number:.4f}" for name, number in values.items())
     log.print_line(f"step {state.step:>6}  epoch {epoch:5.2f}  validation: {shown}{'  best' if better else ''}")
     state = dataclasses.replace(state, evaluated_step=state.step)
     if better:

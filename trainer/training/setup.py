@@ -159,10 +159,10 @@ def _use_deterministic_kernels() -> None:
 def check_names(config: Config, corpus: Corpus) -> None:
     """Refuses unknown metrics and classes, and class weights that nothing can be trained with."""
     task, metric, names = TASKS[config.task.type], config.evaluation.metric, corpus.label_names
-    if metric not in task.metrics and not (metric.startswith("f1/") and match_labels([metric[3:]], names)):
-        allowed = [*task.metrics, *(f"f1/{name}" for name in names)]
+    targets = corpus.splits["train"].targets
+    classes = task.count_labels(targets, names)
+    if metric not in task.metrics and not (metric.startswith("f1/") and match_labels([metric[3:]], classes)):
+        allowed = [*task.metrics, *(f"f1/{name}" for name in classes)]
         hint = describe_look_alikes(metric, allowed)
         raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}{hint}")
-    targets = corpus.splits["train"].labels
-    assert targets is not None
     task.example_weights(config.optim.class_weights, targets, names)
