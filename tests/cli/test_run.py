@@ -153,15 +153,17 @@ def test_accelerate_launch(options, tmp_path):
 # --- what decides about the outcome -----------------------------------------------------------------------------------
 
 
-def test_the_best_adapter_is_that_of_the_best_evaluation(uninterrupted):
-    folder, _ = uninterrupted
-    losses = {line["step"]: line["validation/loss"] for line in records(folder) if "validation/loss" in line}
-    summary = summary_of(folder)
-    assert len(losses) == 3
-    assert summary["best_step"] == min(losses, key=losses.get)
+def test_the_best_adapter_is_that_of_the_best_evaluation(options, tmp_path):
+    folder, _ = trained(options, tmp_path, evaluation__metric="accuracy")
+    summary, lines = summary_of(folder), records(folder)
+    accuracies, losses = (
+        {line["step"]: line[tag] for line in lines if tag in line} for tag in ("validation/accuracy", "validation/loss")
+    )
+    assert len(accuracies) == 3
+    assert summary["best_step"] == max(accuracies, key=accuracies.get)
     assert summary["best_step"] != summary["steps"], "this test needs a run whose last evaluation is not its best"
     # scored again at the end, from the adapter that was kept
-    assert summary["validation"]["loss"] == pytest.approx(min(losses.values()), abs=1e-6)
+    assert summary["validation"]["loss"] == pytest.approx(losses[summary["best_step"]], abs=1e-6)
     adapter = tensors(folder / "adapter" / "adapter_model.safetensors")
     best = tensors(checkpoints(folder)[-1] / "best_adapter.safetensors")
     last = tensors(checkpoints(folder)[-1] / "adapter_model.safetensors")
