@@ -306,7 +306,7 @@ def test_predict_unknown_labels(predict, tmp_path):
     path = write_csv(tmp_path / "x.csv", [("goal", "Sports"), ("goal", "Football")])
     assert predict("--input", path) == (
         f"--input: {path}: 1 of 2 labels are unknown, first 'Football' in row 2; known: 'Business', 'Sci/Tech', "
-        "'Sports', 'World'; --ignore_labels true reads none"
+        "'Sports', 'World'; --ignore_labels true ignores labels"
     )
     path = write_csv(tmp_path / "x.csv", [("goal", i + 1) for i in range(4)])
     assert predict("--input", path).endswith(

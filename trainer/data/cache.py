@@ -58,7 +58,7 @@ def load_or_create(name: str, create: Callable[[Path], dict[str, Any]], quiet: b
         with lock_cache_entry(folder / name, quiet) as unfinished:
             return _load(folder / name) or _create(folder / name, unfinished, create)
     except OSError as error:
-        print_once(f"note: going on without the cache {folder} (HF_DATASETS_CACHE): {error.strerror or error}", quiet)
+        print_once(f"note: continuing without the cache {folder} (HF_DATASETS_CACHE): {error.strerror or error}", quiet)
         return None
 
 

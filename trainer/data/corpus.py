@@ -313,7 +313,7 @@ def _check_ids(table: Table, ids: list[str], where: str, warnings: list[str]) ->
     whole = [text.partition(".")[0] for text in ids] if are_floats else ids
     first_rows: dict[str, int] = {}
     repeated = []
-    fix = "--id_column '' takes the row's number"
+    fix = "--id_column '' uses row numbers"
     for row, text in enumerate(whole):
         if text.strip().lower() in MISSING_IDS:
             raise UserError(f"{where}: {table.describe_row(row)} has no id ({text!r}); {fix}")

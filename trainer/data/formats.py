@@ -55,7 +55,7 @@ UNREADABLE = (
 _UNNAMED = re.compile(r"\s*|Unnamed: \d+")  # pandas writes the second for a column without a name
 # files that are not text, by their first bytes
 _SIGNATURES = {
-    b"\x1f\x8b": "is packed by gzip; add .gz to its name",
+    b"\x1f\x8b": "is compressed with gzip; add .gz to its name",
     b"PK\x03\x04": "is a zip archive or a spreadsheet; name it .zip or .xlsx",
     b"PAR1": "is a parquet file; name it .parquet",
     b"ARROW1": "is an Arrow file; name it .arrow",
@@ -96,7 +96,7 @@ def kind_of(path: str) -> str:
             name = _only_member(archive).filename
     kind = Path(name).suffix.lower()
     if kind not in TEXT_TYPES:
-        raise ValueError(f"packed files are read where they hold {', '.join(TEXT_TYPES)}, not {kind or name!r}")
+        raise ValueError(f"a compressed file must hold one of {', '.join(TEXT_TYPES)}, not {kind or name!r}")
     return kind
 
 
@@ -222,7 +222,7 @@ def _describe_undecodable(path: str, encoding: str, prefix: str) -> str:
         for number, line in enumerate(file, start=1):
             if "\ud800" in line:
                 place = f"0x{bad[0]}, character {line.index(chr(0xD800)) + 1}"
-                fix = f"name the file's encoding, as {prefix}encoding cp1252, or save it as UTF-8"
+                fix = f"set the file's encoding, as {prefix}encoding cp1252, or save it as UTF-8"
                 return f"line {number} has a byte that is not {encoding.upper()} ({place}); {fix}"
     return f"is not {encoding.upper()}"
 
@@ -246,7 +246,7 @@ class _Unpacked(io.RawIOBase):
 
 def _check_growth(packed_bytes: int, unpacked_bytes: int) -> None:
     if unpacked_bytes > max(MAX_UNPACKED_BYTES, MAX_GROWTH * packed_bytes):
-        raise ValueError(f"unpacks to more than {MAX_GROWTH} times its size; unpack it yourself if that is right")
+        raise ValueError(f"unpacks to more than {MAX_GROWTH} times its size; unpack it yourself if you trust it")
 
 
 @contextlib.contextmanager
@@ -267,7 +267,7 @@ def _only_member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
     if len(members) != 1:
         names = ", ".join(member.filename for member in members[:3]) + (", ..." if len(members) > 3 else "")
-        raise ValueError(f"holds {len(members)} files ({names}); unpack it and name the one that is meant")
+        raise ValueError(f"holds {len(members)} files ({names}); unpack it and give the path of one file")
     if members[0].flag_bits & 1:
         raise ValueError("is encrypted; unpack it")
     return members[0]
@@ -311,7 +311,7 @@ def _csv_records(lines: Iterator[str], delimiter: str, request: Request) -> Iter
                 if line.find("\r", 0, -2) >= 0 and "\r" in line.rstrip("\r\n"):
                     raise ValueError(
                         f"line {number} has a carriage return (\\r) inside, which would split a row in other programs; "
-                        f"remove it, or, where it lies in quotes, {prefix}quoting multi_line"
+                        f"remove it, or, inside quotes, allow it with {prefix}quoting multi_line"
                     )
             yield line
 
@@ -328,7 +328,7 @@ def _csv_records(lines: Iterator[str], delimiter: str, request: Request) -> Iter
         if reason.startswith("new-line"):
             raise ValueError(f"line {reader.line_num} has a carriage return (\\r) outside quotes") from None
         if "expected after" in reason:
-            reason = "text follows a quote that closes; a quote inside quotes is doubled"
+            reason = "text follows a quote that closes; write a quote inside quotes twice"
         raise ValueError(f"line {start}: {reason}; {no_quotes}") from None
 
 
@@ -456,7 +456,7 @@ def _read_json(path: str, request: Request) -> Iterator[Chunk]:
             if isinstance(value, dict) and set(value) & set(request.wanted):
                 value = [value]  # a file of one line
             if not isinstance(value, list):
-                raise ValueError("must hold objects: a list of them, or one a line")
+                raise ValueError("must hold a list of objects, or one object on each line")
             records = (_checked_object(item, f"row {row}") for row, item in enumerate(value, start=1))
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":

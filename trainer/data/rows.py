@@ -292,7 +292,7 @@ def _checked_values(values: list[Any], column: str, reading: Reading) -> list[An
                 continue
             kind = "half a character (a lone surrogate such as \\ud83d)"
         elif isinstance(value, list | dict | bytes):
-            kind = f"a {type(value).__name__}, no text"
+            kind = f"a {type(value).__name__}, not text"
         else:
             continue
         reading.not_text[column] = row, f"column {column!r} holds {kind}"
@@ -311,7 +311,7 @@ def _refuse_incomplete(reading: Reading, labels_required: bool) -> None:
     if columns and missing:
         group = "--" if reading.origin.name == "input" else "data."
         setting = {"label": "label_column", "id": "id_column"}.get(missing[0][0]) if len(missing) == 1 else None
-        hint = "" if source.column_names else f"; for a file without a header name its columns in {group}column_names"
+        hint = "" if source.column_names else f"; if the file has no header, name its columns in {group}column_names"
         alike = "".join(describe_look_alikes(column, columns) for _, column in missing)
         raise UserError(
             f"{option}: {source.path} has no column {', '.join(repr(column) for _, column in missing)}; it has "
@@ -324,9 +324,9 @@ def _refuse_incomplete(reading: Reading, labels_required: bool) -> None:
 def _problem(reading: Reading) -> str | None:
     """Describes the first problem that stops a run."""
     origin = reading.origin
-    fixes = dict.fromkeys(TEXT_ROLES, f"; {option_prefix(origin.name)}empty_text skip leaves them out")
+    fixes = dict.fromkeys(TEXT_ROLES, f"; {option_prefix(origin.name)}empty_text skip skips them")
     if origin.name == "input":
-        fixes |= {"label": "; --ignore_labels true reads none", "id": "; --id_column '' takes the row's number"}
+        fixes |= {"label": "; --ignore_labels true ignores labels", "id": "; --id_column '' uses row numbers"}
     for role, columns in reading.roles.items():
         for row, reason in (reading.not_text[column] for column in columns if column in reading.not_text):
             return f"{origin.option}: {origin.source.path}: {_describe_rows(reading, [row])}: {reason}"

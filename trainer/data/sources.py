@@ -205,7 +205,7 @@ def _describe_no_files(path: str) -> str:
         return f"no file {path!r}"
     hub = "owner/name"
     if _HUB_ID.fullmatch(path) and _FILE_NAME.fullmatch(path):
-        hub += f", and with its split where the name ends like a file: {path}:train"
+        hub += f", with its split if the name ends like a file: {path}:train"
     return f"no file {path!r}; a hub data set is written {hub}"
 
 
@@ -213,7 +213,7 @@ def _why_unsupported(file: str) -> str | None:
     if Path(file).suffix.lower() in PICKLED:
         return "is a pickled file, which can run code when read; refused. Save it as csv"
     if kind_of(file) not in formats.FILE_TYPES:
-        return f"is of no known type ({', '.join((*formats.FILE_TYPES, *formats.PACKED))})"
+        return f"has an unsupported type (supported: {', '.join((*formats.FILE_TYPES, *formats.PACKED))})"
     if not Path(file).is_file():
         return "is not a file"
     with open(file, "rb") as content:
@@ -232,7 +232,7 @@ def _files_in(folder: Path, name: str) -> list[str]:
         return [str(folder / file) for file in _saved_names(folder / "state.json")]
     entries = sorted(os.listdir(folder))
     if {"_delta_log", "_temporary"} & set(entries):
-        raise ValueError(f"{folder} is a Delta table, or what an unfinished Spark job left; export it as parquet")
+        raise ValueError(f"{folder} is a Delta table, or the output of an unfinished Spark job; export it as parquet")
     parts = [entry for entry in entries if not entry.startswith((".", "_"))]
     if not parts or not all(_PART.fullmatch(part) and (folder / part).is_file() for part in parts):
         raise ValueError(f"{folder} is a folder; name the files that belong to this split, as '{folder}/*.csv'")
@@ -245,7 +245,7 @@ def _saved_names(path: Path) -> list[str]:
         saved = json.loads(path.read_text(encoding="utf-8"))
         return [str(name) for name in saved.get("splits") or [file["filename"] for file in saved["_data_files"]]]
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not as save_to_disk writes it") from None
+        raise ValueError(f"{path} was not written by save_to_disk") from None
 
 
 def _hash_file(path: str) -> str:

@@ -139,7 +139,7 @@ def _describe_unknown(column: LabelColumn, unknown: np.ndarray, label_names: lis
     message = (
         f"{column.option}: {column.path}: {len(unknown)} of {len(column.codes)} labels are unknown, first "
         f"{quoted([label])} in {column.describe_row(int(unknown[0]))}; known: {quoted(list(meaning))}"
-        f"{describe_look_alikes(label, meaning)}{'; --ignore_labels true reads none' if is_input else ''}"
+        f"{describe_look_alikes(label, meaning)}{'; --ignore_labels true ignores labels' if is_input else ''}"
     )
     count = len(label_names)
     counts_from = [n for n in (0, 1) if set(column.values) <= {str(n + i) for i in range(count)}]

@@ -323,8 +323,8 @@ def test_ids_that_a_column_of_floats_held_are_whole_again(tmp_path, name, given,
         ("x.csv", ["1.23457E+18", "7"], "row 1: '1.23457E+18' has lost digits"),
         ("x.csv", ["1e+16"], "row 1: '1e+16' has lost digits"),
         ("x.csv", ["7", "1,23E+11"], "row 2: '1,23E+11' has lost digits"),
-        ("x.parquet", [{"n": 1}, {"n": 2}], "row 1: column 'id' holds a dict, no text"),
-        ("x.parquet", [b"a", b"b"], "row 1: column 'id' holds a bytes, no text"),
+        ("x.parquet", [{"n": 1}, {"n": 2}], "row 1: column 'id' holds a dict, not text"),
+        ("x.parquet", [b"a", b"b"], "row 1: column 'id' holds a bytes, not text"),
     ],
 )
 def test_ids_that_are_missing_or_have_lost_digits_are_refused(tmp_path, name, given, told):

@@ -19,7 +19,7 @@ OPEN_QUOTE = (
     "a quote opens here and does not close in this line; if texts may span lines: --data.quoting multi_line; if quotes "
     "are plain characters: --data.quoting none"
 )
-SKIP = "--data.empty_text skip leaves them out"
+SKIP = "--data.empty_text skip skips them"
 TYPES = ".csv, .tsv, .json, .jsonl, .ndjson, .parquet, .pq, .arrow, .feather, .xlsx, .gz, .zip"
 ROWS = [("goal one", "b"), ("goal two", "a"), ("win", "b"), ("bank", "a")]
 
@@ -163,7 +163,7 @@ def test_blank_lines_at_the_end_are_none(tmp_path):
         (
             "x.csv",
             b"text,label\nok,1\n\xff,2\n",
-            ": line 3 has a byte that is not UTF-8 (0xff, character 1); name the file's encoding, as --data.encoding "
+            ": line 3 has a byte that is not UTF-8 (0xff, character 1); set the file's encoding, as --data.encoding "
             "cp1252, or save it as UTF-8",
         ),
         (
@@ -171,7 +171,7 @@ def test_blank_lines_at_the_end_are_none(tmp_path):
             "text,label\na,b\n".encode("utf-16"),
             ": is UTF-16: --data.encoding utf-16",
         ),
-        ("x.json", '{"data": [{"text": 1}]}', ": must hold objects: a list of them, or one a line"),
+        ("x.json", '{"data": [{"text": 1}]}', ": must hold a list of objects, or one object on each line"),
         ("x.json", "[[1], 2]", ": row 1 is a list, not an object"),
         ("x.jsonl", '{"text": "a", "label": 1}\n[1]', ": line 2 is a list, not an object"),
         ("x.jsonl", '{"text": 1}\n{"te', ": line 2: Unterminated string starting at (character 2)"),
@@ -179,14 +179,14 @@ def test_blank_lines_at_the_end_are_none(tmp_path):
         ("x.parquet", "PAR1 no", None),
         ("x.json", "[" * 200_000, None),
         ("x.jsonl", '{"text": ' + "1" * 5000 + "}", None),
-        ("x.txt", "a", f" is of no known type ({TYPES})"),
+        ("x.txt", "a", f" has an unsupported type (supported: {TYPES})"),
         ("x.pkl", "a", " is a pickled file, which can run code when read; refused. Save it as csv"),
         ("x.csv", "text,label\n,a\n ,b\nx,a\n", f": 2 rows have an empty or missing text (text): row 1, 2; {SKIP}"),
         ("x.csv", "text,label\nx,\n", ": 1 row has an empty or missing label: row 1"),
         ("x.jsonl", '{"text": NaN, "label": 1}', f": 1 row has an empty or missing text (text): row 1; {SKIP}"),
         ("x.jsonl", '{"text": "a", "label": null}', ": 1 row has an empty or missing label: row 1"),
-        ("x.jsonl", '{"text": "a", "label": [0, 1]}', ": row 1: column 'label' holds a list, no text"),
-        ("x.jsonl", '{"text": {"a": 1}, "label": 0}', ": row 1: column 'text' holds a dict, no text"),
+        ("x.jsonl", '{"text": "a", "label": [0, 1]}', ": row 1: column 'label' holds a list, not text"),
+        ("x.jsonl", '{"text": {"a": 1}, "label": 0}', ": row 1: column 'text' holds a dict, not text"),
         (
             "x.jsonl",
             '{"text": "a", "label": 0}\n{"text": "\\ud83d", "label": 1}',
@@ -214,14 +214,14 @@ def test_refused_places(tmp_path):
 
 def test_bytes_in_parquet_are_no_text(tmp_path):
     pq.write_table(pa.table({"text": [b"x", b"y"], "label": [0, 1]}), tmp_path / "x.parquet")
-    assert refused(tmp_path / "x.parquet").endswith("row 1: column 'text' holds a bytes, no text")
+    assert refused(tmp_path / "x.parquet").endswith("row 1: column 'text' holds a bytes, not text")
 
 
 def test_missing_column(tmp_path):
     path = write_csv(tmp_path / "x.csv", ROWS, header=("title", "class"))
     assert refused(path) == (
-        f"data.train: {path} has no column 'text', 'label'; it has 'title', 'class' (see data.text_columns; for a file "
-        "without a header name its columns in data.column_names)"
+        f"data.train: {path} has no column 'text', 'label'; it has 'title', 'class' (see data.text_columns; if the file "
+        "has no header, name its columns in data.column_names)"
     )
     said = refused(path, text_columns=["title"])
     assert said.startswith(f"data.train: {path} has no column 'label'; it has 'title', 'class' (see data.label_column;")

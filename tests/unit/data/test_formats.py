@@ -149,7 +149,7 @@ def test_an_input_of_one_column_keeps_its_rows():
 def test_rows_without_text_are_refused_skipped_or_kept(monkeypatch):
     path = write("x.csv", "text,label\na,x\n ,y\nb,y\n,\n")
     said = "x.csv: 2 rows have an empty or missing text (text): row 2, 4"
-    assert refused(path) == f"{said}; --data.empty_text skip leaves them out"
+    assert refused(path) == f"{said}; --data.empty_text skip skips them"
     for large in (2**26, 0, 0):  # read, then cached, then from the cache
         monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", large)
         corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), TASK, 1, quiet=True)
@@ -345,9 +345,9 @@ def test_encodings(encoding, is_packed):
         (
             ACCENT.encode("cp1252"),
             "utf-8",
-            "line 2 has a byte that is not UTF-8 (0xe9, character 4); name the file",
+            "line 2 has a byte that is not UTF-8 (0xe9, character 4); set the file",
         ),
-        (b"text,label\na,x\n\x81,y\n", "cp1252", "line 3 has a byte that is not CP1252 (0x81, character 1); name the "),
+        (b"text,label\na,x\n\x81,y\n", "cp1252", "line 3 has a byte that is not CP1252 (0x81, character 1); set the "),
         (ACCENT.encode("utf-16"), "utf-8", "is UTF-16: --data.encoding utf-16"),
         (ACCENT.encode("utf-16-le"), "utf-8", "has a NUL in place of every other letter: --data.encoding utf-16-le"),
         (ACCENT.encode("utf-16-le"), "utf-16", "has no byte order mark: --data.encoding utf-16-le"),
@@ -358,7 +358,7 @@ def test_encodings(encoding, is_packed):
         (ACCENT.encode("utf-16"), "cp1252", "is UTF-16: --data.encoding utf-16"),
         (ACCENT.encode("utf-16-be"), "latin-1", "has a NUL in place of every other letter: --data.encoding utf-16-le"),
         (ACCENT.encode(), "utf-16-le", "is UTF-8, not utf-16-le: --data.encoding utf-8"),
-        (packed(b"x"), "utf-8", "is packed by gzip; add .gz to its name"),
+        (packed(b"x"), "utf-8", "is compressed with gzip; add .gz to its name"),
         (b"PK\x03\x04", "cp1252", "is a zip archive or a spreadsheet; name it .zip or .xlsx"),
     ],
 )
@@ -380,17 +380,17 @@ def test_a_zip_with_one_file():
     assert rows(zipped("x.zip", data__csv=CSV, **{"____MACOSX/._data": "x"})) == ROWS
     assert rows(zipped("y.zip", data__jsonl=LINES)) == ROWS
     said = refused(zipped("x.zip", a__csv=CSV, b__csv=CSV))
-    assert said == "x.zip: holds 2 files (a.csv, b.csv); unpack it and name the one that is meant"
+    assert said == "x.zip: holds 2 files (a.csv, b.csv); unpack it and give the path of one file"
     assert "holds 0 files" in refused(zipped("x.zip"))
     for name in ("a__zip", "a__csv__gz", "a__parquet", "a"):
-        assert "x.zip: packed files are read where they hold .csv" in refused(zipped("x.zip", **{name: CSV}))
+        assert "x.zip: a compressed file must hold one of .csv" in refused(zipped("x.zip", **{name: CSV}))
     assert refused(write("x.zip", "no")) == "x.zip: File is not a zip file"
 
 
 def test_archives_that_are_damaged_or_grow_too_much(monkeypatch):
     assert "ended before the end-of-stream" in refused(write("x.csv.gz", packed(CSV.encode() * 99)[:-12]))
     assert refused(write("y.csv.gz", CSV)) == "y.csv.gz: Not a gzipped file (b'te')"
-    assert "packed files are read where they hold" in refused(write("x.parquet.gz", packed(b"x")))
+    assert "a compressed file must hold one of" in refused(write("x.parquet.gz", packed(b"x")))
     monkeypatch.setattr("trainer.data.formats.MAX_UNPACKED_BYTES", 2**20)
     for path in (write("z.csv.gz", packed(b"a" * 2**24)), zipped("z.zip", a__csv=b"\n" * 2**24)):
         assert "unpacks to more than 100 times its size" in refused(path)
@@ -500,7 +500,7 @@ def test_a_path_that_does_not_exist_is_an_error_at_once(path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["owner/name", "owner/name:test", "owner/na.me-1.0/20231101.en", "owner/x.abc:train"])
 def test_what_is_looked_up_on_the_hub(path):
-    assert refused("owner/x.abc").endswith("with its split where the name ends like a file: owner/x.abc:train")
+    assert refused("owner/x.abc").endswith("with its split if the name ends like a file: owner/x.abc:train")
     assert is_hub_id(path)
     check_places({"train": path})
     write("owner/x", "")
@@ -559,7 +559,7 @@ def test_saved_data_sets():
         predicted("all")
     for content in ("{", "[]", "{}", '{"_data_files": [1]}'):
         write("broken/state.json", content)
-        assert refused("broken") == "broken/state.json is not as save_to_disk writes it"
+        assert refused("broken") == "broken/state.json was not written by save_to_disk"
 
 
 # --- several files ----------------------------------------------------------------------------------------------------
@@ -604,4 +604,4 @@ def test_messages_name_the_shard_and_its_row(monkeypatch):
         monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", large)
         assert "(text): row 5, 6 of b.csv; row 1 of c.csv; --data" in refused("[abc].csv")
     write("b.jsonl", '{"text": "b", "label": "y"}\n{"text": ["b"], "label": "y"}\n')
-    assert refused("[ab].*").endswith("row 2 of b.jsonl: column 'text' holds a list, no text")
+    assert refused("[ab].*").endswith("row 2 of b.jsonl: column 'text' holds a list, not text")

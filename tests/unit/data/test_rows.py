@@ -222,7 +222,7 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
         monkeypatch.setattr(fcntl, "flock", fails)
     corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), TASK, 1, quiet=False)
     assert content(corpus) == expected
-    said = [line for line in capsys.readouterr().err.splitlines() if "going on without the cache" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "continuing without the cache" in line]
     if what == "unknown locks":  # a lock only saves work
         assert (said, len(kept_rows(cache))) == ([], 1)
     else:
@@ -343,9 +343,9 @@ def test_an_input_with_a_header_for_a_run_without(tmp_path):
 @pytest.mark.parametrize(
     ("row", "id_column", "says"),
     [
-        ({"label": ""}, None, "an empty or missing label: row 1; --ignore_labels true reads none"),
+        ({"label": ""}, None, "an empty or missing label: row 1; --ignore_labels true ignores labels"),
         ({"label": "a", "number": None}, "number", "an empty or missing id: row 1"),
-        ({"label": "a"}, "number", "(see --id_column; for a file without a header"),
+        ({"label": "a"}, "number", "(see --id_column; if the file has no header"),
     ],
 )
 def test_what_is_wrong_with_an_input_names_its_options(tmp_path, row, id_column, says):

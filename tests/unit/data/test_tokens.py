@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_nothing_in_the_cache_and_stops_nothing(tiny_tokenize
     monkeypatch.setattr("trainer.data.cache.publish", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
     assert tokenize(split_of(words(50)), tiny_tokenizer, 16).fingerprint() == expected
     assert kept_arrays(cache) == []
-    assert f"note: going on without the cache {cache} (HF_DATASETS_CACHE): disk full\n" in capsys.readouterr().err
+    assert f"note: continuing without the cache {cache} (HF_DATASETS_CACHE): disk full\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 3001])
