@@ -220,8 +220,8 @@ def test_bytes_in_parquet_are_no_text(tmp_path):
 def test_missing_column(tmp_path):
     path = write_csv(tmp_path / "x.csv", ROWS, header=("title", "class"))
     assert refused(path) == (
-        f"data.train: {path} has no column 'text', 'label'; it has 'title', 'class' (see data.text_columns; if the file "
-        "has no header, name its columns in data.column_names)"
+        f"data.train: {path} has no column 'text', 'label'; it has 'title', 'class' (see data.text_columns; if the "
+        "file has no header, name its columns in data.column_names)"
     )
     said = refused(path, text_columns=["title"])
     assert said.startswith(f"data.train: {path} has no column 'label'; it has 'title', 'class' (see data.label_column;")
