@@ -19,21 +19,12 @@ from trainer.training.checkpoint import save_checkpoint
 from trainer.training.memory import current_plan, fit_token_budget, has_open_budget, shrink_token_budget
 from trainer.training.optim import learning_rate, set_learning_rate
 from trainer.training.records import Run
-from trainer.training.scoring import Interrupted, evaluate
+from trainer.training.scoring import Stopped, evaluate
 from trainer.training.state import Tally, TrainState
 from trainer.training.step import EnqueuedStep, StepResult, read_result, train_step
 
 STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 """steps enqueued before the first one's result is read: so a GPU never waits for the host"""
-
-
-class Stopped(Exception):
-    """A signal ended the training early; the state is saved."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(number, step)
-        self.signal = number
-        self.step = step
 
 
 def train(
@@ -56,8 +47,8 @@ def train(
         if not signal and evaluation_due(run, state):
             try:
                 state, best = evaluate(run, state, best)
-            except Interrupted as interrupted:
-                signal = interrupted.signal
+            except Stopped as stopped:
+                signal = stopped.signal
         is_last = state.step == run.total_steps or state.stopped_early
         if (is_last or signal or save_due(run, state)) and saved != (state.step, state.evaluated_step):
             save_checkpoint(run, state, best)
@@ -78,7 +69,7 @@ def train(
             if signal or result.out_of_memory:
                 discard(queue)
             if result.out_of_memory:  # the same step follows, in smaller micro-batches
-                state = shrink_token_budget(run, state, plan)
+                state, read_at = shrink_token_budget(run, state, plan), time.perf_counter()
                 continue
             read_before, read_at = read_at, time.perf_counter()
             state = count_step(run, state, result, read_at - read_before)

@@ -47,10 +47,10 @@ from trainer.model.identity import Identity
 from trainer.model.peft_options import parameter_table
 from trainer.packed.forward import PaddedForward
 from trainer.training.checkpoint import load_newest, recorded_backbone, restore
-from trainer.training.loop import Stopped, train
+from trainer.training.loop import train
 from trainer.training.memory import current_plan
 from trainer.training.records import Run
-from trainer.training.scoring import Interrupted, score, write_evaluation
+from trainer.training.scoring import Stopped, score, write_evaluation
 from trainer.training.setup import build, describe_forward, prepare
 from trainer.training.state import TrainState
 
@@ -270,10 +270,7 @@ def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, Any]]:
     for name in ("validation", "test"):
         if name not in run.inputs.examples:
             continue
-        try:
-            logits, state = score(run, state, name)
-        except Interrupted as interrupted:
-            raise Stopped(interrupted.signal, state.step) from None
+        logits, state = score(run, state, name)
         if run.learner.accelerator.is_main_process:
             task, targets, corpus = run.learner.task, run.inputs.examples[name].labels, run.inputs.corpus
             folder = run.folder / "evaluation" / name

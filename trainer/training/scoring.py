@@ -33,12 +33,13 @@ from trainer.training.state import TrainState
 from trainer.training.step import first_signal, sum_over_ranks
 
 
-class Interrupted(Exception):
-    """A signal came while a split was scored; the scores so far are thrown away."""
+class Stopped(Exception):
+    """A signal ended the training or a scoring early; the run can resume."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(number, step)
         self.signal = number
+        self.step = step
 
 
 class OutOfMemory(Exception):
@@ -117,7 +118,7 @@ def score(run: Run, state: TrainState, name: str) -> tuple[np.ndarray, TrainStat
         its logits, float32 [N, C], on every rank; and the state, with a lower token budget if memory ran out.
 
     Raises:
-        Interrupted: some rank received a signal.
+        Stopped: some rank received a signal; the scores so far are lost.
     """
     learner, console, examples = run.learner, run.console, run.inputs.examples[name]
     console.watch.position = f"the scoring of {name} after step {state.step}"
@@ -130,7 +131,7 @@ def score(run: Run, state: TrainState, name: str) -> tuple[np.ndarray, TrainStat
         if num_out_of_memory:
             raise OutOfMemory
         if signal := first_signal(signals):
-            raise Interrupted(signal)
+            raise Stopped(signal, state.step)
 
     while True:
         # a training budget that was lowered lowers this one in proportion
@@ -159,7 +160,7 @@ def evaluate(
     """Scores the validation split, keeps the adapter if it is the best so far, and counts the patience.
 
     Raises:
-        Interrupted: some rank received a signal.
+        Stopped: some rank received a signal; the scores so far are lost.
     """
     if "validation" not in run.inputs.examples:
         return dataclasses.replace(state, evaluated_step=state.step), None
