@@ -79,7 +79,7 @@ def make_examples(num_examples, vocab_size):
         tokens=random.integers(5, vocab_size, lengths.sum()),
         offsets=np.concatenate([[0], lengths.cumsum()]),
         token_types=None,
-        labels=random.integers(0, 4, num_examples),
+        targets=random.integers(0, 4, num_examples),
         lengths=lengths,
     )
 
@@ -90,7 +90,7 @@ def train_step(model, keys, optimizer, examples, plan, step, precision):
         masks = keys.micro_batch(step, batch.ids, batch.lengths) if keys else contextlib.nullcontext()
         with masks, autocast(precision):
             logits = model(**batch.inputs).logits
-        losses = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
         (losses.sum() / plan.batch_size).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -129,7 +129,7 @@ def subset(examples, ids):
         examples,
         tokens=np.concatenate([examples.tokens[span] for span in spans]),
         offsets=np.concatenate([[0], lengths.cumsum()]),
-        labels=examples.labels[ids],
+        targets=examples.targets[ids],
         lengths=lengths,
     )
 

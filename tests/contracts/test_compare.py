@@ -59,7 +59,7 @@ def test_isotrain_and_its_peers_train_the_same_examples(task, isotrain, monkeypa
         peer = kind(task)
         examples = isotrain.run.inputs.examples["train"]
         assert np.array_equal(examples.tokens, np.concatenate([one["input_ids"] for one in peer.features]))
-        assert examples.labels.tolist() == [one["labels"] for one in peer.features]
+        assert examples.targets.tolist() == [one["labels"] for one in peer.features]
         other = peer.train(STEPS)
         assert sorted(peer.collator.ids) == sorted(ids)
         assert peer.collator.ids != ids.tolist()

@@ -106,7 +106,7 @@ def plain_gradient(arguments, batch_size, step):
     longest = max(map(len, rows))
     input_ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    labels = torch.tensor(run.inputs.examples["train"].labels[ids])
+    labels = torch.tensor(run.inputs.examples["train"].targets[ids])
     smoothing = run.config.optim.label_smoothing
     answers = []
     for weights in (None, torch.tensor(run.plan.weights[ids])):
@@ -442,7 +442,7 @@ def raw_run(arguments):
         rows = [torch.tensor(row) for row in token_rows(run, ids)]
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
         logits = model(input_ids=input_ids, attention_mask=(input_ids != pad_token_id).long()).logits
-        loss_of(logits, torch.tensor(run.inputs.examples["train"].labels[ids])).backward()
+        loss_of(logits, torch.tensor(run.inputs.examples["train"].targets[ids])).backward()
         torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
         optimizer.step()
         scheduler.step()
@@ -464,7 +464,7 @@ def scores(arguments, sizes):
             tokens=examples.tokens[:end],
             offsets=examples.offsets[: size + 1],
             token_types=None,
-            labels=examples.labels[:size],
+            targets=examples.targets[:size],
             lengths=examples.lengths[:size],
         )
         found[size] = score_split(
@@ -475,7 +475,7 @@ def scores(arguments, sizes):
             num_labels=len(run.inputs.corpus.label_names),
         )
         assert run.learner.model.training
-    return found, examples.labels
+    return found, examples.targets
 
 
 def scaled_steps(arguments, scale):

@@ -24,7 +24,7 @@ class Tokenized(Protocol):
     @property
     def token_types(self) -> np.ndarray | None: ...
     @property
-    def labels(self) -> np.ndarray: ...
+    def targets(self) -> np.ndarray: ...
     @property
     def lengths(self) -> np.ndarray: ...
 
@@ -39,8 +39,8 @@ class Batch:
     """tokens per example, int64 [B]"""
     inputs: dict[str, torch.Tensor]
     """input_ids and, for pairs, token_type_ids; int64, padded [B, L] with attention_mask, packed [T]"""
-    labels: torch.Tensor
-    """targets of the task, [B] or [B, C]"""
+    targets: torch.Tensor
+    """of the task, [B] or [B, C]"""
     weights: torch.Tensor
     """weights in the loss, float64 [B]"""
 
@@ -81,6 +81,6 @@ def _batch(
         ids=ids,
         lengths=examples.lengths[ids],
         inputs={name: on_device(array, device) for name, array in inputs.items()},
-        labels=on_device(examples.labels[ids], device),
+        targets=on_device(examples.targets[ids], device),
         weights=on_device(weights, device),
     )

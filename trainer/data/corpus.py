@@ -38,8 +38,8 @@ class TextSplit:
     """[N]"""
     text_pairs: Texts | None
     """[N], or None for single texts"""
-    labels: np.ndarray | None
-    """targets, [N] or [N, C]; None for an unlabelled file"""
+    targets: np.ndarray | None
+    """of the task, [N] or [N, C]; None for an unlabelled file"""
     digests: np.ndarray
     """128 bits of hash of each text or pair, uint64 [N, 2]"""
 
@@ -52,10 +52,10 @@ class TextSplit:
         return self.texts.rows
 
     @property
-    def targets(self) -> np.ndarray:
-        """The labels of a split that must have them."""
-        assert self.labels is not None
-        return self.labels
+    def known_targets(self) -> np.ndarray:
+        """The targets of a split that must have them."""
+        assert self.targets is not None
+        return self.targets
 
     def take(self, name: str, positions: np.ndarray) -> TextSplit:
         """Makes a split of the examples at some positions."""
@@ -65,7 +65,7 @@ class TextSplit:
             name=name,
             texts=replace(self.texts, rows=rows),
             text_pairs=self.text_pairs and replace(self.text_pairs, rows=rows),
-            labels=self.targets[positions],
+            targets=self.known_targets[positions],
             digests=self.digests[positions],
         )
 
@@ -190,12 +190,12 @@ def _make_splits(
     warnings += _find_texts_with_two_labels(tables["train"], splits["train"], texts["train"])
     if "validation" not in splits and validation_fraction > 0:
         train, train_texts = splits.pop("train"), texts.pop("train")
-        is_held = _hold_out(task.strata(train.targets), train_texts, validation_fraction, seed)
+        is_held = _hold_out(task.strata(train.known_targets), train_texts, validation_fraction, seed)
         parts = {"train": np.flatnonzero(~is_held), "validation": np.flatnonzero(is_held)}
         splits = {name: train.take(name, part) for name, part in parts.items()} | splits
         texts = {name: train_texts[part] for name, part in parts.items()} | texts
-        held_out = task.count_labels(splits["validation"].targets, label_names)
-        of_all = task.count_labels(train.targets, label_names)
+        held_out = task.count_labels(splits["validation"].known_targets, label_names)
+        of_all = task.count_labels(train.known_targets, label_names)
         if rare := [name for name, count in of_all.items() if count and not held_out[name]]:
             warnings.append(f"too few rows to hold one out for validation: {quoted(rare)}")
     _refuse_fault(task, splits["train"], label_names)
@@ -203,7 +203,7 @@ def _make_splits(
     is_in_train = np.zeros(1 + max(numbers.max() for numbers in texts.values()), dtype=bool)
     is_in_train[texts["train"]] = True
     for name, split in splits.items():
-        counts[name] = {"num_examples": len(split), "label_counts": task.count_labels(split.targets, label_names)}
+        counts[name] = {"num_examples": len(split), "label_counts": task.count_labels(split.known_targets, label_names)}
         counts[name] |= {"num_in_train": int(is_in_train[texts[name]].sum())} if name != "train" else {}
     counts["train"]["num_duplicates"] = len(splits["train"]) - int(is_in_train.sum())
     if absent := [name for name, count in counts["train"]["label_counts"].items() if not count]:
@@ -212,7 +212,7 @@ def _make_splits(
 
 
 def _refuse_fault(task: Task, train: TextSplit, label_names: list[str]) -> None:
-    if fault := task.find_fault(train.targets, label_names):
+    if fault := task.find_fault(train.known_targets, label_names):
         raise UserError(f"data.train: {train.path} {fault}")
 
 
@@ -295,7 +295,7 @@ def _number_texts(splits: dict[str, TextSplit]) -> dict[str, np.ndarray]:
 
 def _find_texts_with_two_labels(table: Table, train: TextSplit, first: np.ndarray) -> list[str]:
     """Warns of texts that have more than one label."""
-    differs = train.targets != train.targets[first]
+    differs = train.known_targets != train.known_targets[first]
     others = np.flatnonzero(differs.reshape(len(train), -1).any(axis=1))
     if not len(others):
         return []

@@ -49,8 +49,8 @@ class Examples:
     """example i is tokens[offsets[i]:offsets[i + 1]], int64 [N + 1]"""
     token_types: np.ndarray | None
     """segment of each token of text pairs, int8 [sum of lengths]; None if the model uses none"""
-    labels: np.ndarray
-    """targets of the task, [N] or [N, C]; zeros [N] for an unlabelled file"""
+    targets: np.ndarray
+    """of the task, [N] or [N, C]; zeros [N] for an unlabelled file"""
     lengths: np.ndarray
     """tokens per example after truncation, int64 [N]"""
 
@@ -58,10 +58,10 @@ class Examples:
         return len(self.lengths)
 
     def fingerprint(self) -> str:
-        """SHA-256 over tokens, boundaries and labels: equal exactly if two splits train alike."""
+        """SHA-256 over tokens, boundaries and targets: equal exactly if two splits train alike."""
         digest = hashlib.sha256()
         types = () if self.token_types is None else (self.token_types,)
-        for array in (self.tokens, self.offsets, self.labels, *types):
+        for array in (self.tokens, self.offsets, self.targets, *types):
             for start in range(0, len(array), HASHED_NUMBERS):
                 digest.update(np.ascontiguousarray(array[start : start + HASHED_NUMBERS]).data)
                 release_memory(getattr(array.base, "obj", None))  # of a cached array
@@ -102,7 +102,7 @@ def tokenize(
         tokens=arrays["tokens"],
         offsets=np.concatenate([[0], np.cumsum(arrays["lengths"])]),
         token_types=arrays.get("token_types"),
-        labels=split.labels if split.labels is not None else np.zeros(len(split), dtype=np.int64),
+        targets=split.targets if split.targets is not None else np.zeros(len(split), dtype=np.int64),
         lengths=arrays["lengths"],
     )
 

@@ -272,7 +272,7 @@ def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, Any]]:
             continue
         logits, state = score(run, state, name)
         if run.learner.accelerator.is_main_process:
-            task, targets, corpus = run.learner.task, run.inputs.examples[name].labels, run.inputs.corpus
+            task, targets, corpus = run.learner.task, run.inputs.examples[name].targets, run.inputs.corpus
             folder = run.folder / "evaluation" / name
             metrics[name] = write_evaluation(folder, task, logits, targets, corpus.label_names, corpus.splits[name])
     return metrics

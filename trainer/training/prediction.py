@@ -65,8 +65,8 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
         id_field, label_field = HEADERS[options.layout]
         lines = [f"{len(ids)} predictions: {options.output}", f"{id_field} {about_ids}; {label_field} {about_labels}"]
         print(*(f"warning: {line}" for line in warnings), *lines, sep="\n", file=sys.stderr)
-    if split.labels is not None:
-        print(json.dumps(measure(task, logits, split.labels, label_names), indent=2, ensure_ascii=False))
+    if split.targets is not None:
+        print(json.dumps(measure(task, logits, split.targets, label_names), indent=2, ensure_ascii=False))
 
 
 def _score(

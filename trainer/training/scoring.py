@@ -167,7 +167,7 @@ def evaluate(
     logits, state = score(run, state, "validation")
     log, task, label_names = run.console.log, run.learner.task, run.inputs.corpus.label_names
     metric, patience = run.config.evaluation.metric, run.config.evaluation.patience
-    targets = run.inputs.examples["validation"].labels
+    targets = run.inputs.examples["validation"].targets
     metrics = measure(task, logits, targets, label_names)
     value = metric_value(metrics, metric)
     better = is_better(task, metric, value, state.best_value)

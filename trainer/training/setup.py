@@ -83,7 +83,7 @@ def build(
     default_tokens = CPU_TOKENS if on_cpu else GPU_TOKENS
     plan = Plan(
         lengths=train.lengths,
-        weights=learner.task.example_weights(config.optim.class_weights, train.labels, inputs.corpus.label_names),
+        weights=learner.task.example_weights(config.optim.class_weights, train.targets, inputs.corpus.label_names),
         batch_size=config.batch.size,
         seed=config.run.seed,
         max_tokens=config.batch.max_tokens or default_tokens,
@@ -159,7 +159,7 @@ def _use_deterministic_kernels() -> None:
 def check_names(config: Config, corpus: Corpus) -> None:
     """Refuses unknown metrics and classes, and class weights that nothing can be trained with."""
     task, metric, names = TASKS[config.task.type], config.evaluation.metric, corpus.label_names
-    targets = corpus.splits["train"].targets
+    targets = corpus.splits["train"].known_targets
     classes = task.count_labels(targets, names)
     if metric not in task.metrics and not (metric.startswith("f1/") and match_labels([metric[3:]], classes)):
         allowed = [*task.metrics, *(f"f1/{name}" for name in classes)]

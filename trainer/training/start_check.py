@@ -90,7 +90,7 @@ def make_examples(split: TextSplit, tokenizer: PreTrainedTokenizerBase, lengths:
         tokens=np.concatenate([row["input_ids"] for row in rows]),
         offsets=np.concatenate([[0], np.cumsum(sizes)]),
         token_types=np.concatenate([row["token_type_ids"] for row in rows]) if has_types else None,
-        labels=np.zeros(len(rows), dtype=np.int64),
+        targets=np.zeros(len(rows), dtype=np.int64),
         lengths=sizes,
     )
 

@@ -137,7 +137,7 @@ def add_gradient(learner: Learner, examples: Examples, step: int, ids: np.ndarra
 def example_losses(task: Task, logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
     """Weighted loss of each example, [B], in at least fp32."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    losses = task.losses(wide, batch.labels, label_smoothing)
+    losses = task.losses(wide, batch.targets, label_smoothing)
     return losses * batch.weights.to(losses.dtype)
 
 

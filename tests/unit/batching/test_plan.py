@@ -277,7 +277,7 @@ def examples():
         tokens=np.array([10, 11, 12, 20, 30, 31, 32, 33], dtype=np.int32),
         offsets=np.array([0, 3, 4, 8]),
         token_types=np.array([0, 0, 1, 0, 0, 1, 1, 1], dtype=np.int8),
-        labels=np.array([2, 0, 1]),
+        targets=np.array([2, 0, 1]),
         lengths=lengths,
     )
 
@@ -288,7 +288,7 @@ def test_collate_pads_on_the_right_in_the_order_asked_for(examples):
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]
     assert batch.inputs["token_type_ids"].tolist() == [[0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert {tensor.dtype for tensor in batch.inputs.values()} == {torch.int64}
-    assert batch.labels.tolist() == [1, 2, 0]
+    assert batch.targets.tolist() == [1, 2, 0]
     assert batch.weights.tolist() == [0.5, 1.0, 2.0]
     assert batch.weights.dtype == torch.float64
     assert batch.ids.tolist() == [2, 0, 1]
@@ -310,7 +310,7 @@ def test_collate_packs_end_to_end_in_the_order_asked_for(examples):
         "token_type_ids": [0, 1, 1, 1, 0, 0, 1, 0],
     }
     assert {tensor.dtype for tensor in batch.inputs.values()} == {torch.int64}
-    assert batch.labels.tolist() == [1, 2, 0]
+    assert batch.targets.tolist() == [1, 2, 0]
     assert batch.lengths.tolist() == [4, 3, 1]
 
 

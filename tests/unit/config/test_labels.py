@@ -109,11 +109,11 @@ def test_truth_values_of_any_file_meet_those_of_any_other(tmp_path, train):
     path = labelled(tmp_path / train, BOOLS[train])
     for other, labels in BOOLS.items():
         test = labelled(tmp_path / f"test-{other}", labels)
-        assert load(path, test=str(test)).splits["test"].labels.tolist() == [0, 1]
+        assert load(path, test=str(test)).splits["test"].targets.tolist() == [0, 1]
         for names in ({"false": "other", "true": "praise"}, {"False": "other", "True": "praise"}):
             mapped = load(path, test=str(test), label_names=names)
             assert mapped.label_names == ["other", "praise"]
-            assert mapped.splits["train"].labels.tolist() == mapped.splits["test"].labels.tolist() == [0, 1]
+            assert mapped.splits["train"].targets.tolist() == mapped.splits["test"].targets.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,12 @@ def test_truth_values_of_any_file_meet_those_of_any_other(tmp_path, train):
 def test_words_of_yaml_meet_those_of_the_data(tmp_path, word):
     path = labelled(tmp_path / "x.csv", [word, "other"])
     mapped = load(path, label_names={word: "a", "other": "b"})
-    assert (mapped.label_names, mapped.splits["train"].labels.tolist()) == (["a", "b"], [0, 1])
+    assert (mapped.label_names, mapped.splits["train"].targets.tolist()) == (["a", "b"], [0, 1])
     listed = load(path, label_names=["other", word])
-    assert listed.splits["train"].labels.tolist() == [1, 0]
+    assert listed.splits["train"].targets.tolist() == [1, 0]
     config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
     check_names(config, listed)
-    assert example_weights({word: 3}, listed.splits["train"].labels, listed.label_names).tolist() == [3, 1]
+    assert example_weights({word: 3}, listed.splits["train"].targets, listed.label_names).tolist() == [3, 1]
     per_class = {name: {"f1": float(name == "other")} for name in listed.label_names}
     assert metric_value({"per_class": per_class}, f"f1/{word}") == 0
 
@@ -138,7 +138,7 @@ def test_words_of_yaml_meet_the_numbers_of_parquet(tmp_path, word, value):
     corpus = load(path)
     config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
     check_names(config, corpus)
-    assert example_weights({word: 3}, corpus.splits["train"].labels, corpus.label_names).tolist() == [3, 1]
+    assert example_weights({word: 3}, corpus.splits["train"].targets, corpus.label_names).tolist() == [3, 1]
 
 
 def test_a_class_that_is_weighted_twice_or_is_none(tmp_path):
@@ -254,7 +254,7 @@ def test_truth_values_of_a_run_of_an_earlier_version(tmp_path):
     for name, labels in BOOLS.items():
         source = Source(str(labelled(tmp_path / name, labels)))
         split, *_ = load_for_prediction(source, DataConfig(train="x"), TASK, ["False", "True"], None)
-        assert split.labels.tolist() == [0, 1]
+        assert split.targets.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("content", ["", "{", "3", "\xff"])
@@ -410,7 +410,7 @@ def test_equal_texts_stay_on_one_side_of_the_hold_out(tmp_path):
         assert not set(train.texts) & set(held.texts)
         assert sorted([*train.rows, *held.rows]) == list(range(len(rows)))
         assert corpus.counts["validation"]["num_in_train"] == 0
-        shares = np.bincount(held.labels) / np.bincount(np.concatenate([train.labels, held.labels]))
+        shares = np.bincount(held.targets) / np.bincount(np.concatenate([train.targets, held.targets]))
         assert np.abs(shares - 0.2).max() < 0.02
         again = load(path, seed=seed, validation_fraction=0.2)
         assert again.splits["validation"].rows.tolist() == held.rows.tolist()
@@ -420,7 +420,7 @@ def test_equal_texts_stay_on_one_side_of_the_hold_out(tmp_path):
 def test_a_hold_out_of_texts_that_all_repeat(tmp_path, copies):
     path = write_csv(tmp_path / "x.csv", [(f"text {i}", "abc"[i % 3]) for i in range(15) for _ in range(copies)])
     held = load(path, validation_fraction=0.1).splits["validation"]
-    assert np.bincount(held.labels).tolist() == [copies] * 3 or copies == 2
+    assert np.bincount(held.targets).tolist() == [copies] * 3 or copies == 2
     assert (np.unique(held.texts, return_counts=True)[1] == copies).all()
 
 
@@ -429,7 +429,7 @@ def test_a_text_of_most_rows_is_not_held_out(tmp_path):
     path = write_csv(tmp_path / "x.csv", rows)
     for seed in range(10):
         held = load(path, seed=seed, validation_fraction=0.1).splits["validation"]
-        assert "the same" not in held.texts and np.bincount(held.labels).tolist() == [10, 2]
+        assert "the same" not in held.texts and np.bincount(held.targets).tolist() == [10, 2]
 
 
 def test_a_hold_out_that_equal_texts_forbid_says_so(tmp_path):
@@ -495,7 +495,7 @@ def test_no_row_is_lost_between_reader_and_output(tmp_path):
     path.write_text('ID,text,label\n1,"a\n\nb",x\n\n2,c,\n\n3,"",y\n4,d,zzz\n\n')
     source = Source(str(path), quoting="multi_line")
     split, ids, warnings = load_for_prediction(source, DataConfig(train="x"), TASK, ["a", "b"], "ID", True)
-    assert (split.texts, ids, split.labels) == (["a\n\nb", "c", "", "d"], ["1", "2", "3", "4"], None)
+    assert (split.texts, ids, split.targets) == (["a\n\nb", "c", "", "d"], ["1", "2", "3", "4"], None)
     assert len(warnings) == 1 and "row 3" in warnings[0]
 
 

@@ -48,7 +48,7 @@ def write(path, data):
 
 def texts_and_labels(corpus, split="train"):
     part = corpus.splits[split]
-    return list(zip(part.texts, [corpus.label_names[i] for i in part.labels], strict=True))
+    return list(zip(part.texts, [corpus.label_names[i] for i in part.targets], strict=True))
 
 
 # --- file types -------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_label_names_fix_the_order(tmp_path):
     path = write_csv(tmp_path / "x.csv", ROWS)
     corpus = load(path, label_names=["b", "c", "a"])
     assert corpus.label_names == ["b", "c", "a"]
-    assert corpus.splits["train"].labels.tolist() == [0, 2, 0, 2]
+    assert corpus.splits["train"].targets.tolist() == [0, 2, 0, 2]
     assert corpus.warnings == ["data.train has no example of 'c'"]
 
 
@@ -280,7 +280,7 @@ def test_label_mapping(tmp_path):
     path = numbered(tmp_path / "x.csv", [1, 2, 3, 2])
     corpus = load(path, label_names={"1": "neg", "2": "pos", "3": "neg"})
     assert corpus.label_names == ["neg", "pos"]
-    assert corpus.splits["train"].labels.tolist() == [0, 1, 0, 1]
+    assert corpus.splits["train"].targets.tolist() == [0, 1, 0, 1]
     said = refused(path, label_names={"1": "neg", "2": "pos"})
     assert "1 of 4 labels are unknown, first 3 in row 3; known: 1, 2" in said
 
@@ -289,14 +289,14 @@ def test_names_are_known_where_numbers_are_mapped(tmp_path):
     train = numbered(tmp_path / "train.csv", [1, 2, 1])
     test = numbered(tmp_path / "test.csv", ["pos", "neg"])
     corpus = load(train, test=str(test), label_names={"1": "neg", "2": "pos"})
-    assert corpus.splits["test"].labels.tolist() == [1, 0]
+    assert corpus.splits["test"].targets.tolist() == [1, 0]
 
 
 def test_mapping_of_one_split(tmp_path):
     train = numbered(tmp_path / "train.csv", ["neg", "pos"])
     test = numbered(tmp_path / "test.csv", [1, 2, 2])
     own = Source(str(test), label_names={"2": "pos", "1": "neg"})
-    assert load(train, test=own).splits["test"].labels.tolist() == [0, 1, 1]
+    assert load(train, test=own).splits["test"].targets.tolist() == [0, 1, 1]
     own = dataclasses.replace(own, label_names={"1": "neg", "2": "good"})
     assert "label_names maps to 'good', which is not a class of train: 'neg', 'pos'" in refused(train, test=own)
 
@@ -306,8 +306,8 @@ def test_list_of_names_of_one_split_is_its_own_numbering(tmp_path):
     test = numbered(tmp_path / "test.csv", [0, 1, 1])
     own = Source(str(test), label_names=["pos", "neg"])
     corpus = load(train, test=own, label_names=["neg", "pos"])
-    assert corpus.splits["train"].labels.tolist() == [0, 1]
-    assert corpus.splits["test"].labels.tolist() == [1, 0, 0]
+    assert corpus.splits["train"].targets.tolist() == [0, 1]
+    assert corpus.splits["test"].targets.tolist() == [1, 0, 0]
 
 
 def test_label_out_of_range(tmp_path):
@@ -351,12 +351,12 @@ def test_train_from_0_and_test_from_1(tmp_path, names):
     )
     few = numbered(tmp_path / "few.csv", [3, 1, 2])
     corpus = load(train, test=str(few), label_names=names)
-    assert corpus.splits["test"].labels.tolist() == [3, 1, 2]
+    assert corpus.splits["test"].targets.tolist() == [3, 1, 2]
     assert len(corpus.warnings) == 1
     assert corpus.warnings[0].startswith("data.test: its labels could count from 0 or from 1; they were read as 1 = ")
     if names:
         mapped = load(train, test=Source(str(test), label_names=FROM_1), label_names=names)
-        assert mapped.splits["test"].labels.tolist() == [0, 1, 2, 3] and mapped.warnings == []
+        assert mapped.splits["test"].targets.tolist() == [0, 1, 2, 3] and mapped.warnings == []
 
 
 def test_long_labels_are_shortened_in_messages(tmp_path):
@@ -388,7 +388,7 @@ def test_train_from_1_and_test_from_0(tmp_path, names):
     assert said.endswith(f"data.test counts its labels from 0; map them: --data.test.label_names '{{{pairs}}}'")
     few = numbered(tmp_path / "few.csv", [3, 1, 2])
     corpus = load(train, test=str(few), label_names=names)
-    assert corpus.splits["test"].labels.tolist() == [2, 0, 1]
+    assert corpus.splits["test"].targets.tolist() == [2, 0, 1]
     assert [line.partition(":")[0] for line in corpus.warnings] == ["data.test"]
 
 
@@ -427,7 +427,7 @@ def test_agnews_as_published_is_refused_until_mapped(agnews, tmp_path):
     corpus = load(train, test=mapped, label_names=FOUR, **plain)
     assert corpus.warnings == []
     twin = load(train, test=str(agnews / "test.csv"), label_names=FOUR, **plain)
-    assert corpus.splits["test"].labels.tolist() == twin.splits["test"].labels.tolist()
+    assert corpus.splits["test"].targets.tolist() == twin.splits["test"].targets.tolist()
 
 
 def test_agnews_test_part_without_its_last_class(agnews, tmp_path):
@@ -447,7 +447,7 @@ def test_hold_out_is_stratified_and_a_function_of_the_seed(tmp_path):
     first = load(path, seed=1, validation_fraction=0.1)
     held = first.splits["validation"]
     # halves are rounded up: 6 of 60, 3 of 25, 1 of 5, 0 of 1
-    assert np.bincount(held.labels, minlength=4).tolist() == [6, 3, 1, 0]
+    assert np.bincount(held.targets, minlength=4).tolist() == [6, 3, 1, 0]
     assert sorted([*held.rows, *first.splits["train"].rows]) == list(range(91))
     assert held.rows.tolist() == sorted(held.rows) and held.texts == [f"text {i}" for i in held.rows]
     again, other = load(path, seed=1, validation_fraction=0.1), load(path, seed=2, validation_fraction=0.1)
@@ -513,13 +513,13 @@ def test_load_for_prediction(tmp_path):
     config = DataConfig(train="x", text_columns=["t"], label_names={"1": "neg", "2": "pos"})
     path = write(tmp_path / "x.csv", "id,t\n007,x\n8,y\n")
     split, ids, warnings = load_for_prediction(Source(str(path)), config, TASK, ["neg", "pos"], "id")
-    assert (split.texts, split.labels, ids, warnings) == (["x", "y"], None, ["007", "8"], [])
+    assert (split.texts, split.targets, ids, warnings) == (["x", "y"], None, ["007", "8"], [])
     assert load_for_prediction(Source(str(path)), config, TASK, ["neg", "pos"], None)[1] == ["0", "1"]
     path = write(tmp_path / "y.csv", "t,label\nx,2\ny,neg\n")
     with pytest.raises(UserError, match="1 of 2 labels are unknown, first 2 in row 1; known: 'neg', 'pos'"):
         load_for_prediction(Source(str(path)), config, TASK, ["neg", "pos"], None)
     path = write(tmp_path / "y.csv", "t,label\nx,2\ny,1\n")
-    assert load_for_prediction(Source(str(path)), config, TASK, ["neg", "pos"], None)[0].labels.tolist() == [1, 0]
+    assert load_for_prediction(Source(str(path)), config, TASK, ["neg", "pos"], None)[0].targets.tolist() == [1, 0]
     with pytest.raises(UserError, match="has no column 'lable'"):
         load_for_prediction(Source(str(path), label_column="lable"), config, TASK, ["neg", "pos"], None)
     with pytest.raises(UserError, match=r"^--input: .*y\.csv has no column 'id'"):

@@ -45,7 +45,7 @@ def write(path, content):
 def rows(path, **settings):
     corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), TASK, 1, quiet=True)
     split = corpus.splits["train"]
-    return list(zip(split.texts, [corpus.label_names[i] for i in split.labels], strict=True))
+    return list(zip(split.texts, [corpus.label_names[i] for i in split.targets], strict=True))
 
 
 def refused(path, **settings):
@@ -154,7 +154,7 @@ def test_rows_without_text_are_refused_skipped_or_kept(monkeypatch):
         monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", large)
         corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), TASK, 1, quiet=True)
         split = corpus.splits["train"]
-        assert (list(split.texts), split.labels.tolist(), split.rows.tolist()) == (["a", "b"], [0, 1], [0, 2])
+        assert (list(split.texts), split.targets.tolist(), split.rows.tolist()) == (["a", "b"], [0, 1], [0, 2])
         assert corpus.label_names == ["x", "y"] and len(split.digests) == 2
         assert corpus.warnings == [f"data.train: {said}; they are skipped"]
     assert refused(path, empty_text="keep") == "x.csv: 1 row has an empty or missing label: row 4"

@@ -63,7 +63,7 @@ def content(corpus):
     """All that a corpus says, for comparison."""
     return corpus.label_names, corpus.warnings, corpus.counts, {
         name: (
-            list(s.texts), s.text_pairs and list(s.text_pairs), s.labels.tolist(), s.rows.tolist(), s.digests.tolist()
+            list(s.texts), s.text_pairs and list(s.text_pairs), s.targets.tolist(), s.rows.tolist(), s.digests.tolist()
         )
         for name, s in corpus.splits.items()
     }  # fmt: skip
@@ -131,7 +131,7 @@ def test_rows_are_read_once(tmp_path, cache, monkeypatch):
     assert content(load(path)) == first
     path.rename(tmp_path / "moved.csv")  # neither name nor time counts
     assert content(load(tmp_path / "moved.csv")) == first
-    assert load(tmp_path / "moved.csv", label_names=["c", "b", "a"]).splits["train"].labels.tolist()[:3] == [2, 1, 0]
+    assert load(tmp_path / "moved.csv", label_names=["c", "b", "a"]).splits["train"].targets.tolist()[:3] == [2, 1, 0]
 
 
 def test_changed_file_never_meets_old_rows(tmp_path, cache):
@@ -300,7 +300,7 @@ def test_hub_data_set(tmp_path, cache, monkeypatch):
     for kept in (0, 1, 1):
         assert len(kept_rows(cache) if cache.exists() else []) == kept
         corpus = load("owner/name/part:all")
-        assert corpus.label_names == ["no", "yes"] and corpus.splits["train"].labels.tolist() == [0, 1, 1] * 10
+        assert corpus.label_names == ["no", "yes"] and corpus.splits["train"].targets.tolist() == [0, 1, 1] * 10
         assert corpus.splits["train"].texts[29] == "t 29"
     assert asked[0] == ("owner/name", "part", "all")
 
@@ -313,10 +313,10 @@ def test_hub_names_are_those_of_the_label_column_and_count_from_0(cache, monkeyp
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows, features))
     corpus = load("owner/name")
     assert corpus.label_names == ["1", "2", "3"]
-    assert corpus.splits["train"].labels.tolist() == rows["label"]
+    assert corpus.splits["train"].targets.tolist() == rows["label"]
     corpus = load("owner/name", label_column="topic")
     assert corpus.label_names == ["war", "peace"]
-    assert corpus.splits["train"].labels.tolist() == rows["topic"]
+    assert corpus.splits["train"].targets.tolist() == rows["topic"]
 
 
 def test_a_prediction_takes_the_layout_of_the_training_file(tmp_path):
@@ -326,7 +326,7 @@ def test_a_prediction_takes_the_layout_of_the_training_file(tmp_path):
     names = load_corpus(config, TASK, 1).label_names
     split, _, _ = load_for_prediction(Source(path=str(path)), config, TASK, names, None)
     assert split.texts == [text for text, _ in ROWS]
-    assert [names[label] for label in split.labels] == [label for _, label in ROWS]
+    assert [names[label] for label in split.targets] == [label for _, label in ROWS]
 
 
 def test_an_input_with_a_header_for_a_run_without(tmp_path):

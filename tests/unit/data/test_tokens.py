@@ -88,8 +88,8 @@ def test_tokenize_pairs_with_types(bert_tokenizer):
 
 
 def test_tokenize_unlabelled(tiny_tokenizer):
-    split = dataclasses.replace(split_of(["goal", "win"]), labels=None)
-    assert tokenize(split, tiny_tokenizer, 16, quiet=True).labels.tolist() == [0, 0]
+    split = dataclasses.replace(split_of(["goal", "win"]), targets=None)
+    assert tokenize(split, tiny_tokenizer, 16, quiet=True).targets.tolist() == [0, 0]
 
 
 def kept_arrays(cache):
@@ -239,7 +239,7 @@ def test_awkward_texts_equal_the_tokenizers_own_call(bert_tokenizer, tiny_tokeni
 def test_fingerprint_is_that_of_the_whole_arrays(tiny_tokenizer, cache, monkeypatch):
     monkeypatch.setattr("trainer.data.tokens.HASHED_NUMBERS", 7)
     examples = tokenize(split_of(words(100)), tiny_tokenizer, 16, quiet=True)
-    arrays = (examples.tokens, examples.offsets, examples.labels)
+    arrays = (examples.tokens, examples.offsets, examples.targets)
     assert examples.fingerprint() == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
@@ -255,7 +255,7 @@ def test_fingerprint_sees_everything_that_trains():
     others = [
         dataclasses.replace(base, tokens=np.array([0, 1, 2, 9])),
         dataclasses.replace(base, offsets=np.array([0, 1, 4])),
-        dataclasses.replace(base, labels=np.array([1, 0])),
+        dataclasses.replace(base, targets=np.array([1, 0])),
         dataclasses.replace(base, token_types=np.array([0, 0, 0, 1])),
         dataclasses.replace(base, token_types=np.array([0, 1, 0, 1])),
     ]

@@ -47,7 +47,7 @@ def examples_of(count, seed=0):
         tokens=generator.integers(1, 100, lengths.sum()).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         token_types=None,
-        labels=generator.integers(0, 3, count),
+        targets=generator.integers(0, 3, count),
         lengths=lengths,
     )
 
