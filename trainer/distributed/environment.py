@@ -16,10 +16,10 @@ import urllib.parse
 from trainer.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
-TRUE = {"1", "true", "yes", "y", "t", "on"}  # as in accelerate
-FALSE = {"", "no", "none", "0", "false", "f", "n", "off"}
-GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MPI_GROUPS = (  # the same four: Open MPI, MVAPICH 2 and 3, jsrun, MPICH and Intel MPI, PALS
+TRUE_WORDS = {"1", "true", "yes", "y", "t", "on"}  # as in accelerate
+FALSE_WORDS = {"", "no", "none", "0", "false", "f", "n", "off"}
+GROUP_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MPI_VARIABLES = (  # the same four: Open MPI, MVAPICH 2 and 3, jsrun, MPICH and Intel MPI, PALS
     *(
         tuple(f"{prefix}_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))
         for prefix in ("OMPI_COMM_WORLD", "MV2_COMM_WORLD", "MVP_COMM_WORLD", "JSM_NAMESPACE")
@@ -27,23 +27,25 @@ MPI_GROUPS = (  # the same four: Open MPI, MVAPICH 2 and 3, jsrun, MPICH and Int
     ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("PMI_SIZE", "PMI_RANK", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
 )
-# Variables above 1, or above 0, show that there are several processes, even if the launcher does not connect them.
-SIZES = (*(names[0] for names in MPI_GROUPS), "PET_NNODES", "FLUX_JOB_SIZE", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM")
-RANKS = ("PMI_RANK", "PMIX_RANK", "PALS_RANKID", "FLUX_TASK_RANK")
-OFF = (
+# A size above 1 or a rank above 0 shows that there are several processes, even if the launcher does not connect them.
+SIZE_VARIABLES = (
+    *(names[0] for names in MPI_VARIABLES), "PET_NNODES", "FLUX_JOB_SIZE", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM",
+)  # fmt: skip
+RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "PALS_RANKID", "FLUX_TASK_RANK")
+MUST_BE_OFF = (
     "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER", "ACCELERATE_USE_IPEX", "ACCELERATE_USE_XPU",
     "ACCELERATE_USE_TPU", "ACCELERATE_DOWNCAST_BF16",
 )  # fmt: skip
-OFF_WITH_FSDP = ("FSDP_OFFLOAD_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_ACTIVATION_CHECKPOINTING")
-SUPPORTED = {
-    **dict.fromkeys(OFF, FALSE),
+MUST_BE_OFF_WITH_FSDP = ("FSDP_OFFLOAD_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_ACTIVATION_CHECKPOINTING")
+SUPPORTED_VALUES = {
+    **dict.fromkeys(MUST_BE_OFF, FALSE_WORDS),
     "ACCELERATE_TORCH_DEVICE": {""},
     "ACCELERATE_MIXED_PRECISION": {"", "no", "fp16", "bf16"},
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": {"", "1"},
     "PJRT_DEVICE": {"", "cpu", "cuda"},
 }
-SUPPORTED_FSDP = {"FSDP_VERSION": {"2"}, **dict.fromkeys(OFF_WITH_FSDP, FALSE)}
+SUPPORTED_VALUES_WITH_FSDP = {"FSDP_VERSION": {"2"}, **dict.fromkeys(MUST_BE_OFF_WITH_FSDP, FALSE_WORDS)}
 
 
 def read_environment() -> None:
@@ -63,11 +65,11 @@ def _end_with_launcher() -> None:
 
 
 def _check_accelerate_settings() -> None:
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE
-    for name, supported in {**SUPPORTED, **(SUPPORTED_FSDP if is_sharded else {})}.items():
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE_WORDS
+    for name, supported in {**SUPPORTED_VALUES, **(SUPPORTED_VALUES_WITH_FSDP if is_sharded else {})}.items():
         value = os.environ.get(name, "")
         if value.lower() not in supported:
-            file = "fsdp.yaml" if name in SUPPORTED_FSDP else "*.yaml"
+            file = "fsdp.yaml" if name in SUPPORTED_VALUES_WITH_FSDP else "*.yaml"
             raise UserError(
                 f"{name}={value} is not supported. It comes from the environment or from accelerate's configuration: "
                 f"unset it, or start with ./launch.sh or accelerate_configs/{file}"
@@ -87,9 +89,9 @@ def _set_group() -> None:
         elif environment.get("GROUP_WORLD_SIZE") == "1" and "ISOTRAIN_NUM_PROCESSES" not in environment:
             _refuse_unconnected_processes()  # several tasks, each with a torchrun of one machine
     elif _read_number("ISOTRAIN_NUM_PROCESSES", 0) != 1:
-        for names in MPI_GROUPS:
+        for names in MPI_VARIABLES:
             if _read_number(names[0]) > 1 and names[2] in environment:
-                source, pairs = names[0], zip(GROUP, names, strict=True)
+                source, pairs = names[0], zip(GROUP_VARIABLES, names, strict=True)
                 environment.update({ours: environment[theirs] for ours, theirs in pairs if theirs in environment})
                 break
         else:
@@ -97,7 +99,7 @@ def _set_group() -> None:
     if _read_number("WORLD_SIZE") > 1:
         _check_group(source)
     else:
-        for name in (*GROUP, *(names[0] for names in MPI_GROUPS)):
+        for name in (*GROUP_VARIABLES, *(names[0] for names in MPI_VARIABLES)):
             environment.pop(name, None)
 
 
@@ -132,8 +134,8 @@ def _refuse_unconnected_processes() -> None:
             return
     if "," in environment.get("SM_HOSTS", ""):
         _refuse_process(by="SM_HOSTS")
-    for name in (*SIZES, *RANKS):
-        if environment.get(name, "") not in ({"", "0", "1"} if name in SIZES else {"", "0"}):
+    for name in (*SIZE_VARIABLES, *RANK_VARIABLES):
+        if environment.get(name, "") not in ({"", "0", "1"} if name in SIZE_VARIABLES else {"", "0"}):
             _refuse_process(by=name)
 
 

@@ -23,7 +23,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from trainer.compat import has_fast_bf16, keep_freed_memory
 from trainer.distributed import rendezvous
-from trainer.distributed.environment import TRUE
+from trainer.distributed.environment import TRUE_WORDS
 from trainer.distributed.watch import Watch
 from trainer.errors import UserError, one_line
 
@@ -38,7 +38,7 @@ def is_on_cpu() -> bool:
 
 
 def _is_cpu_requested() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE_WORDS
 
 
 def check_device() -> None:

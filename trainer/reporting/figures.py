@@ -24,7 +24,7 @@ INK, PALE = "#1f2933", "#9aa5b1"
 SHARE_COLORS = LinearSegmentedColormap.from_list("share", ["#f6f8fb", "#b9d3ea", "#5b9bcb", "#1f6aa5", "#0b3c6b"])
 MAX_COUNTED_CLASSES = 30  # with more classes the counts would be too small to read
 MAX_FIGURE_INCHES = 20.0
-BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#00805e", "#6b7785"  # Okabe and Ito, for color-blind readers
+BLUE, VERMILION, GREEN, GRAY = "#0072b2", "#d55e00", "#00805e", "#6b7785"  # Okabe and Ito, for color-blind readers
 STYLE: dict[RcKeyType, Any] = {
     "axes.edgecolor": "#9aa5b1",
     "axes.grid": True,
@@ -167,7 +167,7 @@ def accuracy_figure(records: Sequence[Record], best_step: int, test_accuracy: fl
         names.append((test_accuracy, f"test {test_accuracy:.1%}", GREEN))
     steps, values = select_values(records, "validation/accuracy")
     for best in values[steps == best_step]:
-        axes.axvline(best_step, color=GREY, linestyle=":", linewidth=1)
+        axes.axvline(best_step, color=GRAY, linestyle=":", linewidth=1)
         axes.plot(best_step, best, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
         axes.text(
             best_step, 0.02, f"best: step {best_step} ", transform=axes.get_xaxis_transform(), ha="right", fontsize=9
@@ -248,5 +248,5 @@ def _label_lines(axes: Axes, records: Sequence[Record], names: Sequence[tuple[fl
         shown = whole_epochs[:: math.ceil(len(whole_epochs) / 8)]
         top = axes.secondary_xaxis("top")
         top.set_xticks(np.interp(shown, epochs, steps), [f"epoch {epoch}" for epoch in shown], fontsize=8)
-        top.tick_params(labelcolor=GREY)
+        top.tick_params(labelcolor=GRAY)
         top.spines["top"].set_visible(False)
