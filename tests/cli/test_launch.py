@@ -102,14 +102,6 @@ def test_starts_run_py_in_the_callers_folder(launch, clone, tmp_path):
     assert 1 <= int(rank["environment"]["OMP_NUM_THREADS"]) <= os.cpu_count()
 
 
-def test_cpu_multi_is_really_several_ranks(launch):
-    result = launch("--recipe=x", "--topology", "cpu_multi", "--processes", "2")
-    assert result.returncode == 0, result.stderr
-    ranks = [rank["environment"] for rank in told(result.stdout)]
-    assert [(rank["RANK"], rank["WORLD_SIZE"]) for rank in ranks] == [("0", "2"), ("1", "2")]
-    assert all(rank["ACCELERATE_USE_CPU"] == "true" and rank["ISOTRAIN_NUM_PROCESSES"] == "2" for rank in ranks)
-
-
 def test_a_stale_default_config_does_not_rule(launch, tmp_path):
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate/default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("script", ["launcher", "run", "predict", "export", "report"])
 def test_entry_points_answer_without_the_heavy_libraries(script):
-    code = f"import sys, trainer.{script}; print(*[name for name in ('torch', 'transformers') if name in sys.modules])"
+    slow = ("torch", "transformers", "matplotlib.pyplot")
+    code = f"import sys, trainer.{script}; print(*[name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

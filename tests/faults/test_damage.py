@@ -8,7 +8,6 @@ import signal
 import subprocess
 
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from tests.harness.commands import changed, command, on_ranks, start
 from tests.harness.data import topic_rows, write_csv
@@ -17,17 +16,15 @@ from tests.harness.runs import assert_same, checkpoints, outcome, tensors
 LESS = ("no_figures",)
 FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "trainer_state.json"]
 FILES += ["best_adapter.safetensors", "manifest.json"]
-DAMAGES = ["cut", "flipped", "removed", "emptied"]
 
 
 def damage(path, kind):
-    data = bytearray(path.read_bytes())
     if kind == "removed":
         path.unlink()
         return
-    if kind == "flipped":
-        data[len(data) // 2] ^= 1
-    path.write_bytes({"cut": data[:-7], "flipped": data, "emptied": b""}[kind])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def contents(folder):
@@ -39,8 +36,8 @@ def contents(folder):
     }
 
 
-# every file, and every kind of damage; the unit tests have all pairs
-@pytest.mark.parametrize(("name", "kind"), [(name, DAMAGES[i % 4]) for i, name in enumerate(FILES)])
+# the unit tests have every file with every kind of damage
+@pytest.mark.parametrize(("name", "kind"), [("optimizer.safetensors", "flipped"), ("manifest.json", "removed")])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(name, kind, killed, reference):
     folder, arguments = killed
     damage(folder / "checkpoints" / "step-00000006" / name, kind)
@@ -117,30 +114,6 @@ def test_other_data_is_refused(killed, tmp_path, reference):
     assert_same(folder, reference)
 
 
-def test_another_backbone_is_refused(killed, tiny_backbone, tmp_path):
-    folder, arguments = killed
-    other = shutil.copytree(tiny_backbone, tmp_path / "other")
-    weights = load_file(other / "model.safetensors")
-    name = next(name for name in weights if "query.weight" in name)
-    weights[name] = weights[name] * 1.01
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
-    before = contents(folder)
-    ended = command("run", changed(arguments, model__name=other), [LESS])
-    assert ended.code == 2
-    assert "trained on another backbone" in ended.stderr
-    assert contents(folder) == before
-
-
-def test_a_backbone_that_computes_otherwise_is_refused(killed, tiny_backbone, tmp_path):
-    _, arguments = killed
-    other = shutil.copytree(tiny_backbone, tmp_path / "other")
-    settings = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**settings, "hidden_act": "relu"}))
-    ended = command("run", changed(arguments, model__name=other), [LESS])
-    assert ended.code == 2
-    assert "trained on another backbone" in ended.stderr
-
-
 def test_a_split_left_out_is_refused(killed):
     """Without that of validation the best adapter so far would be forgotten."""
     folder, arguments = killed
@@ -148,15 +121,6 @@ def test_a_split_left_out_is_refused(killed):
     ended = command("run", changed(arguments, data__test=None), [LESS])
     assert ended.code == 2
     assert "begun with another test split" in ended.stderr
-    assert contents(folder) == before
-
-
-def test_another_configuration_is_refused(killed):
-    folder, arguments = killed
-    before = contents(folder)
-    ended = command("run", changed(arguments, optim__learning_rate="1e-2"), [LESS])
-    assert ended.code == 2
-    assert "another configuration: optim.learning_rate (there 0.02, now 0.01)" in ended.stderr
     assert contents(folder) == before
 
 
@@ -170,24 +134,6 @@ def test_the_place_of_data_and_the_rhythm_of_saving_may_change(killed, fault_dat
     found = outcome(folder)
     assert found["adapter"] == reference["adapter"]
     assert found["records"] == reference["records"]
-
-
-def test_never_resume(killed):
-    folder, arguments = killed
-    before = contents(folder)
-    ended = command("run", changed(arguments, run__resume="never"), [LESS])
-    assert ended.code == 2
-    assert "run.resume is never" in ended.stderr
-    assert contents(folder) == before
-
-
-def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, options):
-    folder, _ = uninterrupted
-    before = contents(folder)
-    ended = command("run", changed(options, run__output_dir=folder.parent), [LESS])
-    assert ended.code == 0
-    assert "is finished" in ended.stderr
-    assert contents(folder) == before
 
 
 def test_a_finished_run_is_finished_for_a_host_that_does_not_see_it(uninterrupted, options, tmp_path):
@@ -227,18 +173,11 @@ def test_a_second_command_is_refused_while_the_first_runs(options, reference, tm
     assert_same(folder, reference)
 
 
-def test_a_lock_file_without_a_holder_does_not_matter(killed, reference):
-    folder, arguments = killed
-    assert (folder / ".lock").is_file()
-    assert command("run", arguments, [LESS]).code == 0
-    assert_same(folder, reference)
-
-
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
-# in the first file of a checkpoint, in its manifest; in the middle of the evaluation's files
-@pytest.mark.parametrize("write", [2, 7, 7 + 6 + 2])
+# in the first file of a checkpoint; in the middle of the evaluation's files
+@pytest.mark.parametrize("write", [2, 7 + 6 + 2])
 def test_a_full_disk(write, killed, reference):
     folder, arguments = killed
     ended = command("run", arguments, [LESS, ("full_disk", write)])

@@ -358,9 +358,3 @@ def test_a_bad_folder_exits_with_one_line_and_code_2(tmp_path: Path, kind: str) 
     assert done.stdout == ""
     assert re.fullmatch(rf"error: {re.escape(str(folder))}[^\n]+\n", done.stderr)
     assert not list(tmp_path.rglob("*.html"))
-
-
-def test_neither_torch_nor_pyplot_is_imported() -> None:
-    code = "import sys, trainer.reporting.page; print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "set()"

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 from trainer import files
 from trainer.files import remove_unfinished, replace_folder, write_atomic
@@ -16,8 +15,6 @@ from trainer.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
     load_newest,
-    load_optimizer_tensors,
-    optimizer_tensors,
     read_checkpoint,
     write_checkpoint,
 )
@@ -290,40 +287,6 @@ def test_write_atomic(tmp_path, monkeypatch):
         write_atomic(path, "other")
     assert path.read_bytes() == b"\x00\xff"
     assert names(path.parent) == ["file.csv"]
-
-
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
-def test_an_optimizer_goes_on_where_it_was(kind):
-    def stepped(model, optimizer, steps, seed):
-        torch.manual_seed(seed)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(torch.randn(5, 3)).square().sum().backward()
-            optimizer.step()
-
-    torch.manual_seed(0)
-    first = nn.Linear(3, 2)
-    order = [first.bias, first.weight]
-    optimizer = kind(order, lr=0.1)
-    stepped(first, optimizer, 3, seed=1)
-    tensors = optimizer_tensors(optimizer, ["bias", "weight"])
-    taken = {name: tensor.clone() for name, tensor in tensors.items()}
-
-    second = nn.Linear(3, 2)
-    second.load_state_dict(first.state_dict())
-    other = kind([second.bias, second.weight], lr=0.1)
-    stepped(first, optimizer, 2, seed=2)
-    assert all(torch.equal(tensors[name], taken[name]) for name in taken), "what was taken out is no copy"
-    load_optimizer_tensors(other, ["bias", "weight"], tensors)
-    stepped(second, other, 2, seed=2)
-    assert torch.equal(first.weight, second.weight)
-    assert torch.equal(first.bias, second.bias)
-
-
-def test_optimizer_state_of_an_unknown_parameter_is_refused():
-    model = nn.Linear(3, 2)
-    with pytest.raises(DamagedCheckpoint, match=r"unknown parameter other\.weight"):
-        load_optimizer_tensors(torch.optim.Adam(model.parameters()), ["w", "b"], {"other.weight/step": torch.ones(())})
 
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
