@@ -14,7 +14,7 @@ import functools
 
 import numpy as np
 
-from trainer.config.splitmix import mix
+from trainer.splitmix import mix
 
 ROUNDS = 24
 

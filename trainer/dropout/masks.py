@@ -3,7 +3,7 @@
 Always holds: which units of an example stay does not depend on its rank, its padding, its place in a batch, or the
 device.
 
-The random words are SplitMix64's, see config/splitmix.py. A word of one stream is the key of a stream below it: seed,
+The random words are SplitMix64's, see splitmix.py. A word of one stream is the key of a stream below it: seed,
 step, example, site. A unit takes a byte of a word. It is dropped where the byte is below a threshold. 256 p is rarely
 whole (p = 0.1: 25.6), so the threshold is 25 or 26. It is drawn for each example and site, so that a unit is dropped
 with probability p to within 2**-57.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from trainer.compat import on_device
-from trainer.config.splitmix import GAMMA, random_words
+from trainer.splitmix import GAMMA, random_words
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
 # Units that are drawn at once: what a CPU's cache holds; on a GPU many sites, since each operation takes long to start.
