@@ -66,8 +66,8 @@ def class_values(train: LabelColumn, label_names: list[str]) -> dict[str, str]:
 def contest_labels(mappings: Iterable[tuple[str, Any]], label_names: list[str]) -> tuple[list[str], str]:
     """The label that a contest's file holds for each class [C], and a sentence that says which labels these are.
 
-    It holds the labels of the data. It holds class names if several labels mean one class, or if only the class names
-    are numbers.
+    It holds the labels of the data. It holds class names if no mapping has every class, if several labels mean one
+    class, or if only the class names are numbers.
 
     Args:
         mappings: (where it is from, {label: class name}); the first one that has every class counts.
@@ -78,8 +78,7 @@ def contest_labels(mappings: Iterable[tuple[str, Any]], label_names: list[str]) 
         if set(classes.values()) == set(label_names):
             values = {_as_text(value): classes[name] for value, name in given.items() if name in classes}
             return _labels_or_names(origin, values, label_names)
-    numbers = [str(i) for i in range(len(label_names))]
-    return numbers, f"holds numbers counted from 0, as this run has no record of its labels: {quoted(numbers)}"
+    return label_names, f"holds the names of the classes: {quoted(label_names)}"
 
 
 def _labels_or_names(origin: str, values: dict[str, str], label_names: list[str]) -> tuple[list[str], str]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.labels import describe_look_alikes, is_number, match_labels, quoted
+from trainer.config.labels import describe_look_alikes, match_labels, quoted
 from trainer.config.loading import parse_label_names
 from trainer.config.prediction import Options
-from trainer.config.schema import Config, Source, resolve
+from trainer.config.schema import Config, Source
 from trainer.data.corpus import id_columns, load_for_prediction
 from trainer.data.tokens import Examples, tokenize
 from trainer.distributed.session import choose_precision, join_processes
@@ -29,7 +29,7 @@ from trainer.model.backbone import Backbone, silence_libraries
 from trainer.model.build import COMPUTE_TYPES
 from trainer.packed.forward import Padding, build_forward
 from trainer.tasks import TASKS
-from trainer.tasks.task import measure
+from trainer.tasks.task import Task, measure
 from trainer.training.scoring import predictions_csv, score_split
 
 HEADERS = {"full": ("id", "prediction"), "contest": ("ID", "Label")}
@@ -45,7 +45,7 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
     run, task, source = Path(options.run), TASKS[config.task.type], source_of(options)
     check_label_names(source, label_names)
     summary = read_summary(run)
-    labels, about_labels = choose_labels(options, config, summary, label_names)
+    labels, about_labels = choose_labels(options, task, summary, label_names)
     found = id_columns(source, config.data) if options.id_column is None else []
     id_column, about_ids = choose_id_column(options, found)
     split, ids, warnings = load_for_prediction(
@@ -124,20 +124,13 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def choose_labels(
-    options: Options, config: Config, summary: dict[str, Any], label_names: list[str]
+    options: Options, task: Task, summary: dict[str, Any], label_names: list[str]
 ) -> tuple[list[str], str]:
     """The label that the output holds for each class [C], and a sentence about them."""
     if options.layout == "full":
         return label_names, "holds the names of the classes"
-    configured = resolve(config.data.train or "", config.data).label_names
-    mappings: list[tuple[str, Any]] = [
-        ("--label_names", source_of(options).label_names),
-        ("the training data", summary.get("label_values")),
-        ("data.label_names", configured),  # a run of an earlier version has no other record
-    ]
-    if configured is None or all(map(is_number, label_names)):
-        mappings.append(("the training data", {name: name for name in label_names}))
-    return TASKS[config.task.type].contest_labels(mappings, label_names)
+    given, recorded = source_of(options).label_names, summary.get("label_values")
+    return task.contest_labels([("--label_names", given), ("the training data", recorded)], label_names)
 
 
 def render_predictions(options: Options, ids: list[str], columns: dict[str, list[Any]], labels: dict[str, Any]) -> str:

@@ -158,11 +158,11 @@ def test_a_class_that_is_weighted_twice_or_is_none(tmp_path):
 FOUR = ["World", "Sports", "Business", "Tech"]
 
 
-def submission(folder, config, classes, values, output="x.csv", **options):
+def submission(folder, classes, values, output="x.csv", **options):
     """The labels that a prediction of each class in turn is written as, and the line that says what they are."""
     summary = {} if values is None else {"label_values": values}
     asked = Options(str(folder), "input.csv", output, layout="contest", **options)
-    labels, told = choose_labels(asked, config, summary, classes)
+    labels, told = choose_labels(asked, TASK, summary, classes)
     columns = prediction_columns(np.eye(len(labels)) * 9, classes)
     text = render_predictions(
         asked, [str(i) for i in range(len(labels))], columns, dict(zip(classes, labels, strict=True))
@@ -204,7 +204,7 @@ def test_a_submission_holds_the_labels_of_the_data(tmp_path, data, names, writte
     kind = ".parquet" if isinstance(data[0], bool | float) else ".csv"
     corpus = load(labelled(tmp_path / f"x{kind}", data), label_names=names)
     values = json.loads(json.dumps(corpus.label_values))
-    text, said = submission(tmp_path, Config(), corpus.label_names, values)
+    text, said = submission(tmp_path, corpus.label_names, values)
     assert text == "ID,Label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(written))
     assert said.startswith(f"holds {told or ''}")
 
@@ -212,11 +212,11 @@ def test_a_submission_holds_the_labels_of_the_data(tmp_path, data, names, writte
 def test_a_submission_holds_the_labels_of_the_inputs_own_mapping(tmp_path):
     values = dict(zip("0123", FOUR, strict=True))
     mapping = f"{{{', '.join(f'{i + 1}: {name}' for i, name in enumerate(FOUR))}}}"
-    text, told = submission(tmp_path, Config(), FOUR, values, label_names=mapping)
+    text, told = submission(tmp_path, FOUR, values, label_names=mapping)
     assert text.split() == ["ID,Label", "0,1", "1,2", "2,3", "3,4"] and "the labels of --label_names" in told
     assert "labels of --label_names: 1, 2, 3, 4" in told
     for names in ("{7: World}", "[Sports, World, Business, Tech]"):
-        _, told = submission(tmp_path, Config(), FOUR, values, label_names=names)
+        _, told = submission(tmp_path, FOUR, values, label_names=names)
         assert told == "holds the labels of the training data: 0, 1, 2, 3"
 
 
@@ -230,31 +230,10 @@ def test_a_mapping_to_no_class_of_the_run_is_refused(names):
     check_label_names(Source("x.csv", label_names=FOUR[:2]), FOUR)
 
 
-@pytest.mark.parametrize(
-    ("names", "classes", "written", "told"),
-    [
-        (None, ["0", "4"], ["0", "4"], "the labels of the training data"),
-        (None, ["a", "b"], ["a", "b"], "the labels of the training data"),
-        ({"4": "pos", "0": "neg"}, ["pos", "neg"], ["4", "0"], "the labels of data.label_names"),
-        ({"yes": "1", "no": "0"}, ["1", "0"], ["1", "0"], "the names of the classes, which are numbers"),
-        ({"1": "0", "2": "1"}, ["0", "1"], ["1", "2"], "the labels of data.label_names: 1, 2"),
-        (["neg", "pos"], ["neg", "pos"], ["0", "1"], "numbers counted from 0, as this run has no record"),
-        (["4", "0"], ["4", "0"], ["4", "0"], "the labels of the training data"),
-    ],
-)
-def test_a_run_of_an_earlier_version(tmp_path, names, classes, written, told):
-    config = Config(data=DataConfig(train=Source("x.csv", label_names=names)))
-    text, said = submission(tmp_path, config, classes, None)
-    assert [line.split(",")[1] for line in text.split()] == ["Label", *written]
-    assert told in said
-
-
-def test_truth_values_of_a_run_of_an_earlier_version(tmp_path):
-    """It calls the labels of a parquet file False and True."""
-    for name, labels in BOOLS.items():
-        source = Source(str(labelled(tmp_path / name, labels)))
-        split, *_ = load_for_prediction(source, DataConfig(train="x"), TASK, ["False", "True"], None)
-        assert split.targets.tolist() == [0, 1]
+def test_without_a_record_of_the_labels_it_holds_class_names(tmp_path):
+    text, told = submission(tmp_path, FOUR, None)
+    assert [line.split(",")[1] for line in text.split()] == ["Label", *FOUR]
+    assert "the names of the classes: 'World', " in told
 
 
 @pytest.mark.parametrize("content", ["", "{", "3", "\xff"])
@@ -266,7 +245,7 @@ def test_a_summary_that_is_damaged(tmp_path, content):
 
 def test_whole_numbers_are_numbers_in_jsonl(tmp_path):
     def labels(names):
-        text, _ = submission(tmp_path, Config(), names, {name: name for name in names}, output="x.jsonl")
+        text, _ = submission(tmp_path, names, {name: name for name in names}, output="x.jsonl")
         return [json.loads(line)["Label"] for line in text.splitlines()]
 
     assert labels(["0", "4", "-1"]) == [0, 4, -1]
@@ -519,7 +498,7 @@ def test_class_names_that_a_file_stores_and_a_submission(tmp_path):
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "x.parquet")
     corpus = load(tmp_path / "x.parquet")
     assert corpus.label_values == dict(zip("0123", FOUR, strict=True))
-    text, _ = submission(tmp_path, Config(), corpus.label_names, corpus.label_values)
+    text, _ = submission(tmp_path, corpus.label_names, corpus.label_values)
     assert text.split()[1:] == ["0,0", "1,1", "2,2", "3,3"]
 
 
