@@ -1,7 +1,7 @@
 """Private names of other libraries, one small function each, and what differs between devices.
 
 Always holds: no other module of trainer/ touches a private name of a library (tests/contracts/test_private_names.py).
-Checked with torch 2.11 and 2.13, transformers 5.17 and 5.23, peft 0.21.2, accelerate 1.15.
+Checked with torch 2.11 and 2.13, transformers 5.17 and 5.23, peft 0.21.2. Of accelerate none is used.
 """
 
 from __future__ import annotations
