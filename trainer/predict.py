@@ -54,9 +54,9 @@ def predict(options: Options) -> int:
     config, label_names = load_finished_run(Path(options.run), options.model.name, options.model.revision)
     if problems := list(find_format_problems("--", options.delimiter, options.encoding)):
         raise UserError("\n".join(problems))
-    from trainer.data.sources import check_places  # this import and those below take seconds; --help needs none
+    from trainer.data.sources import check_paths  # this import and those below take seconds; --help needs none
 
-    check_places({"input": options.input})
+    check_paths({"input": options.input})
     _check_output(options, config)
     set_environment()
     from trainer.training.prediction import predict_file
@@ -78,13 +78,13 @@ def _check_output(options: Options, config: Config) -> None:
         raise UserError(f"--output: {output} is in the run's folder; give another file")
     if not output.exists():
         return
-    from trainer.data.sources import files_of
+    from trainer.data.sources import list_files
 
     splits = (config.data.train, config.data.validation, config.data.test)
     used = [(resolve(split, config.data).path, "data of the run") for split in splits if split]
     for pattern, what in [(options.input, "the input"), *used]:
         with contextlib.suppress(ValueError, KeyError):  # the folder of a split may hold no table any more
-            if any(Path(path).exists() and output.samefile(path) for path in files_of(pattern)):
+            if any(Path(path).exists() and output.samefile(path) for path in list_files(pattern)):
                 raise UserError(f"--output: {output} is {what}; give another file")
 
 

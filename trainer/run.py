@@ -29,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     if one_host and _is_finished(folder, config):
         return 0
     # loading torch and the hub's libraries takes seconds, so --help and most mistakes are answered before
-    from trainer.data.sources import check_places
+    from trainer.data.sources import check_paths
 
     if one_host:
-        check_places({name: getattr(config.data, name) for name in ("train", "validation", "test")})
+        check_paths({name: getattr(config.data, name) for name in ("train", "validation", "test")})
     set_environment()
     from trainer.training.pipeline import train_and_report
 

@@ -143,7 +143,7 @@ def load_for_prediction(
     return split, _check_ids(table, table.ids, f"--input: {full.path}: column {id_column!r}", warnings), warnings
 
 
-def id_columns(source: Source, config: DataConfig) -> list[str]:
+def find_id_columns(source: Source, config: DataConfig) -> list[str]:
     """Finds the columns of an input that are called ID, in any case, and hold neither texts nor labels.
 
     Raises:

@@ -81,7 +81,7 @@ class Request:
     """begins the options of this split in messages"""
 
 
-def kind_of(path: str) -> str:
+def file_type(path: str) -> str:
     """Returns the type of a file by its name: .csv for x.csv, for X.CSV.gz, and for a zip that holds x.csv.
 
     Raises:
@@ -106,7 +106,7 @@ def read_file(path: str, request: Request) -> Iterator[Chunk]:
     Raises:
         ValueError: what is wrong, and where. Libraries raise others of UNREADABLE.
     """
-    return _READERS[kind_of(path)](path, request)
+    return _READERS[file_type(path)](path, request)
 
 
 def read_batches(
@@ -129,9 +129,9 @@ def read_batches(
         first += batch.num_rows
 
 
-def stored_class_names(path: str, label_column: str | None) -> list[str] | None:
+def read_class_names(path: str, label_column: str | None) -> list[str] | None:
     """Reads the names that `datasets` stored in a parquet or Arrow file for the numbers of a ClassLabel column."""
-    kind = kind_of(path)
+    kind = file_type(path)
     if kind in PARQUET:
         schema = pyarrow.parquet.read_schema(path)
     elif kind in ARROW:
@@ -281,7 +281,7 @@ def _read_csv(path: str, request: Request) -> Iterator[Chunk]:
     first = next(lines, "")
     excel = re.fullmatch(r'("?)sep=(.)\1', first.rstrip("\r\n"))  # Excel's note of the delimiter
     excel = excel if len(request.source.column_names or ()) != 1 else None  # there it may be a text
-    delimiter = request.source.delimiter or (excel and excel[2]) or ("\t" if kind_of(path) == ".tsv" else ",")
+    delimiter = request.source.delimiter or (excel and excel[2]) or ("\t" if file_type(path) == ".tsv" else ",")
     delimiter = "\t" if delimiter == "\\t" else delimiter
     _check_delimiter(next(lines, "") if excel else first, delimiter, request)
     records = _csv_records(_lines(path, request), delimiter, request)
@@ -447,7 +447,7 @@ def _read_json(path: str, request: Request) -> Iterator[Chunk]:
     """Reads one object a line, or in a .json file also a list of objects."""
     lines: Iterable[str] = _lines(path, request)
     parse = json.JSONDecoder(object_pairs_hook=partial(_make_object, request.wanted)).decode
-    if kind_of(path) in LINES:
+    if file_type(path) in LINES:
         records = _parse_lines(lines, parse)
     else:
         text = "".join(lines)

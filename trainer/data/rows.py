@@ -24,7 +24,7 @@ from tqdm import tqdm
 from trainer.config.labels import describe_look_alikes, label_text
 from trainer.config.schema import ResolvedSource
 from trainer.data.cache import load_or_create, release_memory
-from trainer.data.formats import TRAILING_TEXT, Columns, kind_of
+from trainer.data.formats import TRAILING_TEXT, Columns, file_type
 from trainer.data.sources import Origin, find_origin, option_prefix
 from trainer.errors import UserError, bar_settings, is_first_on_machine
 
@@ -162,7 +162,7 @@ def read_table(
     return _table(reading, rows, None, _problem(reading))
 
 
-def progress(name: str, unit: str, total: int | None, quiet: bool) -> Any:
+def progress_bar(name: str, unit: str, total: int | None, quiet: bool) -> Any:
     """A progress bar of the first process of a machine; in a log file a line a minute."""
     return tqdm(
         desc=name,
@@ -175,7 +175,7 @@ def progress(name: str, unit: str, total: int | None, quiet: bool) -> Any:
     )
 
 
-def digests(texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
+def hash_texts(texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
     """Hashes each text or pair to 128 bits, uint64 [N, 2]."""
     joined = b"".join(
         # the length tells the pairs (a, b\0c) and (a\0b, c) apart
@@ -192,7 +192,7 @@ def _schema(roles: dict[str, list[str]]) -> pa.Schema:
 def _cache_name(reading: Reading, labels_required: bool, contents: list[str]) -> str:
     origin = reading.origin
     settings = asdict(replace(origin.source, path="", label_names=None))
-    place = list(map(kind_of, origin.paths)) if origin.hub is None else origin.source.path
+    place = list(map(file_type, origin.paths)) if origin.hub is None else origin.source.path
     key = [ROWS_FORMAT, settings, place, reading.roles, labels_required, contents]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8", "surrogatepass"))
     return f"{digest.hexdigest()[:32]}.rows"
@@ -243,7 +243,7 @@ def _table(reading: Reading, rows: pa.Table, file: mmap.mmap | None, problem: st
 
 def _read_batches(reading: Reading, quiet: bool) -> Iterator[pa.RecordBatch]:
     wanted = [column for columns in reading.roles.values() for column in columns]
-    with progress(f"reading {reading.origin.name}", "rows", None, quiet) as bar:
+    with progress_bar(f"reading {reading.origin.name}", "rows", None, quiet) as bar:
         for file, (count, columns) in reading.origin.read_chunks(wanted):
             reading.add_missing(TRAILING_TEXT, columns.pop(TRAILING_TEXT, []))
             reading.columns.update(dict.fromkeys(columns))
@@ -270,7 +270,7 @@ def _batch(count: int, columns: Columns, reading: Reading) -> pa.RecordBatch:
         is_missing["label"] = [a and b for a, b in zip(is_missing["label"], has_text, strict=True)]
     for role, rows in is_missing.items():
         reading.add_missing(role, rows)
-    hashes = pa.py_buffer(digests(values["text"], values.get("text_pair")))
+    hashes = pa.py_buffer(hash_texts(values["text"], values.get("text_pair")))
     if reading.not_text:  # refused at the end; until then Arrow must not meet half a character
         values = {role: [v and v.encode("utf-8", "replace").decode() for v in some] for role, some in values.items()}
     arrays = [pa.array(column, pa.large_string()) for column in values.values()]

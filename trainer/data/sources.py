@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from trainer.config.schema import ResolvedSource, Source
 from trainer.data import formats
-from trainer.data.formats import Chunk, Request, kind_of
+from trainer.data.formats import Chunk, Request, file_type
 from trainer.errors import UserError, one_line
 
 if TYPE_CHECKING:  # its import takes most of a second, and files do not need it
@@ -121,7 +121,7 @@ def is_hub_id(path: str) -> bool:
     return match[3] is not None or not (_FILE_NAME.fullmatch(path) or _has_file_type(path))
 
 
-def check_places(sources: dict[str, str | Source | None]) -> None:
+def check_paths(sources: dict[str, str | Source | None]) -> None:
     """Refuses all paths that name no file; reads no rows and no hub.
 
     Raises:
@@ -134,7 +134,7 @@ def check_places(sources: dict[str, str | Source | None]) -> None:
     )
 
 
-def files_of(path: str, name: str = "input") -> list[str]:
+def list_files(path: str, name: str = "input") -> list[str]:
     """Lists the files that a path, a glob or a folder of part files names, in the order of their names.
 
     Raises:
@@ -165,7 +165,7 @@ def find_files(name: str, path: str) -> list[str]:
         UserError: there is no file, or one of a type that is not supported.
     """
     with _refusals(option_name(name)):
-        paths = files_of(path, name)
+        paths = list_files(path, name)
     if not paths:
         raise UserError(f"{option_name(name)}: {_describe_no_files(path)}")
     for file in paths:
@@ -188,7 +188,7 @@ def find_origin(name: str, source: ResolvedSource) -> Origin:
     stored: list[list[str] | None] = []
     for path in paths:
         with _refusals(option_name(name), path):
-            stored.append(formats.stored_class_names(path, source.label_column))
+            stored.append(formats.read_class_names(path, source.label_column))
             if stored[-1] != stored[0]:
                 raise ValueError(f"the stored class names of {source.label_column!r} are not those of {paths[0]}")
     return Origin(name, source, paths, class_names=stored[0])
@@ -212,7 +212,7 @@ def _describe_no_files(path: str) -> str:
 def _why_unsupported(file: str) -> str | None:
     if Path(file).suffix.lower() in PICKLED:
         return "is a pickled file, which can run code when read; refused. Save it as csv"
-    if kind_of(file) not in formats.FILE_TYPES:
+    if file_type(file) not in formats.FILE_TYPES:
         return f"has an unsupported type (supported: {', '.join((*formats.FILE_TYPES, *formats.PACKED))})"
     if not Path(file).is_file():
         return "is not a file"
@@ -269,7 +269,7 @@ def _read_files(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk]
     for index, path in enumerate(origin.paths):
         columns: set[str] = set()
         with _refusals(origin.option, path):
-            may_lack_columns = kind_of(path) in (".json", *formats.LINES)
+            may_lack_columns = file_type(path) in (".json", *formats.LINES)
             for count, chunk in formats.read_file(path, request):
                 columns.update(set(chunk) & set(wanted))
                 if chunk and not may_lack_columns:  # also without rows: its header may be a row of a file without one

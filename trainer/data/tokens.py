@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data.cache import load_or_create, release_memory
 from trainer.data.corpus import TextSplit
-from trainer.data.rows import progress
+from trainer.data.rows import progress_bar
 
 TOKENS_FORMAT = 5
 """version of the cached tokens; a new number makes every start tokenize again"""
@@ -163,7 +163,10 @@ def _encode(
         return {name: np.fromiter(values[name], TYPES[name]) for name in names}
 
     waiting: deque[Future[Arrays]] = deque()
-    with progress(f"tokenizing {split.name}", "texts", len(split), quiet) as bar, ThreadPoolExecutor(workers) as pool:
+    with (
+        progress_bar(f"tokenizing {split.name}", "texts", len(split), quiet) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         for start in range(0, len(split), TEXTS_PER_TASK):
             waiting.append(pool.submit(encode, start))
             if len(waiting) > 2 * workers:

@@ -19,7 +19,7 @@ from trainer.config.labels import describe_look_alikes, match_labels, quoted
 from trainer.config.loading import parse_label_names
 from trainer.config.prediction import Options
 from trainer.config.schema import Config, Source
-from trainer.data.corpus import id_columns, load_for_prediction
+from trainer.data.corpus import find_id_columns, load_for_prediction
 from trainer.data.tokens import Examples, tokenize
 from trainer.distributed.session import choose_precision, join_processes
 from trainer.errors import UserError
@@ -46,7 +46,7 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
     check_label_names(source, label_names)
     summary = read_summary(run)
     labels, about_labels = choose_labels(options, task, summary, label_names)
-    found = id_columns(source, config.data) if options.id_column is None else []
+    found = find_id_columns(source, config.data) if options.id_column is None else []
     id_column, about_ids = choose_id_column(options, found)
     split, ids, warnings = load_for_prediction(
         source, config.data, task, label_names, id_column, options.ignore_labels, options.quiet

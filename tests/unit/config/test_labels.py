@@ -13,7 +13,7 @@ from tests.harness.data import write_csv
 from trainer.config.labels import label_text, look_alikes, match_labels
 from trainer.config.prediction import Options
 from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source
-from trainer.data.corpus import id_columns, load_corpus, load_for_prediction
+from trainer.data.corpus import find_id_columns, load_corpus, load_for_prediction
 from trainer.errors import UserError
 from trainer.predict import main
 from trainer.tasks.single_label import TASK, example_weights, prediction_columns
@@ -328,22 +328,22 @@ def test_repeated_ids_are_reported(tmp_path):
 def test_the_column_of_ids_is_found(tmp_path, header, found):
     path = tmp_path / "x.csv"
     path.write_text(f"{header}\n{','.join('abc'[: header.count(',') + 1])}\n")
-    assert id_columns(Source(str(path)), DataConfig(train="x")) == found
+    assert find_id_columns(Source(str(path)), DataConfig(train="x")) == found
     column, told = choose_id_column(Options("r", "i", "o"), found)
     assert column == (found[0] if len(found) == 1 else None)
     assert told == {0: "holds the row, counted from 0", 1: f"holds column {found[:1]} of the input"}.get(
         len(found), "holds the row, counted from 0, since 'id', 'ID' could hold ids (see --id_column)"
     ).replace("[", "").replace("]", "")
     assert choose_id_column(Options("r", "i", "o", id_column=""), found)[0] is None
-    assert id_columns(Source(str(path)), DataConfig(train="x", text_columns=["ID"], label_column="id")) == [
+    assert find_id_columns(Source(str(path)), DataConfig(train="x", text_columns=["ID"], label_column="id")) == [
         column for column in found if column == " Id "
     ]
 
 
 def test_the_column_of_ids_is_found_in_json_and_parquet(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a", "Id": 1}\n{"text": "b", "Id": 2}\n')
-    assert id_columns(Source(str(tmp_path / "x.jsonl")), DataConfig(train="x")) == ["Id"]
-    assert id_columns(Source(str(with_ids(tmp_path / "x.parquet", [1, 2]))), DataConfig(train="x")) == ["id"]
+    assert find_id_columns(Source(str(tmp_path / "x.jsonl")), DataConfig(train="x")) == ["Id"]
+    assert find_id_columns(Source(str(with_ids(tmp_path / "x.parquet", [1, 2]))), DataConfig(train="x")) == ["id"]
 
 
 # --- pairs, and rows that splits share --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 
 from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import load_corpus, load_for_prediction
-from trainer.data.sources import check_places, is_hub_id
+from trainer.data.sources import check_paths, is_hub_id
 from trainer.errors import UserError
 from trainer.tasks.single_label import TASK
 
@@ -495,14 +495,14 @@ def test_a_path_that_does_not_exist_is_an_error_at_once(path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub, or searched the disk"))
     assert refused(path).startswith(("no file ", f"no file matches {path!r}"))
     with pytest.raises(UserError, match=r"^--input: no file "):
-        check_places({"input": path})
+        check_paths({"input": path})
 
 
 @pytest.mark.parametrize("path", ["owner/name", "owner/name:test", "owner/na.me-1.0/20231101.en", "owner/x.abc:train"])
 def test_what_is_looked_up_on_the_hub(path):
     assert refused("owner/x.abc").endswith("with its split if the name ends like a file: owner/x.abc:train")
     assert is_hub_id(path)
-    check_places({"train": path})
+    check_paths({"train": path})
     write("owner/x", "")
     assert not is_hub_id(path)
 

@@ -18,7 +18,7 @@ from tests.harness.data import write_csv
 from tests.harness.processes import ROOT
 from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import _number_texts, load_corpus, load_for_prediction
-from trainer.data.rows import Texts, digests
+from trainer.data.rows import Texts, hash_texts
 from trainer.data.sources import Origin
 from trainer.errors import UserError
 from trainer.tasks.single_label import TASK
@@ -375,7 +375,7 @@ def test_take_keeps_texts_and_rows_together(tmp_path):
     some = split.take("some", np.array([5, 17, 80]))
     again = some.take("again", np.array([2, 0]))
     assert some.texts == [ROWS[i][0] for i in (5, 17, 80)] and again.texts == [ROWS[i][0] for i in (80, 5)]
-    assert again.rows.tolist() == [80, 5] and np.array_equal(again.digests, digests(again.texts, None))
+    assert again.rows.tolist() == [80, 5] and np.array_equal(again.digests, hash_texts(again.texts, None))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness.data import WORDS
 from trainer.data.corpus import TextSplit
-from trainer.data.rows import digests
+from trainer.data.rows import hash_texts
 from trainer.data.tokens import Examples, tokenize
 
 
@@ -21,7 +21,7 @@ def kept(cache):
 
 
 def split_of(texts, pairs=None):
-    return TextSplit("train", "here", texts, pairs, np.zeros(len(texts), dtype=np.int64), digests(texts, pairs))
+    return TextSplit("train", "here", texts, pairs, np.zeros(len(texts), dtype=np.int64), hash_texts(texts, pairs))
 
 
 def example(examples, i):
