@@ -160,9 +160,10 @@ def taken_gradient(run):
 
 def step_gradient(run, step):
     """The gradient as `loop.train_step` comes by it, before clipping."""
-    optim = dataclasses.replace(run.learner.optim, max_grad_norm=None)
+    optim_config = dataclasses.replace(run.learner.optim_config, max_grad_norm=None)
     collector = Collector(run)
-    probe = dataclasses.replace(run, learner=dataclasses.replace(run.learner, optimizer=collector, optim=optim))
+    learner = dataclasses.replace(run.learner, optimizer=collector, optim_config=optim_config)
+    probe = dataclasses.replace(run, learner=learner)
     loop.train_step(probe, step, run.plan.micro_batches(step, 0, 1))
     if run.learner.accelerator.scaler is not None:  # it has unscaled for an optimizer that takes no step
         run.learner.accelerator.scaler.update()

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(config.run.output_dir).expanduser() / run_name(config)
     # on several hosts rank 0 decides for all, since the others may not see the folder
     one_host = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if one_host and _is_finished(folder, config):
+    if one_host and _check_folder(folder, config):
         return 0
     # loading torch and the hub's libraries takes seconds, so --help and most mistakes are answered before
     from trainer.data.sources import check_paths
@@ -36,11 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     set_environment()
     from trainer.training.pipeline import train_and_report
 
-    return train_and_report(config, folder, None if one_host else lambda: _is_finished(folder, config))
+    return train_and_report(config, folder, None if one_host else lambda: _check_folder(folder, config))
 
 
-def _is_finished(folder: Path, config: Config) -> bool:
-    """Whether the folder has this run, and it is complete.
+def _check_folder(folder: Path, config: Config) -> bool:
+    """Checks that the run may use its folder. If the run is finished, says so and returns True.
 
     Raises:
         UserError: the folder has a run of another configuration or something else, or must not be used again.

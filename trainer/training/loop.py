@@ -44,13 +44,13 @@ def train(
     if state.step == 0 and has_open_budget(run):
         state = fit_token_budget(run, state)
     while True:
-        if not signal and evaluation_due(run, state):
+        if not signal and is_evaluation_due(run, state):
             try:
                 state, best = evaluate(run, state, best)
             except Stopped as stopped:
                 signal = stopped.signal
         is_last = state.step == run.total_steps or state.stopped_early
-        if (is_last or signal or save_due(run, state)) and saved != (state.step, state.evaluated_step):
+        if (is_last or signal or is_save_due(run, state)) and saved != (state.step, state.evaluated_step):
             save_checkpoint(run, state, best)
             saved = (state.step, state.evaluated_step)
         if signal:
@@ -61,7 +61,7 @@ def train(
         while state.step < end and not signal:
             plan = current_plan(run, state)
             while len(queue) < STEPS_IN_FLIGHT[accelerator.device.type] and (step := state.step + len(queue)) < end:
-                set_learning_rate(run.learner.optimizer, learning_rate(run.learner.optim, step, run.total_steps))
+                set_learning_rate(run.learner.optimizer, learning_rate(run.learner.optim_config, step, run.total_steps))
                 micro_batches = plan.micro_batches(step, accelerator.process_index, accelerator.num_processes)
                 queue.append(train_step(run, step, micro_batches, queue[-1] if queue else None))
             result = read_result(run, queue.popleft())
@@ -84,13 +84,13 @@ def discard(queue: deque[EnqueuedStep]) -> None:
     queue.clear()
 
 
-def evaluation_due(run: Run, state: TrainState) -> bool:
+def is_evaluation_due(run: Run, state: TrainState) -> bool:
     """Whether the validation split is to be scored now."""
     due = is_due(run, run.config.evaluation.every_steps, state.step) or state.step == run.total_steps
     return due and state.evaluated_step < state.step
 
 
-def save_due(run: Run, state: TrainState) -> bool:
+def is_save_due(run: Run, state: TrainState) -> bool:
     """Whether a checkpoint is to be written now."""
     return is_due(run, run.config.checkpoint.every_steps, state.step)
 
@@ -98,6 +98,11 @@ def save_due(run: Run, state: TrainState) -> bool:
 def is_due(run: Run, every_steps: int | None, step: int) -> bool:
     """Whether `step` is a multiple of `every_steps`, or of the steps of an epoch if that is None."""
     return step > 0 and step % (every_steps or run.plan.steps_per_epoch) == 0
+
+
+def is_epoch_end(run: Run, step: int) -> bool:
+    """Whether `step` steps are whole epochs."""
+    return is_due(run, None, step)
 
 
 def next_due_step(run: Run, state: TrainState) -> int:
@@ -130,7 +135,7 @@ def count_step(run: Run, state: TrainState, result: StepResult, seconds: float) 
 def log_step(run: Run, state: TrainState, result: StepResult) -> None:
     """Moves the progress bar; writes the values of a log point and of a finished epoch."""
     epoch, window, log = state.step / run.plan.steps_per_epoch, state.window, run.console.log
-    rate = learning_rate(run.learner.optim, state.step - 1, run.total_steps)
+    rate = learning_rate(run.learner.optim_config, state.step - 1, run.total_steps)
     per_second = window.examples / window.seconds
     log.advance_bar(1, loss=f"{result.loss:.3f}", lr=f"{rate:.1e}", examples=f"{per_second:.0f}/s")
     if is_due(run, run.config.tracking.every_steps, state.step):
@@ -147,7 +152,7 @@ def log_step(run: Run, state: TrainState, result: StepResult) -> None:
         if result.loss_scale is not None:
             values["train/loss_scale"] = result.loss_scale
         log.log_scalars(values, state.step, epoch)
-    if is_due(run, None, state.step):
+    if is_epoch_end(run, state.step):
         log.log_scalars({"train/epoch_loss": state.epoch.loss / state.epoch.steps}, state.step, epoch)
 
 
@@ -155,6 +160,6 @@ def reset_tallies(run: Run, state: TrainState) -> TrainState:
     """Starts new tallies after a log point and after an epoch."""
     if is_due(run, run.config.tracking.every_steps, state.step):
         state = dataclasses.replace(state, window=Tally())
-    if is_due(run, None, state.step):
+    if is_epoch_end(run, state.step):
         state = dataclasses.replace(state, epoch=Tally())
     return state

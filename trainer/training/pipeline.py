@@ -59,13 +59,13 @@ CHANGEABLE = {"base_model_name_or_path", "revision", "peft_version"}
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
-def train_and_report(config: Config, folder: Path, is_finished: Callable[[], bool] | None = None) -> int:
+def train_and_report(config: Config, folder: Path, check_folder: Callable[[], bool] | None = None) -> int:
     """Trains, tests and reports.
 
     Args:
         config: of the run.
         folder: of the run.
-        is_finished: rank 0 asks it after the rendezvous and ends all ranks if it is.
+        check_folder: rank 0 calls it after the rendezvous. If it returns True, the run is finished and all ranks end.
 
     Returns:
         the exit code: 0, or 128 + signal.
@@ -80,7 +80,7 @@ def train_and_report(config: Config, folder: Path, is_finished: Callable[[], boo
     _check_trackers(config.tracking.backends)
     facts = {f"{group}.{name}": str(v) for group, values in as_dict(config).items() for name, v in values.items()}
     with join_processes(precision, facts) as (accelerator, watch):
-        if is_finished is not None and accelerator.is_main_process and is_finished():
+        if check_folder is not None and accelerator.is_main_process and check_folder():
             sys.exit(0)  # on all ranks: see `join_processes`
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=accelerator.mixed_precision))
         with hold_run_folder(folder) if accelerator.is_main_process else contextlib.nullcontext():

@@ -56,7 +56,7 @@ class Learner:
     """those that train, by name, in the optimizer's order"""
     dropout: DropoutKeys
     task: Task
-    optim: OptimConfig
+    optim_config: OptimConfig
     sharded: bool
     """the frozen weights are sharded over the ranks, so each forward is a collective"""
 

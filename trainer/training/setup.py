@@ -144,7 +144,7 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
         parameters=parameters,
         dropout=keys,
         task=TASKS[config.task.type],
-        optim=config.optim,
+        optim_config=config.optim,
         sharded=sharded,
     )
 

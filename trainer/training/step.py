@@ -129,7 +129,7 @@ def add_gradient(learner: Learner, examples: Examples, step: int, ids: np.ndarra
     with learner.dropout.micro_batch(step, batch.ids, batch.lengths):
         with learner.accelerator.autocast():
             logits = learner.forward(batch.inputs, batch.lengths)
-        losses = example_losses(learner.task, logits, batch, learner.optim.label_smoothing)
+        losses = example_losses(learner.task, logits, batch, learner.optim_config.label_smoothing)
         learner.accelerator.backward(losses.sum())
     return losses.detach()
 
@@ -178,8 +178,8 @@ def apply_gradient(learner: Learner, step: int, norm: torch.Tensor, skip: torch.
     # the fp16 scaler would lower its scale for a skipped step, so it must not see one
     if learner.accelerator.scaler is None or not bool(skip):
         learner.accelerator.unscale_gradients()
-        if learner.optim.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.optim.max_grad_norm, norm)
+        if learner.optim_config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.optim_config.max_grad_norm, norm)
         skip_if(skip, learner.optimizer.optimizer)
         learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
