@@ -79,7 +79,7 @@ def replace_folder(target: Path, files: dict[str, bytes]) -> None:
         temporary.mkdir(parents=True)
         for name, data in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
-            _write_synced(temporary / name, data)
+            write_synced(temporary / name, data)
         publish(temporary, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -92,7 +92,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_synced(temporary, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+            write_synced(temporary, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             temporary.replace(path)
             _sync(path.parent)
         except OSError:
@@ -194,7 +194,8 @@ def _describe_holder(folder: Path, lock: Path) -> str:
     )
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file and waits until its content is on disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

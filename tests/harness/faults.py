@@ -82,7 +82,7 @@ def in_write(count, number=signal.SIGKILL):
     """Kills in the middle of the `count`-th file that files.py writes: half of it is on the disk."""
     from trainer import files
 
-    original = files._write_synced
+    original = files.write_synced
     calls = 0
 
     def struck(path, data):
@@ -93,7 +93,7 @@ def in_write(count, number=signal.SIGKILL):
             strike(number)
         original(path, data)
 
-    files._write_synced = struck
+    files.write_synced = struck
 
 
 def in_save(save, write, number=signal.SIGKILL):
@@ -119,7 +119,7 @@ def full_disk(first):
 
     from trainer import files
 
-    original = files._write_synced
+    original = files.write_synced
     calls = 0
 
     def full(path, data):
@@ -130,7 +130,7 @@ def full_disk(first):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         original(path, data)
 
-    files._write_synced = full
+    files.write_synced = full
 
 
 def at_cpu_time(seconds):
@@ -191,7 +191,7 @@ def torn_file(name, number=signal.SIGKILL):
 
     from trainer import files
 
-    write_text, write_synced = Path.write_text, files._write_synced
+    write_text, write_synced = Path.write_text, files.write_synced
 
     def text(path, data, *arguments, **settings):
         if name in path.name:
@@ -205,7 +205,7 @@ def torn_file(name, number=signal.SIGKILL):
             strike(number)
         write_synced(path, data)
 
-    Path.write_text, files._write_synced = text, synced
+    Path.write_text, files.write_synced = text, synced
 
 
 def log_ids(folder):

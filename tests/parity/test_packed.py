@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tests.unit.model.test_build import METHODS
+from trainer.compat import has_fast_bf16
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
 from trainer.model.build import set_precision
@@ -171,7 +172,7 @@ def test_whatever_lora_is_put_on(options):
     assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-12
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="a CPU without bf16 instructions")
+@pytest.mark.skipif(not has_fast_bf16(), reason="a CPU without bf16 instructions")
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 32), (7, 33), (2304, 768)])
 def test_a_prepacked_weight_gives_the_same_products(outputs, inputs):
     generator = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from trainer.distributed import session
 from trainer.distributed.session import STOP_SIGNALS, StopRequest, check_device, choose_precision, start_accelerator
 from trainer.errors import UserError
 from trainer.training.step import first_signal
@@ -82,8 +83,7 @@ def test_outside_the_main_thread_no_handlers_are_installed(handlers):
 def test_precision_on_a_cpu(unlaunched, wanted, launched_with, fast_bf16, chosen):
     if launched_with:
         unlaunched.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-    unlaunched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast_bf16)
-    unlaunched.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    unlaunched.setattr(session, "has_fast_bf16", lambda: fast_bf16)
     assert choose_precision(wanted) == chosen
 
 
@@ -102,7 +102,7 @@ def test_precision_on_a_gpu(unlaunched, has_bf16, chosen):
     unlaunched.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert choose_precision("auto") == chosen
     unlaunched.setenv("ACCELERATE_USE_CPU", "true")
-    unlaunched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    unlaunched.setattr(session, "has_fast_bf16", lambda: True)
     assert choose_precision("auto") == "bf16"
     with pytest.raises(UserError, match="fp16 on a CPU"):
         choose_precision("fp16")

@@ -196,7 +196,7 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, call):
         if calls == call:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(files, "_write_synced", full)
+    monkeypatch.setattr(files, "write_synced", full)
     for step in (3, 6):
         calls = 0
         with pytest.raises(OSError, match=r"cannot save .*step-.*: No space left on device; what was saved before"):
@@ -282,7 +282,7 @@ def test_write_atomic(tmp_path, monkeypatch):
         place.write_bytes(data[:1])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "_write_synced", full)
+    monkeypatch.setattr(files, "write_synced", full)
     with pytest.raises(OSError, match=r"cannot write .*file\.csv: No space left on device"):
         write_atomic(path, "other")
     assert path.read_bytes() == b"\x00\xff"
