@@ -1,8 +1,8 @@
 """The plan: which examples an optimizer step sees, and which rank computes them in which micro-batch.
 
 Always holds: the global batch of a step is a pure function of (number of examples, batch.size, seed, step). Together
-the ranks compute each of its examples exactly once, and all ranks run the same number of micro-batches. So resuming is
-an index, and another number of processes changes only who computes.
+the ranks compute each of its examples exactly once, and all ranks run the same number of micro-batches. So a
+resumed run replays nothing, and another number of processes changes only who computes.
 
 Ranks are balanced longest-processing-time-first (Graham, 1969).
 """

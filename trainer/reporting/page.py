@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import matplotlib
@@ -28,6 +27,7 @@ from trainer.reporting.figures import (
     LEARNING_RATE,
     STYLE,
     THROUGHPUT,
+    Record,
     accuracy_figure,
     classification_report_figure,
     compute_averages,
@@ -38,11 +38,10 @@ from trainer.reporting.figures import (
 
 SPLITS = ("test", "validation", "train")  # the page shows the errors of the first scored split
 NUM_ERRORS, NUM_CONFUSIONS = 25, 8
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitFiles:
     """The files of one scored split. A missing file leaves its part empty."""
 
     name: str
@@ -55,7 +54,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """All that the report reads from a run folder."""
 
     folder: Path
@@ -63,16 +62,16 @@ class Run:
     environment: Record
     summary: Record
     records: list[Record]
-    splits: list[Split]
+    splits: list[SplitFiles]
 
 
-def read_run(folder: Path, summary: Record | None) -> Run:
+def read_run(folder: Path, summary: Record | None) -> RunFiles:
     """Reads a run folder. Reads summary.json only if no `summary` is given."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --run takes a run folder, such as runs/NAME")
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
         raise UserError(f"{folder} is not a run folder: it has no config.yaml, metrics.jsonl or summary.json")
-    return Run(
+    return RunFiles(
         folder=folder,
         config=_read_mapping(folder / "config.yaml"),
         environment=_read_mapping(folder / "environment.json"),
@@ -114,7 +113,7 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def read_split(folder: Path) -> Split:
+def read_split(folder: Path) -> SplitFiles:
     """Reads metrics.json, confusion_matrix.csv and predictions.csv of evaluation/<split>/, if they exist."""
     path = folder / "confusion_matrix.csv"
     rows = list(_read_csv(path))[1:]
@@ -124,7 +123,7 @@ def read_split(folder: Path) -> Split:
     except (ValueError, IndexError) as error:
         raise UserError(f"{path}: not a square confusion matrix: {error}") from error
     metrics, errors = _read_mapping(folder / "metrics.json"), find_confident_errors(folder / "predictions.csv")
-    return Split(folder.name, metrics, labels, matrix, errors)
+    return SplitFiles(folder.name, metrics, labels, matrix, errors)
 
 
 def find_confident_errors(path: Path) -> list[dict[str, str]]:
@@ -152,7 +151,7 @@ def _read_csv(path: Path) -> Iterator[list[str]]:
             yield from csv.reader(file)
 
 
-def find_top_confusions(split: Split) -> list[tuple[int, str, str, float]]:
+def find_top_confusions(split: SplitFiles) -> list[tuple[int, str, str, float]]:
     """Finds the most frequent confusions: count, true label, predicted label, share of the true class."""
     confusions = [
         (int(count), split.labels[row], split.labels[column], float(count / split.matrix[row].sum()))
@@ -162,7 +161,7 @@ def find_top_confusions(split: Split) -> list[tuple[int, str, str, float]]:
     return heapq.nlargest(NUM_CONFUSIONS, confusions, key=lambda confusion: confusion[0])
 
 
-def draw_figures(run: Run) -> dict[str, bytes]:
+def draw_figures(run: RunFiles) -> dict[str, bytes]:
     """Draws all figures for which the run has values. Returns {path in the run folder: PNG}."""
     test_accuracy = next((split.metrics.get("accuracy") for split in run.splits if split.name == "test"), None)
     figures = {
@@ -186,7 +185,7 @@ def draw_figures(run: Run) -> dict[str, bytes]:
     return pictures
 
 
-def render_page(run: Run, pictures: Mapping[str, bytes]) -> str:
+def render_page(run: RunFiles, pictures: Mapping[str, bytes]) -> str:
     """Fills the template. Escapes all values and replaces control characters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -1,8 +1,8 @@
 """The training loop: steps, and what is due between them. step.py has the step.
 
 Always holds: everything that a step does is a function of (configuration, data, step) and of the state (adapter,
-optimizer, scaler, `TrainState`). So resuming is an index. The number of processes and the cut into micro-batches change
-who computes what, never what is computed.
+optimizer, scaler, `TrainState`). So a resumed run replays nothing. The number of processes and the cut into
+micro-batches change who computes what, never what is computed.
 """
 
 from __future__ import annotations

@@ -209,13 +209,14 @@ def describe_data(run: Run) -> list[str]:
     cut = sum(int((split.lengths == max_length).sum()) for split in run.inputs.examples.values())
     is_held_out = run.config.data.validation is None and "validation" in corpus.splits
     together = "; the held-out validation has none of its texts" if is_held_out else ""
+    classes = counts["train"]["label_counts"]
     notes = {
         f"duplicates within train{together}": counts["train"]["num_duplicates"],
         **{f"rows of {name} found in train": counts[name]["num_in_train"] for name in corpus.splits if name != "train"},
         f"examples fill all {max_length} tokens and may be cut": cut,
     }
     return [
-        f"{sizes} examples of {len(corpus.label_names)} classes",
+        f"{sizes} examples{f' of {len(classes)} classes' if classes else ''}",
         *(f"note: {count:,} {what}" for what, count in notes.items() if count),
         *(f"warning: {line}" for line in corpus.warnings),
     ]
