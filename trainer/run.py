@@ -71,8 +71,8 @@ def _check_folder(folder: Path, config: Config) -> bool:
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         hint = "For a new run: --run.name NAME"
         if finished:
-            hint += f"; to train this adapter on: --run.name NAME --model.adapter {quote_path(folder / 'adapter')}"
-        raise UserError(f"{folder} holds a run of another configuration: {shown}\n{hint}")
+            hint += f"; to train this adapter further: --run.name NAME --model.adapter {quote_path(folder / 'adapter')}"
+        raise UserError(f"{folder} has a run with another configuration: {shown}\n{hint}")
     if finished and os.environ.get("RANK", "0") == "0" and not config.run.quiet:
         done = "is finished; nothing to do, and its data was not looked at"
         print(f"{quote_path(folder)} {done}. For another run: --run.name NAME", file=sys.stderr)

@@ -223,8 +223,8 @@ def test_folder_of_another_configuration(finished, unchanged, attempt, tiny_data
     said = attempt("--data.train", tiny_data / "train.csv", base=arguments)
     assert "another configuration: data.train" in said
     assert attempt("--batch.size", "4", "--peft.r", "2", base=arguments) == (
-        f"{folder} holds a run of another configuration: batch.size (there 8, now 4), peft.r (there None, now 2)\n"
-        "For a new run: --run.name NAME; to train this adapter on: "
+        f"{folder} has a run with another configuration: batch.size (there 8, now 4), peft.r (there None, now 2)\n"
+        "For a new run: --run.name NAME; to train this adapter further: "
         f"--run.name NAME --model.adapter {folder / 'adapter'}"
     )
     assert attempt("--run.resume", "never", base=arguments) == (

@@ -97,7 +97,7 @@ def test_a_new_run_starts_from_an_adapter(uninterrupted, options, tmp_path):
     assert ended.code == -signal.SIGKILL
     assert f"starting from the adapter {old}\n" in ended.stderr
     refused = command("run", changed(arguments, model__adapter=None))
-    assert "was begun with another adapter to start from" in error_of(refused)
+    assert "was started with another adapter to start from" in error_of(refused)
     ended = command("run", arguments, [LESS])
     assert ended.code == 0, ended.stderr
     assert "continuing after step 3" in ended.stderr

@@ -107,7 +107,7 @@ def test_other_data_is_refused(killed, tmp_path, reference):
     before = contents(folder)
     ended = command("run", changed(arguments, data__train=other), [LESS])
     assert ended.code == 2
-    assert "begun with another train split" in ended.stderr
+    assert "started with another train split" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert contents(folder) == before
     assert command("run", arguments, [LESS]).code == 0
@@ -120,7 +120,7 @@ def test_a_split_left_out_is_refused(killed):
     before = contents(folder)
     ended = command("run", changed(arguments, data__test=None), [LESS])
     assert ended.code == 2
-    assert "begun with another test split" in ended.stderr
+    assert "started with another test split" in ended.stderr
     assert contents(folder) == before
 
 

@@ -54,7 +54,7 @@ class Checkpoint:
 def save_checkpoint(run: Run, state: TrainState, best: dict[str, torch.Tensor] | None) -> None:
     """Writes a checkpoint from the main process; an error there stops every rank."""
     learner, failure = run.learner, ""
-    run.console.watch.position = f"the save of step {state.step}"
+    run.console.watch.position = f"the checkpoint of step {state.step}"
     if learner.accelerator.is_main_process:
         scaler = learner.accelerator.scaler
         checkpoint = Checkpoint(
@@ -88,13 +88,13 @@ def restore(run: Run, checkpoint: Checkpoint) -> TrainState:
         recorded = values["fingerprints"].get(name)
         if name == "draw format" and recorded != fingerprints[name]:
             raise UserError(
-                f"{run.folder} was begun by a version that draws other dropout masks; finish it with that version, or "
-                "start a new run: --run.name NAME"
+                f"{run.folder} was started by a version that draws other dropout masks; finish it with that version, "
+                "or start a new run: --run.name NAME"
             )
         if recorded != fingerprints.get(name):
             hint = " (texts, labels, or tokens of another tokenizer)" if name.endswith(" split") else ""
             raise UserError(
-                f"{run.folder} was begun with another {name}{hint}; restore that, or start a new run: --run.name NAME"
+                f"{run.folder} was started with another {name}{hint}; restore that, or start a new run: --run.name NAME"
             )
     try:
         state = state_from_json(values["train"])

@@ -87,7 +87,7 @@ def train_and_report(config: Config, folder: Path, check_folder: Callable[[], bo
             watch.position = "the preparation of the data"
             known = _read_on_main(accelerator, lambda: recorded_backbone(folder / "checkpoints"))
             inputs = prepare(config, folder, Identity(**known) if known else None)
-            watch.position = "the making of the model"
+            watch.position = "the setup of the model"
             run = build(config, folder, inputs, accelerator, stop, watch)
             check_agreement(inputs.fingerprints)
             state, best = _resume_or_start(run)
