@@ -113,16 +113,6 @@ def test_a_full_disk_leaves_nothing(run, tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_what_is_refused(run, killed, tmp_path):
-    for folder, reason in ((tmp_path, "not a run folder"), (killed[0], "not finished")):
-        ended = command("export", ["--run", folder, "--output", tmp_path / "model"])
-        assert ended.code == 2
-        assert reason in ended.stderr
-    ended = command("export", ["--run", run])
-    assert ended.code == 2
-    assert "output" in ended.stderr
-
-
 def test_a_damaged_adapter_is_refused(run, tmp_path):
     damaged = shutil.copytree(run, tmp_path / "damaged")
     weights = damaged / "adapter" / "adapter_model.safetensors"

@@ -219,25 +219,6 @@ def test_schedules_and_optimizers(settings, options, tmp_path):
     assert any(not np.array_equal(first[name], last[name]) for name in first)
 
 
-def test_class_weights(options, tmp_path):
-    few = {"optim__max_steps": 2, "tracking__every_steps": 1, "tracking__backends": "[]"}
-    losses = {}
-    for name, weights in {
-        "none": None,
-        "ones": "{World: 1.0, Sports: 1.0}",
-        "sports": "{World: 0.0, Business: 0.0}",
-        "balanced": "balanced",
-    }.items():
-        folder, _ = trained(options, tmp_path, run__name=name, optim__class_weights=weights, **few)
-        losses[name] = [line["train/loss"] for line in records(folder) if "train/loss" in line]
-    assert losses["ones"] == losses["none"]
-    assert losses["sports"] != losses["none"]
-    ended = command("run", changed(options, run__output_dir=tmp_path, optim__class_weights="{Sport: 2}"))
-    assert ended.code == 2
-    assert "'Sport' is not a class" in ended.stderr
-    assert not (tmp_path / "run").exists()
-
-
 def test_no_validation_and_no_test(options, tmp_path):
     few = {"optim__max_steps": 2, "tracking__backends": "[]"}
     folder, ended = trained(options, tmp_path, data__validation_fraction=0, **few)

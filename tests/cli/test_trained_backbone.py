@@ -232,23 +232,18 @@ def test_a_copy_elsewhere_is_accepted(place, hub, predicted, tmp_path):
     assert export(place / "runs" / "hub", tmp_path / "merged", str(copy), None) == 0
 
 
-@pytest.mark.parametrize("changed", ["weights", "config", "tokenizer", "readme"])
+@pytest.mark.parametrize("changed", ["weights", "tokenizer"])
 def test_a_folder_that_changed(place, hub, predicted, tmp_path, changed):
     """What computes is compared; the tokenizer is the adapter's own."""
     before = predicted("package")
     folder = shutil.copytree(place / "packages" / "isotrain_fake" / "model", tmp_path / "folder")
     if changed == "weights":
         change(folder / "model.safetensors")
-    if changed == "config":
-        text = (folder / "config.json").read_text()
-        (folder / "config.json").write_text(text.replace('"gelu"', '"relu"'))
     if changed == "tokenizer":
         text = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(text.replace('"match"', '"other"'))
-    if changed == "readme":
-        (folder / "README.md").write_text("new")
     copy = Copy(name=str(folder))
-    if changed in ("weights", "config"):
+    if changed == "weights":
         first, second = refused(lambda: predicted("package", copy))
         assert "trained on another backbone" in first and "(package:isotrain_fake/model)" in first
         assert second == "Use the same files: --model.name FOLDER of an unchanged copy"

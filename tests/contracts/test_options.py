@@ -12,7 +12,6 @@ from jsonargparse import set_parsing_settings
 
 from tests.harness.processes import ROOT
 from trainer.config import loading as options
-from trainer.config import schema as config
 from trainer.config.loading import option_names
 from trainer.config.schema import CHANGEABLE_OPTIONS, GROUPS, Source
 
@@ -47,19 +46,6 @@ def test_each_option_has_help():
             key = f"--{group}.{item.name}"
             _metavar, _, entry = text.replace(f"{key}+ ", f"{key} ").rpartition(f"{key} ")[2].partition(" ")
             assert entry.find("(type:") > 10 or item.name == "options", f"{key} has no help"
-
-
-def test_options_that_may_change_when_a_run_resumes():
-    kept = {f"{group}.{name}" for group, values in config.identity(config.Config()).items() for name in values}
-    assert set(option_names()) - kept == {
-        "run.name", "run.output_dir", "run.resume", "run.quiet",
-        "data.train", "data.validation", "data.test", "data.delimiter", "data.encoding", "data.quoting",
-        "batch.max_tokens", "batch.eval_max_tokens",
-        "model.name", "model.revision", "model.adapter", "model.packed",
-        "peft.max_trainable_parameters",
-        "checkpoint.every_steps", "checkpoint.keep_last",
-        "tracking.every_steps", "tracking.backends",
-    }  # fmt: skip
 
 
 # --- docs/options.md ---

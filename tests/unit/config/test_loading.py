@@ -161,16 +161,6 @@ def test_command_line_values_are_parsed_by_type():
     assert config.peft.peft_type == "IA3"
 
 
-def test_label_mappings_have_text_keys(recipe):
-    mapping = {"1": "World", "2": "Sports"}
-    assert parse("--data.label_names", "{1: World, 2: Sports}").data.label_names == mapping
-    path = recipe("data: {train: x, label_names: {1: World, 2: Sports}, test: {path: y, label_names: {1: 0, 2: 5}}}")
-    config = parse_config(["--recipe", str(path)])
-    assert config.data.label_names == mapping
-    assert config.data.test.label_names == {"1": "0", "2": "5"}
-    assert parse("--data.label_names", "[1, 2]").data.label_names == ["1", "2"]
-
-
 WORDS = ["false", "true", "null", "~", "NA", "1.0", "yes", "no", "on", "1e3", "0x1", "2020-01-01", ".5", "007", "1:30"]
 
 

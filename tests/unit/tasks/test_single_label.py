@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, matthews_corrcoef, precision_score, recall_score
 
-from trainer.tasks.single_label import METRICS, TASK, confusion, probabilities, report_text
+from trainer.tasks.single_label import METRICS, TASK, confusion, example_weights, probabilities, report_text
 from trainer.tasks.task import is_better, measure, metric_value
 
 NAMES = ["a", "b", "c", "d"]
@@ -109,3 +109,12 @@ def test_metric_by_name():
 )
 def test_better(value, best, name, expected):
     assert is_better(TASK, name, value, best) is expected
+
+
+def test_weights_of_examples_are_those_of_their_classes():
+    labels = np.array([0, 0, 0, 1, 2, 2])  # no example of d
+    assert example_weights(None, labels, NAMES).tolist() == [1.0] * 6
+    assert example_weights({"b": 2, "a": 0}, labels, NAMES).tolist() == [0, 0, 0, 2, 1, 1]
+    balanced = example_weights("balanced", labels, NAMES)
+    assert balanced == pytest.approx([2 / 3] * 3 + [2.0] + [1.0] * 2)
+    assert np.bincount(labels, balanced) == pytest.approx([2.0, 2.0, 2.0]), "each class has the same share"
