@@ -14,7 +14,7 @@ import functools
 
 import numpy as np
 
-from trainer.splitmix import mix
+from trainer.randomness.splitmix import mix
 
 ROUNDS = 24
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from trainer.compat import on_device
-from trainer.splitmix import GAMMA, random_words
+from trainer.randomness.splitmix import GAMMA, random_words
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
 # Units that are drawn at once: what a CPU's cache holds; on a GPU many sites, since each operation takes long to start.

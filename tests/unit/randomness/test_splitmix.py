@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from trainer.splitmix import mix, random_words
+from trainer.randomness.splitmix import mix, random_words
 
 # the first words of the generator for the seed 1234567, from its author's C code
 PUBLISHED = [
