@@ -108,6 +108,53 @@ def test_a_task(train, tmp_path, monkeypatch):
     assert TaskConfig().type == "single_label"
 
 
+# --- a task: the label is a list of bits, and a logit predicts each ---
+
+
+def wrong_bits(logits, targets):
+    return float(((logits > 0) != targets).mean())
+
+
+def encode_bits(column, names):
+    return np.array([json.loads(value) for value in column.values], dtype=np.float32)[column.codes], []
+
+
+def bits_loss(logits, targets, label_smoothing):
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+
+
+def show_bits(targets, names):
+    return [json.dumps(row) for row in targets.astype(int).tolist()]
+
+
+BITS = dataclasses.replace(
+    AMOUNT,
+    problem_type="multi_label_classification",
+    name_labels=lambda train: (["early", "late", "even"], None),
+    encode=encode_bits,
+    losses=bits_loss,
+    metrics={"wrong_bits": Metric(wrong_bits, higher_is_better=False)},
+    headline=("wrong_bits",),
+    files=lambda logits, targets, names: {},
+    prediction_columns=lambda logits, names: {"prediction": show_bits(logits > 0, names)},
+    format_targets=show_bits,
+)
+
+
+def test_a_task_with_several_targets(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "bits", BITS)
+    bits = {topic: [int(i < 2), int(i >= 2), int(i % 2 == 0)] for i, topic in enumerate(TOPICS)}
+    for name, count in (("train", 61), ("test", 23)):
+        rows = [(text, json.dumps(bits[topic])) for text, topic in topic_rows(count, seed=count)]
+        write_csv(tmp_path / "data" / f"{name}.csv", rows)
+    run = train("--optim.learning_rate", "1e-2", "--evaluation.metric", "wrong_bits", task={"type": "bits"})
+    with (run / "evaluation" / "test" / "predictions.csv").open(newline="") as file:
+        pairs = [(json.loads(row["label"]), json.loads(row["prediction"])) for row in csv.DictReader(file)]
+    wrong = np.mean([np.not_equal(*pair) for pair in pairs])
+    assert json.loads((run / "summary.json").read_text())["test"] == {"wrong_bits": wrong, "num_examples": 23}
+    assert [tensor.shape for name, tensor in adapter(run).items() if "out_proj.bias" in name] == [(3,)]
+
+
 # --- a metric ---
 
 
