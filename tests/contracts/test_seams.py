@@ -166,7 +166,9 @@ def test_a_metric(train, monkeypatch, higher_is_better):
     found = records(run, "validation/spread")
     assert len(set(found.values())) == len(found) == 4
     best = (max if higher_is_better else min)(found, key=found.get)
-    assert json.loads((run / "summary.json").read_text())["best_step"] == best
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["best_step"] == best and "spread" in summary["test"]
+    assert "<h3>test spread</h3>" in (run / "report.html").read_text()
 
 
 def test_a_task_without_classes_has_no_metric_of_a_class(train, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ class Task:
     metrics: Mapping[str, Metric]
     """by the names that evaluation.metric accepts; the report draws `loss` and `accuracy` as curves"""
     headline: Sequence[str]
-    """metrics that the console and summary.json show"""
+    """metrics that the console, the report and summary.json show, beside evaluation.metric"""
     class_scores: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, dict[str, Any]]]
     """(logits, targets, label names) -> {class: {"precision": ..., "recall": ..., "f1": ..., "support": ...}}; {} if
     labels are not classes"""
@@ -109,6 +109,11 @@ def metric_value(measured: Mapping[str, Any], name: str) -> float:
         word = name.removeprefix("f1/")
         return float(measured["per_class"][match_labels([word], measured["per_class"])[word]]["f1"])
     return float(measured[name])
+
+
+def headline_values(task: Task, measured: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The task's headline metrics, and the metric that chooses the best adapter."""
+    return {name: metric_value(measured, name) for name in dict.fromkeys((*task.headline, metric))}
 
 
 def is_better(task: Task, name: str, value: float, best: float | None) -> bool:

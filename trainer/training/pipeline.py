@@ -46,6 +46,7 @@ from trainer.model.card import model_card
 from trainer.model.identity import Identity
 from trainer.model.peft_options import parameter_table
 from trainer.packed.forward import PaddedForward
+from trainer.tasks.task import headline_values
 from trainer.training.checkpoint import load_newest, recorded_backbone, restore
 from trainer.training.loop import train
 from trainer.training.memory import current_plan
@@ -244,8 +245,9 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
         return
     summary = summarize(run, state, metrics)
     save_final_adapter(run, best, summary, batch, expected)
-    log, headline = run.console.log, run.learner.task.headline
-    scores = {f"final/{split}_{name}": numbers[name] for split, numbers in metrics.items() for name in headline}
+    log, task, metric = run.console.log, run.learner.task, run.config.evaluation.metric
+    headlines = {split: headline_values(task, numbers, metric) for split, numbers in metrics.items()}
+    scores = {f"final/{split}_{name}": value for split, values in headlines.items() for name, value in values.items()}
     log.log_final_metrics(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)
     from trainer.reporting.page import build_report  # matplotlib can wait until the first step is done
 
@@ -255,9 +257,9 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     except Exception as error:  # a report is never worth a run
         report = f"warning: no report: {error}"
     write_atomic(run.folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    for split, numbers in metrics.items():
-        shown = "  ".join(f"{name} {numbers[name]:.4f}" for name in headline)
-        log.print_line(f"{split:>10}: {shown}  ({numbers['num_examples']} examples)")
+    for split, values in headlines.items():
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        log.print_line(f"{split:>10}: {shown}  ({metrics[split]['num_examples']} examples)")
     best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
     log.print_line(f"{'adapter':>10}: {run.folder / 'adapter'}  {best_of}")
     log.print_line(report)
@@ -313,7 +315,7 @@ def save_final_adapter(
 def summarize(run: Run, state: TrainState, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The content of summary.json."""
     trainable, total = run.learner.model.get_nb_trainable_parameters()
-    short = (*run.learner.task.headline, "num_examples")
+    task, metric = run.learner.task, run.config.evaluation.metric
     return {
         "status": "finished",
         "recipe": run.config.recipe,
@@ -323,7 +325,10 @@ def summarize(run: Run, state: TrainState, metrics: dict[str, dict[str, Any]]) -
         "world_size": run.learner.accelerator.num_processes,
         "world_sizes": list(state.world_sizes),
         "best_step": state.best_step or state.step,
-        **{name: {key: m[key] for key in short} for name, m in metrics.items()},
+        **{
+            split: {**headline_values(task, numbers, metric), "num_examples": numbers["num_examples"]}
+            for split, numbers in metrics.items()
+        },
         "trainable_parameters": trainable,
         "total_parameters": total,
         "adapter_bytes": 0,

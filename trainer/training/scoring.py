@@ -26,7 +26,7 @@ from trainer.errors import UserError, bar_settings
 from trainer.files import csv_text, write_atomic
 from trainer.model.adapter import adapter_tensors
 from trainer.packed.forward import Forward
-from trainer.tasks.task import Task, is_better, measure, metric_value
+from trainer.tasks.task import Task, headline_values, is_better, measure, metric_value
 from trainer.training.memory import current_plan, set_token_budget
 from trainer.training.records import Run
 from trainer.training.state import TrainState
@@ -178,8 +178,7 @@ def evaluate(
     if task.confusion is not None:
         counts = task.confusion(logits, targets)
         log.log_confusion_matrix("validation/confusion_matrix", counts, label_names, state.step)
-    values = {**{name: metrics[name] for name in task.headline}, metric: value}
-    shown = "  ".join(f"{name} {number:.4f}" for name, number in values.items())
+    shown = "  ".join(f"{name} {number:.4f}" for name, number in headline_values(task, metrics, metric).items())
     log.print_line(f"step {state.step:>6}  epoch {epoch:5.2f}  validation: {shown}{'  best' if better else ''}")
     state = dataclasses.replace(state, evaluated_step=state.step)
     if better:
