@@ -20,7 +20,7 @@ def build(arguments, double=False, precision="no"):
 
     attention.GROUP_COST = 500  # else all of these short examples would attend together
     backbone.silence_libraries()
-    config = parse_config(["--run.precision", precision, *map(str, arguments)])
+    config = parse_config([*map(str, arguments), "--run.precision", precision])
     folder = Path(config.run.output_dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator(precision)
