@@ -39,11 +39,6 @@ def start(clone: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts launch.sh from another folder, as a shell starts the foreground job: in its own group, heeding signals."""
     outer = {name: value for name, value in os.environ.items() if not re.match(OUTSIDE, name)}
 
-    def foreground() -> None:
-        os.setpgrp()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a shell's & ignores both
-
     def start(*arguments: str, path: Path = clone / "launch.sh", **environment: str) -> subprocess.Popen[str]:
         defaults = {"ISOTRAIN_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.Popen(
@@ -53,7 +48,7 @@ def start(clone: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=foreground,
+            process_group=0,
         )
 
     return start
