@@ -56,6 +56,11 @@ def _can_prepack(weight: torch.Tensor) -> bool:
     return has_reordered_weights and has_fast_bf16()
 
 
+def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Joins tensors along the first axis; a single one is not copied."""
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
 class Projection:
     """Linear modules of one input in a single product, where all are joinable; others run one by one.
 
@@ -68,8 +73,8 @@ class Projection:
         if self.joined:
             linears = [_base(module) for module in modules]
             self.sizes = [linear.out_features for linear in linears]
-            weight = torch.cat([linear.weight.data for linear in linears])
-            bias = torch.cat([linear.bias.data for linear in linears])
+            weight = _join([linear.weight.data for linear in linears])
+            bias = _join([linear.bias.data for linear in linears])
             for linear, own, its_bias in zip(linears, weight.split(self.sizes), bias.split(self.sizes), strict=True):
                 linear.weight.data, linear.bias.data = own, its_bias
             self.frozen = FrozenWeight(weight, bias, trains)
