@@ -20,7 +20,7 @@ import re
 import jsonargparse
 
 from trainer.config.loading import load_finished_run
-from trainer.config.prediction import Options
+from trainer.config.predict_options import Options
 from trainer.config.schema import Config, find_format_problems, resolve
 from trainer.distributed.environment import read_environment, set_environment
 from trainer.errors import UserError, main_guard

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 from tests.harness.data import WORDS, topic_rows, write_csv
 from tests.harness.processes import ROOT
 from trainer.config.loading import parse_config
-from trainer.config.prediction import Copy, Options
+from trainer.config.predict_options import Copy, Options
 from trainer.errors import UserError
 from trainer.export import export
 from trainer.predict import predict

@@ -17,7 +17,7 @@ import numpy as np
 
 from trainer.config.labels import describe_look_alikes, match_labels, quoted
 from trainer.config.loading import parse_label_names
-from trainer.config.prediction import Options
+from trainer.config.predict_options import Options
 from trainer.config.schema import Config, Source
 from trainer.data.corpus import find_id_columns, load_for_prediction
 from trainer.data.tokens import Examples, tokenize

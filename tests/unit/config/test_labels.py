@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness.data import write_csv
 from trainer.config.labels import label_text, look_alikes, match_labels
-from trainer.config.prediction import Options
+from trainer.config.predict_options import Options
 from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source
 from trainer.data.corpus import find_id_columns, load_corpus, load_for_prediction
 from trainer.errors import UserError
