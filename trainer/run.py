@@ -14,7 +14,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 import os
 
 from trainer.config.loading import load_config, parse_config
-from trainer.config.schema import Config, as_dict, identity, run_name
+from trainer.config.schema import Config, find_differences, run_name
 from trainer.distributed.environment import read_environment, set_environment
 from trainer.errors import UserError, main_guard, quote_path
 
@@ -54,19 +54,9 @@ def _check_folder(folder: Path, config: Config) -> bool:
         return False
     if config.run.resume == "never":
         raise UserError(f"{folder} is in use and run.resume is never; choose another --run.name, or remove the folder")
-    there, finished = load_config(folder / "config.yaml"), (folder / "summary.json").is_file()
-    before, now = identity(there), identity(config)
-    if finished:  # a resume compares the content of data and backbone; here only their names are known
-        for values, whole in ((before, as_dict(there)), (now, as_dict(config))):
-            values |= {"data": whole["data"], "model": whole["model"]}
-    if config.run.precision == "auto":  # it keeps what it chose when the run began
-        now["run"]["precision"] = before["run"]["precision"]
-    differing = [
-        f"{group}.{name} (there {before[group].get(name)!r}, now {now[group].get(name)!r})"
-        for group in now
-        for name in {**before[group], **now[group]}
-        if before[group].get(name) != now[group].get(name)
-    ]
+    finished = (folder / "summary.json").is_file()
+    # the content of data and backbone is only compared on a resume
+    differing = find_differences(load_config(folder / "config.yaml"), config, by_name=finished)
     if differing:
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         hint = "For a new run: --run.name NAME"

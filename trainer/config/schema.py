@@ -277,6 +277,7 @@ CHANGEABLE_OPTIONS = {
     "checkpoint": {"every_steps", "keep_last"},
     "tracking": {"every_steps", "backends"},
 }
+BY_CONTENT = ("data", "model")
 
 
 def as_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -287,13 +288,29 @@ def as_dict(config: Config) -> dict[str, dict[str, Any]]:
     return groups
 
 
-def identity(config: Config) -> dict[str, dict[str, Any]]:
-    """Returns the options that change the result. Two runs are the same if these are equal."""
-    groups = as_dict(config)
+def identity(config: Config, by_name: bool = False) -> dict[str, dict[str, Any]]:
+    """Returns the options that change the result. Two runs are the same if these are equal.
+
+    `by_name` keeps all options of data and model. A resume compares their content instead.
+    """
+    changeable = {group: names for group, names in CHANGEABLE_OPTIONS.items() if not by_name or group not in BY_CONTENT}
     return {
-        group: {name: value for name, value in values.items() if name not in CHANGEABLE_OPTIONS.get(group, set())}
-        for group, values in groups.items()
+        group: {name: value for name, value in values.items() if name not in changeable.get(group, ())}
+        for group, values in as_dict(config).items()
     }
+
+
+def find_differences(before: Config, now: Config, by_name: bool) -> list[str]:
+    """Names the options that make two runs different, each with both values."""
+    there, here = identity(before, by_name), identity(now, by_name)
+    if now.run.precision == "auto":  # it keeps what it chose when the run began
+        here["run"]["precision"] = there["run"]["precision"]
+    return [
+        f"{group}.{name} (there {there[group].get(name)!r}, now {here[group].get(name)!r})"
+        for group in here
+        for name in {**there[group], **here[group]}
+        if there[group].get(name) != here[group].get(name)
+    ]
 
 
 def resolve(source: str | Source, default: DataConfig | ResolvedSource) -> ResolvedSource:
