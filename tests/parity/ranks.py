@@ -26,7 +26,7 @@ def build(arguments, double=False, precision="no"):
     accelerator = start_accelerator(precision)
     plain, kept = building.build_model, building.set_precision
     if double:
-        building.build_model = lambda *given: plain(*given).double()
+        building.build_model = lambda *given: (plain(*given)[0].double(), [])
         building.set_precision = lambda model, compute_type: None
     try:
         inputs = building.prepare(config, folder)

@@ -144,7 +144,7 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
 
 def load_trained_model(backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32) -> PeftModel:
     """Loads a backbone with the adapter in `folder` through plain PEFT, in evaluation mode."""
-    model, _ = load_weights(backbone)
+    model, _, _ = load_weights(backbone)
     try:
         # trainable until the frozen weights are cast, so that the adapter stays in fp32 as in training
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)

@@ -11,7 +11,7 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,6 @@ class Backbone:
     tokenizer: Any
     requested: ModelConfig
     """the options that led to it"""
-    notes: list[str] = field(default_factory=list)
-    """what the user should know of its weights; `load_weights` fills it"""
 
     @cached_property
     def identity(self) -> Identity:
@@ -133,11 +131,11 @@ def find_backbone(
     return Backbone(path, commit, backbone_config, tokenizer, config)
 
 
-def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
+def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str], list[str]]:
     """Loads the model in fp32.
 
     Returns:
-        the model, and the names of the tensors that its file lacks or has in another shape.
+        the model, the names of the tensors that its file lacks or has in another shape, and notes for the user.
 
     Raises:
         UserError: the weights cannot be read, or lack more than the head and the pooler.
@@ -158,9 +156,9 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str]]:
         raise UserError(f"model.name: the weights of {backbone.path} cannot be read: {one_line(error)}") from None
     missing = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     _refuse_partial_weights(backbone.path, model, missing, info["unexpected_keys"])
-    if unused := _find_unused(model, info["unexpected_keys"]):
-        backbone.notes[:] = [f"{len(unused)} are not used: config.json has no place for {unused[0]}"]
-    return model, missing
+    unused = _find_unused(model, info["unexpected_keys"])
+    notes = [f"{len(unused)} tensors of the weights are not used: config.json has no place for {unused[0]}"]
+    return model, missing, notes if unused else []
 
 
 def set_dropout(config: PreTrainedConfig, p: float) -> None:

@@ -60,13 +60,16 @@ def _check_max_length(backbone: Backbone, max_length: int, pairs: bool) -> None:
         raise UserError(f"data.max_length: {max_length} leaves no room for text beside {num_special} special tokens")
 
 
-def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> PeftModel:
+def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> tuple[PeftModel, list[str]]:
     """Loads the weights and adds head and adapter, drawn from the seed; in fp32 on the CPU.
 
     Layers that the weights lack are new and train, so the parameter budget is checked again.
+
+    Returns:
+        the model, and notes on the weights for the user.
     """
     torch.manual_seed(seed)
-    model, missing = load_weights(backbone)
+    model, missing, notes = load_weights(backbone)
     new_modules = {name.rpartition(".")[0] for name in missing}
     torch.manual_seed(seed)
     model = add_adapter(model, adapter_config(settings, backbone.path), new_modules)
@@ -75,7 +78,7 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> PeftMode
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32, copy=True)
-    return model
+    return model, notes
 
 
 def set_precision(model: nn.Module, compute_type: torch.dtype) -> None:

@@ -47,6 +47,8 @@ class Forward(Protocol):
     def packed(self) -> bool: ...
     @property
     def padding(self) -> Padding: ...
+    @property
+    def padded_because(self) -> str: ...
     def collate(self, examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch: ...
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor: ...
 
@@ -58,6 +60,8 @@ class PaddedForward:
     model: PeftModel
     pad_token_id: int
     padding: Padding = Padding()
+    padded_because: str = ""
+    """why examples are not packed, for the user"""
     packed = False
 
     def collate(self, examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
@@ -69,25 +73,10 @@ class PaddedForward:
         return self.model(**inputs).logits
 
 
-def why_padded(model: PeftModel, packed: Literal["auto"] | bool, padding: Padding, sharded: bool) -> str | None:
-    """Why examples are padded; "" if the user chose it, None if they are packed.
-
-    Args:
-        model: any.
-        packed: the option model.packed.
-        padding: of the model.
-        sharded: the frozen weights are sharded.
-
-    Raises:
-        UserError: packing is required and not supported.
-    """
-    if packed is False:
-        return ""
-    reason = "the frozen weights are sharded" if sharded else why_not_packed(model)
-    reason = reason or (None if padding.packs else "packed examples give other logits")
-    if reason and packed is True:
+def check_packed(packed: Literal["auto"] | bool, reason: str | None) -> None:
+    """Refuses `model.packed: true` where there is a reason against it."""
+    if packed is True and reason:
         raise UserError(f"model.packed: true is not supported here: {reason}. Use auto to fall back to padding")
-    return reason
 
 
 def build_forward(
@@ -98,19 +87,31 @@ def build_forward(
     padding: Padding,
     sharded: bool = False,
 ) -> Forward:
-    """The packed forward if `why_padded` has no reason against it, else the padded one.
+    """The packed forward, or the padded one if the user chose it or there is a reason.
 
-    `keys` are of the model's dropout, from `install`; None for a model that never trains.
+    Args:
+        model: any.
+        keys: of the model's dropout, from `install`; None for a model that never trains.
+        pad_token_id: of the tokenizer.
+        packed: the option model.packed.
+        padding: of the model.
+        sharded: the frozen weights are sharded.
+
+    Raises:
+        UserError: packing is required and not supported.
     """
-    if why_padded(model, packed, padding, sharded) is None:
-        return PackedForward(model, keys)
-    return PaddedForward(model, pad_token_id, padding)
+    reason = "the frozen weights are sharded" if sharded else why_not_packed(model)
+    reason = reason or (None if padding.packs else "packed examples give other logits")
+    check_packed(packed, reason)
+    if packed is False or reason:
+        return PaddedForward(model, pad_token_id, padding, reason or "model.packed is false")
+    return PackedForward(model, keys)
 
 
 class PackedForward:
     """Logits of packed examples, by the modules of a model for which `why_not_packed` is None."""
 
-    packed, padding = True, Padding()
+    packed, padding, padded_because = True, Padding(), ""
 
     def __init__(self, model: PeftModel, keys: DropoutKeys | None) -> None:
         """See `build_forward`."""

@@ -52,7 +52,7 @@ from trainer.training.loop import train
 from trainer.training.memory import current_plan
 from trainer.training.records import Run
 from trainer.training.scoring import Stopped, score, write_evaluation
-from trainer.training.setup import build, describe_forward, prepare
+from trainer.training.setup import build, prepare
 from trainer.training.state import TrainState
 
 CHANGEABLE = {"base_model_name_or_path", "revision", "peft_version"}
@@ -175,7 +175,7 @@ def record_start(run: Run, state: TrainState, notes: list[str]) -> TrainState:
         f"{accelerator.device.type} x {accelerator.num_processes}, {precision}"
         f"{', frozen weights sharded' if run.learner.sharded else ''}"
     )
-    for note in describe_forward(run):
+    for note in run.learner.notes:
         say(f"note: {note}")
     if accelerator.is_main_process:
         write_atomic(run.folder / "config.yaml", config_text(run.config))

@@ -59,6 +59,8 @@ class Learner:
     optim_config: OptimConfig
     sharded: bool
     """the frozen weights are sharded over the ranks, so each forward is a collective"""
+    notes: list[str]
+    """what the user should know of the model, a line each"""
 
 
 @dataclass(frozen=True)

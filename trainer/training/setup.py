@@ -19,12 +19,14 @@ from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.tokens import tokenize
 from trainer.distributed.session import StopRequest
 from trainer.distributed.watch import Watch
+from trainer.dropout.sites import DropoutKeys
 from trainer.errors import UserError
 from trainer.model.adapter import read_adapter
 from trainer.model.backbone import FP32_ONLY_FAMILIES, find_backbone
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
 from trainer.model.identity import Identity, check_same_backbone
-from trainer.packed.forward import Padding, build_forward, why_padded
+from trainer.packed.families import why_not_packed
+from trainer.packed.forward import Forward, build_forward, check_packed
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import TASKS
 from trainer.training.optim import build_optimizer
@@ -56,7 +58,7 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
     pairs = corpus.splits["train"].text_pairs is not None
     twin = check_fit(backbone, config.peft, config.data.max_length, pairs)
-    why_padded(twin, config.model.packed, Padding(), sharded=False)  # refuses what is not supported
+    check_packed(config.model.packed, why_not_packed(twin))
     if recorded is not None:
         check_same_backbone(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
     if start is not None:
@@ -102,17 +104,15 @@ def build(
     )
 
 
-def describe_forward(run: Run) -> list[str]:
+def describe_forward(forward: Forward, keys: DropoutKeys) -> list[str]:
     """Notes for the user on how the model computes."""
-    learner, padding, notes = run.learner, run.learner.forward.padding, []
-    if run.inputs.backbone.notes:
-        notes.append(f"tensors of the weights file: {'; '.join(run.inputs.backbone.notes)}")
-    if reason := why_padded(learner.model, run.config.model.packed, padding, learner.sharded):
-        notes.append(f"examples are padded, in batches sorted by length: {reason}")
-    if padding.one_length:
+    notes = []
+    if forward.padded_because:
+        notes.append(f"examples are padded, in batches sorted by length: {forward.padded_because}")
+    if forward.padding.one_length:
         notes.append("batches hold examples of one length: this model's logits depend on padding")
-    if learner.dropout.unreached:
-        unkeyed = ", ".join(learner.dropout.unreached)
+    if keys.unreached:
+        unkeyed = ", ".join(keys.unreached)
         notes.append(f"results depend on the number of processes: this model's own dropout ({unkeyed}) cannot be keyed")
     return notes
 
@@ -122,7 +122,7 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     device, backbone = accelerator.device, inputs.backbone
     if device.type == "cuda":
         _use_deterministic_kernels()
-    model = build_model(backbone, config.peft, config.run.seed)
+    model, notes = build_model(backbone, config.peft, config.run.seed)
     texts, max_length = inputs.corpus.splits["train"], config.data.max_length
     keys, padding = check_start(model, config.run.seed, texts, backbone.tokenizer, max_length, backbone.path)
     backbone.tokenizer.padding_side = "left" if padding.left else "right"  # it is saved with the adapter
@@ -136,16 +136,18 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     optimizer, parameters = build_optimizer(model.named_parameters(), config.optim)
     # autocast only: no wrapper for data parallelism, since a step sums the gradients itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    forward = build_forward(prepared, keys, backbone.tokenizer.pad_token_id, config.model.packed, padding, sharded)
     return Learner(
         accelerator=accelerator,
         model=prepared,
-        forward=build_forward(prepared, keys, backbone.tokenizer.pad_token_id, config.model.packed, padding, sharded),
+        forward=forward,
         optimizer=accelerator.prepare_optimizer(optimizer),
         parameters=parameters,
         dropout=keys,
         task=TASKS[config.task.type],
         optim_config=config.optim,
         sharded=sharded,
+        notes=[*notes, *describe_forward(forward, keys)],
     )
 
 

@@ -101,15 +101,15 @@ def test_a_decoder_without_weights_is_refused(tmp_path, tiny_tokenizer):
 @pytest.mark.parametrize("prefix", ["", "bert."])
 def test_a_head_and_a_pooler_may_be_new(bert, prefix):
     keep = {"": lambda name: name.removeprefix("bert.") if name.startswith("bert.") else None, "bert.": lambda n: n}
-    _, missing = load_weights(find(rewritten(bert, keep[prefix])))
+    _, missing, _ = load_weights(find(rewritten(bert, keep[prefix])))
     assert missing == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
 
 
 @pytest.mark.parametrize(
     ("layers", "extra", "notes"),
     [
-        (1, None, ["16 are not used: config.json has no place for bert.encoder.layer.1."]),
-        (2, "encoder.layer.0.attention.self.distance_embedding.weight", ["1 are not used: "]),
+        (1, None, ["16 tensors of the weights are not used: config.json has no place for bert.encoder.layer.1."]),
+        (2, "encoder.layer.0.attention.self.distance_embedding.weight", ["1 tensors of the weights are not used: "]),
         (2, "encoder.layer.0.attention.self.inv_freq", []),
         (2, "pooler.dense.weight", []),
     ],
@@ -120,10 +120,8 @@ def test_layers_of_the_file_that_the_configuration_lacks_are_noted(bert, layers,
     weights = safetensors.torch.load_file(bert / "model.safetensors")
     weights |= {f"bert.{extra}": torch.ones(4, 4)} if extra else {}
     safetensors.torch.save_file(weights, bert / "model.safetensors", {"format": "pt"})
-    backbone = find(bert)
-    load_weights(backbone)
-    load_weights(backbone)
-    assert [note.startswith(wanted) for note, wanted in zip(backbone.notes, notes, strict=True)] == [True] * len(notes)
+    _, _, found = load_weights(find(bert))
+    assert [note.startswith(wanted) for note, wanted in zip(found, notes, strict=True)] == [True] * len(notes)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +275,7 @@ def test_random_blocks_of_attention_become_full_attention(tmp_path, tiny_tokeniz
     sizes = {**BERT, "max_position_embeddings": 128, "block_size": 4, "num_random_blocks": 2}
     AutoModel.from_config(BigBirdConfig(**sizes, vocab_size=len(tiny_tokenizer))).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    ours, _ = load_weights(find_backbone(ModelConfig(name=str(tmp_path), dropout=0.0), NAMES))
+    ours, _, _ = load_weights(find_backbone(ModelConfig(name=str(tmp_path), dropout=0.0), NAMES))
     control = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
@@ -340,7 +338,7 @@ def test_replicated_layers_leave_the_configuration_alone(bert):
 
 def test_replicated_layers_are_merged_each_for_itself(bert, tmp_path):
     options = {"target_modules": ["query"], "layer_replication": [[0, 2], [1, 2]], "init_lora_weights": False}
-    model = build_model(find(bert), PeftConfig(options=options), 0).eval()
+    model = build_model(find(bert), PeftConfig(options=options), 0)[0].eval()
     ids = torch.arange(5, 15)[None]
     expected = model(input_ids=ids).logits
     unwrap_head(model)

@@ -166,7 +166,7 @@ def test_types_of_trained_and_frozen_weights(tiny_backbone, tmp_path, compute_ty
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     stored_tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
     safetensors.torch.save_file(stored_tensors, folder / "model.safetensors", {"format": "pt"})
-    model = build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42)
+    model = build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42)[0]
     set_precision(model, compute_type)
     kinds = {}
     for name, parameter in model.named_parameters():
@@ -181,10 +181,10 @@ def test_types_of_trained_and_frozen_weights(tiny_backbone, tmp_path, compute_ty
 
 def test_the_seed_alone_draws_head_and_adapter(backbone):
     torch.manual_seed(1)
-    one = adapter_tensors(build_model(backbone, LORA, 42))
+    one = adapter_tensors(build_model(backbone, LORA, 42)[0])
     torch.manual_seed(2)
-    same = adapter_tensors(build_model(backbone, LORA, 42))
-    other = adapter_tensors(build_model(backbone, LORA, 43))
+    same = adapter_tensors(build_model(backbone, LORA, 42)[0])
+    other = adapter_tensors(build_model(backbone, LORA, 43)[0])
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(
         one["base_model.model.classifier.dense.weight"], other["base_model.model.classifier.dense.weight"]
@@ -203,8 +203,8 @@ def test_every_supported_method_is_tested():
 def method(request, backbone, batch, tmp_path_factory):
     """A method's settings, a model trained with it, and the folder of its adapter."""
     settings = PeftConfig(peft_type=request.param.split(" ")[0], options=METHODS[request.param])
-    untrained = adapter_tensors(build_model(backbone, settings, 42))
-    model = train(build_model(backbone, settings, 42), batch)
+    untrained = adapter_tensors(build_model(backbone, settings, 42)[0])
+    model = train(build_model(backbone, settings, 42)[0], batch)
     folder = save(model, tmp_path_factory.mktemp("method") / "adapter")
     return settings, model, folder, untrained
 
@@ -220,7 +220,7 @@ def test_a_saved_adapter_gives_the_same_logits(method, backbone, batch):
 
 def test_in_bf16_too(method, backbone, batch, tmp_path):
     settings, model, _, _ = method
-    narrow = build_model(backbone, settings, 42).eval()
+    narrow = build_model(backbone, settings, 42)[0].eval()
     set_precision(narrow, torch.bfloat16)
     load_adapter_tensors(narrow, adapter_tensors(model), "test")
     fresh = load_trained_model(backbone, save(narrow, tmp_path / "adapter"), torch.bfloat16)
@@ -242,14 +242,14 @@ def test_training_changed_the_logits_by_more_than_the_head(method, backbone, bat
     settings, model, _, untrained = method
     trained_tensors = adapter_tensors(model)
     headless = {n: untrained[n] if "classifier" not in n else tensor for n, tensor in trained_tensors.items()}
-    fresh = build_model(backbone, settings, 42).eval()
+    fresh = build_model(backbone, settings, 42)[0].eval()
     load_adapter_tensors(fresh, headless, "test")
     assert (logits(fresh, batch) - logits(model, batch)).abs().max() > 1e-4
 
 
 def test_a_checkpoint_holds_all_that_trains(method, backbone, batch):
     settings, model, _, _ = method
-    fresh = build_model(backbone, settings, 42)
+    fresh = build_model(backbone, settings, 42)[0]
     with torch.no_grad():
         for parameter in trained(fresh).values():
             parameter.normal_()
@@ -286,9 +286,9 @@ def damaged(tensors):
 
 @pytest.mark.parametrize("fault", [0, 1, 2])
 def test_strict_loading(backbone, batch, tmp_path, fault):
-    model = train(build_model(backbone, LORA, 42), batch)
+    model = train(build_model(backbone, LORA, 42)[0], batch)
     message, tensors = list(damaged(adapter_tensors(model)))[fault]
-    fresh = build_model(backbone, LORA, 42)
+    fresh = build_model(backbone, LORA, 42)[0]
     before = adapter_tensors(fresh)
     with pytest.raises(UserError, match=message):
         load_adapter_tensors(fresh, tensors, "the checkpoint")
@@ -320,7 +320,7 @@ def test_freshly_drawn_layers_train_and_are_saved(family, tmp_path, tiny_tokeniz
     }[family]  # fmt: skip
     backbone = saved_backbone(kind, config, tmp_path / "backbone", tiny_tokenizer)
     settings = PeftConfig(options={"r": 2, "target_modules": targets})
-    model = build_model(backbone, settings, 42)
+    model = build_model(backbone, settings, 42)[0]
     assert any(f"{new}." in f"{name.replace('modules_to_save.default.', '')}" for name in trained(model)), list(
         trained(model)
     )
@@ -338,7 +338,7 @@ def test_adapters_that_give_fp32_train_in_bf16(kind, tmp_path, tiny_tokenizer, b
     config = DebertaV2Config(**{**SHAPE, "vocab_size": len(tiny_tokenizer)})
     backbone = saved_backbone(DebertaV2Model, config, tmp_path / "backbone", tiny_tokenizer)
     settings = PeftConfig(kind, options={**METHODS[kind], "target_modules": ["query_proj", "value_proj"]})
-    model = build_model(backbone, settings, 42)
+    model = build_model(backbone, settings, 42)[0]
     set_precision(model, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch).logits.sum().backward()
@@ -350,7 +350,7 @@ def test_a_head_of_another_number_of_classes_is_drawn_again(backbone, tmp_path, 
     config = RobertaConfig(**{**SHAPE, "vocab_size": len(tiny_tokenizer), "num_labels": 7})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "backbone")
     tiny_tokenizer.save_pretrained(tmp_path / "backbone")
-    model = build_model(find_backbone(ModelConfig(name=str(tmp_path / "backbone")), NAMES), LORA, 42)
+    model = build_model(find_backbone(ModelConfig(name=str(tmp_path / "backbone")), NAMES), LORA, 42)[0]
     assert trained(model)["base_model.model.classifier.modules_to_save.default.out_proj.weight"].shape == (4, 32)
 
 
@@ -413,7 +413,7 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
     shutil.copytree(tiny_backbone, folder)
     spoil(folder, what)
     with pytest.raises(UserError, match=message):
-        build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42)
+        build_model(find_backbone(ModelConfig(name=str(folder)), NAMES), LORA, 42)[0]
 
 
 @pytest.mark.parametrize(
@@ -477,5 +477,5 @@ def test_all_wrong_options_are_named_at_once(backbone):
 
 def test_settings_are_not_changed_by_building(backbone):
     before = dataclasses.asdict(LORA)
-    build_model(backbone, LORA, 42)
+    build_model(backbone, LORA, 42)[0]
     assert dataclasses.asdict(LORA) == before
