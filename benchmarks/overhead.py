@@ -102,13 +102,13 @@ def share_outside(run):
     run.learner.optimizer.step = timed(run.learner.optimizer.step, inside)
     loop.evaluate, evaluate = (lambda run, state, best: (state, best)), loop.evaluate
     loop.save_checkpoint, save = (lambda run, state, best: None), loop.save_checkpoint
-    run.console.log.open(run.config.tracking.backends, 0, 0, run.total_steps, {})
+    run.log.open(run.config.tracking.backends, 0, 0, run.total_steps, {})
     started = time.perf_counter()
     try:
         loop.train(run, TrainState(), None)
     finally:
         loop.evaluate, loop.save_checkpoint = evaluate, save
-        run.console.log.close()
+        run.log.close()
     return 1 - inside[0] / (time.perf_counter() - started)
 
 

@@ -307,7 +307,7 @@ def stopped(arguments, in_flight):
 
     def breaking(run, step, parts, *before):
         if step == 1:
-            run.console.stop.signal = signal.SIGTERM
+            run.stop.signal = signal.SIGTERM
         if step == 2:
             parts[0].weights[:] = float("inf")
         return right(run, step, parts, *before)

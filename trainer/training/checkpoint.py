@@ -54,7 +54,7 @@ class Checkpoint:
 def save_checkpoint(run: Run, state: TrainState, best: dict[str, torch.Tensor] | None) -> None:
     """Writes a checkpoint from the main process; an error there stops every rank."""
     learner, failure = run.learner, ""
-    run.console.watch.position = f"the checkpoint of step {state.step}"
+    run.watch.position = f"the checkpoint of step {state.step}"
     if learner.accelerator.is_main_process:
         scaler = learner.accelerator.scaler
         checkpoint = Checkpoint(

@@ -134,7 +134,7 @@ def count_step(run: Run, state: TrainState, result: StepResult, seconds: float) 
 
 def log_step(run: Run, state: TrainState, result: StepResult) -> None:
     """Moves the progress bar; writes the values of a log point and of a finished epoch."""
-    epoch, window, log = state.step / run.plan.steps_per_epoch, state.window, run.console.log
+    epoch, window, log = state.step / run.plan.steps_per_epoch, state.window, run.log
     rate = learning_rate(run.learner.optim_config, state.step - 1, run.total_steps)
     per_second = window.examples / window.seconds
     log.advance_bar(1, loss=f"{result.loss:.3f}", lr=f"{rate:.1e}", examples=f"{per_second:.0f}/s")

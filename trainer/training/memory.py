@@ -37,7 +37,7 @@ def fit_token_budget(run: Run, state: TrainState) -> TrainState:
     size = min(run.plan.batch_size, len(run.plan.lengths))
     longest = np.argpartition(run.plan.lengths, -size)[-size:]
     rank, world_size = run.learner.accelerator.process_index, run.learner.accelerator.num_processes
-    run.console.watch.position = "the search for batch.max_tokens"
+    run.watch.position = "the search for batch.max_tokens"
     while True:
         plan = current_plan(run, state)
         batch = dataclasses.replace(plan, lengths=plan.lengths[longest], weights=np.zeros(size))
@@ -67,9 +67,7 @@ def shrink_token_budget(run: Run, state: TrainState, plan: Plan) -> TrainState:
 
 def set_token_budget(run: Run, state: TrainState, max_tokens: int) -> TrainState:
     """Sets this budget and tells the user."""
-    run.console.log.print_line(
-        f"step {state.step}: out of memory; continuing with at most {max_tokens:,} tokens at a time"
-    )
+    run.log.print_line(f"step {state.step}: out of memory; continuing with at most {max_tokens:,} tokens at a time")
     if run.learner.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return dataclasses.replace(state, max_tokens=max(1, max_tokens))

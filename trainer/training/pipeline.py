@@ -95,7 +95,7 @@ def train_and_report(config: Config, folder: Path, check_folder: Callable[[], bo
             state = record_start(run, state, notes)
             stop.deferred = True
             try:
-                run.console.log.open(
+                run.log.open(
                     config.tracking.backends, state.step, state.evaluated_step, run.total_steps, as_dict(config)
                 )
                 state, best = train(run, state, best)
@@ -104,7 +104,7 @@ def train_and_report(config: Config, folder: Path, check_folder: Callable[[], bo
                 say_stopped(run, stopped)
                 return 128 + stopped.signal
             finally:
-                run.console.log.close()
+                run.log.close()
     return 0
 
 
@@ -137,7 +137,7 @@ def _read_on_main(accelerator: Accelerator, read: Callable[[], Any]) -> Any:
 
 def _resume_or_start(run: Run) -> tuple[TrainState, dict[str, torch.Tensor] | None]:
     """Loads the newest checkpoint, or the adapter to start from; returns the state and the best adapter so far."""
-    accelerator, checkpoints, say = run.learner.accelerator, run.folder / "checkpoints", run.console.log.print_line
+    accelerator, checkpoints, say = run.learner.accelerator, run.folder / "checkpoints", run.log.print_line
     if accelerator.is_main_process:
         remove_unfinished(checkpoints)
     checkpoint, damage = _read_on_main(accelerator, lambda: load_newest(checkpoints))
@@ -160,12 +160,12 @@ def _load_start(run: Run, start: SavedAdapter) -> None:
             there = f"{start.folder} was trained with peft.{name} {start.peft[name]!r}, and here it is {own[name]!r}"
             raise UserError(f"model.adapter: {there}; give all of peft the values of its run (config.yaml)")
     load_adapter_tensors(run.learner.model, start.tensors, f"model.adapter: {start.folder}")
-    run.console.log.print_line(f"starting from the adapter {start.folder}")
+    run.log.print_line(f"starting from the adapter {start.folder}")
 
 
 def record_start(run: Run, state: TrainState, notes: list[str]) -> TrainState:
     """Tells the user what will run, writes config.yaml and environment.json, and adds the start to the state."""
-    accelerator, precision, say = run.learner.accelerator, run.config.run.precision, run.console.log.print_line
+    accelerator, precision, say = run.learner.accelerator, run.config.run.precision, run.log.print_line
     trainable, total = run.learner.model.get_nb_trainable_parameters()
     for line in [*describe_data(run), *(f"note: {note}" for note in notes)]:
         say(line)
@@ -236,16 +236,16 @@ def say_stopped(run: Run, stopped: Stopped) -> None:
 
 def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     """Tests the best adapter; the main process saves it and writes the report and, last, the summary."""
-    run.console.log.close_bar()
+    run.log.close_bar()
     load_adapter_tensors(run.learner.model, best, "best adapter")
     metrics = write_evaluations(run, state)
-    run.console.watch.position = "the end"
+    run.watch.position = "the end"
     batch, expected = probe(run, state)
     if not run.learner.accelerator.is_main_process:
         return
     summary = summarize(run, state, metrics)
     save_final_adapter(run, best, summary, batch, expected)
-    log, task, metric = run.console.log, run.learner.task, run.config.evaluation.metric
+    log, task, metric = run.log, run.learner.task, run.config.evaluation.metric
     headlines = {split: headline_values(task, numbers, metric) for split, numbers in metrics.items()}
     scores = {f"final/{split}_{name}": value for split, values in headlines.items() for name, value in values.items()}
     log.log_final_metrics(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)

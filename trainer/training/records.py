@@ -1,4 +1,4 @@
-"""The parts of a run: what it trains on, what trains, and how it reports. setup.py builds them.
+"""The parts of a run: what it trains on and what trains. setup.py builds them.
 
 Always holds: nothing in them changes during a run but the contents of tensors. What changes is in `TrainState`.
 """
@@ -64,23 +64,18 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class Console:
-    """How a run reports, and how it learns that it must stop."""
-
-    log: RunLog
-    stop: StopRequest
-    watch: Watch
-
-
-@dataclass(frozen=True)
 class Run:
-    """A run: its parts and its length."""
+    """A run: its parts, its length, and how it reports and stops."""
 
     config: Config
     folder: Path
     inputs: Inputs
     learner: Learner
-    console: Console
+    log: RunLog
+    stop: StopRequest
+    """whether this process received a signal"""
+    watch: Watch
+    """whether the other ranks are alive"""
     plan: Plan
     """of every step, with the token budget as configured"""
     total_steps: int

@@ -120,13 +120,13 @@ def score(run: Run, state: TrainState, name: str) -> tuple[np.ndarray, TrainStat
     Raises:
         Stopped: some rank received a signal; the scores so far are lost.
     """
-    learner, console, examples = run.learner, run.console, run.inputs.examples[name]
-    console.watch.position = f"the scoring of {name} after step {state.step}"
+    learner, examples = run.learner, run.inputs.examples[name]
+    run.watch.position = f"the scoring of {name} after step {state.step}"
 
     def check(out_of_memory: bool) -> None:
         if out_of_memory and learner.sharded:  # the other ranks wait in a collective of this forward
             raise UserError(f"out of memory while scoring {name}; try a lower batch.eval_max_tokens")
-        known = [out_of_memory, *console.stop.counts()]
+        known = [out_of_memory, *run.stop.counts()]
         num_out_of_memory, *signals = sum_over_ranks(learner.accelerator, [], known).tolist()
         if num_out_of_memory:
             raise OutOfMemory
@@ -144,7 +144,7 @@ def score(run: Run, state: TrainState, name: str) -> tuple[np.ndarray, TrainStat
                 max_tokens=max_tokens,
                 num_labels=len(run.inputs.corpus.label_names),
                 check=check,
-                progress=console.log.bar_label(name),
+                progress=run.log.bar_label(name),
             )
         except OutOfMemory:
             if max_tokens < examples.lengths.min():
@@ -165,7 +165,7 @@ def evaluate(
     if "validation" not in run.inputs.examples:
         return dataclasses.replace(state, evaluated_step=state.step), None
     logits, state = score(run, state, "validation")
-    log, task, label_names = run.console.log, run.learner.task, run.inputs.corpus.label_names
+    log, task, label_names = run.log, run.learner.task, run.inputs.corpus.label_names
     metric, patience = run.config.evaluation.metric, run.config.evaluation.patience
     targets = run.inputs.examples["validation"].targets
     metrics = measure(task, logits, targets, label_names)

@@ -30,7 +30,7 @@ from trainer.packed.forward import Forward, build_forward, check_packed
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import TASKS
 from trainer.training.optim import build_optimizer
-from trainer.training.records import Console, Inputs, Learner, Run
+from trainer.training.records import Inputs, Learner, Run
 from trainer.training.start_check import check_start
 
 # Token budgets where the configuration has none. A CPU is not faster with more. On a GPU memory.py finds what fits.
@@ -97,7 +97,9 @@ def build(
         folder=folder,
         inputs=inputs,
         learner=learner,
-        console=Console(RunLog(folder, accelerator.is_main_process, config.run.quiet), stop, watch),
+        log=RunLog(folder, accelerator.is_main_process, config.run.quiet),
+        stop=stop,
+        watch=watch,
         plan=plan,
         total_steps=config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch,
         eval_max_tokens=config.batch.eval_max_tokens or default_tokens,

@@ -81,7 +81,7 @@ def train_step(
         UserError: a parameter without a gradient, or memory ran out and the weights are sharded.
     """
     learner, total_weight = run.learner, run.plan.total_weight(step)
-    run.console.watch.position = f"step {step + 1}"
+    run.watch.position = f"step {step + 1}"
     seed_unkeyed_operations(learner, step)
     losses: list[torch.Tensor] = []
     out_of_memory = previous is not None and previous.out_of_memory  # it would run out again
@@ -97,7 +97,7 @@ def train_step(
             break
     loss = torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64, device=learner.accelerator.device)
     is_broken = ~loss.isfinite()
-    host_numbers = [out_of_memory, *run.console.stop.counts()]
+    host_numbers = [out_of_memory, *run.stop.counts()]
     sums = sum_over_ranks(learner.accelerator, [loss.sum(), is_broken.sum()], host_numbers)
     norms = sum_gradients(learner)
     norm, skip = torch.linalg.vector_norm(norms), sums[1:3].any()
