@@ -6,27 +6,12 @@ Always holds: an example's tokens are the same in both, and nothing else of it r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from trainer.compat import on_device
-
-
-class Tokenized(Protocol):
-    """N examples end to end; `Examples` in data/tokens.py says the shapes."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def offsets(self) -> np.ndarray: ...
-    @property
-    def token_types(self) -> np.ndarray | None: ...
-    @property
-    def targets(self) -> np.ndarray: ...
-    @property
-    def lengths(self) -> np.ndarray: ...
+from trainer.data.tokens import Examples
 
 
 @dataclass(frozen=True)
@@ -45,13 +30,13 @@ class Batch:
     """weights in the loss, float64 [B]"""
 
 
-def collate_packed(examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
+def collate_packed(examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
     """Puts the examples `ids` [B] on the device, end to end."""
     return _batch(examples, ids, weights, device, _token_arrays(examples, ids))
 
 
 def collate_padded(
-    examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device, pad_token_id: int, left: bool
+    examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device, pad_token_id: int, left: bool
 ) -> Batch:
     """Puts the examples `ids` [B] on the device, each padded to the longest; `left` pads before the tokens."""
     lengths = examples.lengths[ids]
@@ -64,7 +49,7 @@ def collate_padded(
     return _batch(examples, ids, weights, device, padded)
 
 
-def _token_arrays(examples: Tokenized, ids: np.ndarray) -> dict[str, np.ndarray]:
+def _token_arrays(examples: Examples, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Tokens and, for pairs, segments of the examples end to end, int64 [T] each."""
     spans = zip(examples.offsets[ids], examples.lengths[ids], strict=True)
     positions = np.concatenate([np.arange(start, start + length) for start, length in spans])
@@ -75,7 +60,7 @@ def _token_arrays(examples: Tokenized, ids: np.ndarray) -> dict[str, np.ndarray]
 
 
 def _batch(
-    examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device, inputs: dict[str, np.ndarray]
+    examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device, inputs: dict[str, np.ndarray]
 ) -> Batch:
     return Batch(
         ids=ids,

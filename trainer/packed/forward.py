@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from trainer.batching.collate import Batch, Tokenized, collate_packed, collate_padded
+from trainer.batching.collate import Batch, collate_packed, collate_padded
 from trainer.compat import trained_module
+from trainer.data.tokens import Examples
 from trainer.dropout.masks import Mask
 from trainer.dropout.sites import DropoutKeys, KeyedDropout
 from trainer.errors import UserError
@@ -49,7 +50,7 @@ class Forward(Protocol):
     def padding(self) -> Padding: ...
     @property
     def padded_because(self) -> str: ...
-    def collate(self, examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch: ...
+    def collate(self, examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch: ...
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor: ...
 
 
@@ -64,7 +65,7 @@ class PaddedForward:
     """why examples are not packed, for the user"""
     packed = False
 
-    def collate(self, examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
+    def collate(self, examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
         """Puts the examples `ids` [B] on the device, padded."""
         return collate_padded(examples, ids, weights, device, self.pad_token_id, self.padding.left)
 
@@ -121,7 +122,7 @@ class PackedForward:
         layers = classifier.base_model.encoder.layer
         self._layers = [_Layer(layer, layer is layers[-1], keys) for layer in layers]
 
-    def collate(self, examples: Tokenized, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
+    def collate(self, examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
         """Puts the examples `ids` [B] on the device, packed."""
         return collate_packed(examples, ids, weights, device)
 

@@ -18,10 +18,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from trainer.batching.collate import Tokenized
 from trainer.batching.plan import split_by_tokens
 from trainer.compat import on_device
 from trainer.data.corpus import TextSplit
+from trainer.data.tokens import Examples
 from trainer.errors import UserError, bar_settings
 from trainer.files import csv_text, write_atomic
 from trainer.model.adapter import adapter_tensors
@@ -55,7 +55,7 @@ def refuse_out_of_memory(out_of_memory: bool) -> None:
 @torch.no_grad()
 def score_split(
     forward: Forward,
-    examples: Tokenized,
+    examples: Examples,
     accelerator: Accelerator,
     *,
     max_tokens: int,
@@ -100,7 +100,7 @@ def score_split(
 
 
 def score_micro_batch(
-    forward: Forward, examples: Tokenized, ids: np.ndarray, accelerator: Accelerator
+    forward: Forward, examples: Examples, ids: np.ndarray, accelerator: Accelerator
 ) -> torch.Tensor | None:
     """Logits of the examples `ids`, [B, C]; None if memory runs out."""
     try:
