@@ -156,9 +156,10 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str], list[str]]:
         raise UserError(f"model.name: the weights of {backbone.path} cannot be read: {one_line(error)}") from None
     missing = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     _refuse_partial_weights(backbone.path, model, missing, info["unexpected_keys"])
-    unused = _find_unused(model, info["unexpected_keys"])
-    notes = [f"{len(unused)} tensors of the weights are not used: config.json has no place for {unused[0]}"]
-    return model, missing, notes if unused else []
+    notes = []
+    if unused := _find_unused(model, info["unexpected_keys"]):
+        notes.append(f"{len(unused)} tensors of the weights are not used: config.json has no place for {unused[0]}")
+    return model, missing, notes
 
 
 def set_dropout(config: PreTrainedConfig, p: float) -> None:
