@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -29,7 +30,6 @@ RUN_LOCKS = (".lock", ".lock-file")
 NO_LOCK_ERRORS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 """errors of flock on file systems without locks: Lustre, NFS without its lock service"""
 WRITE_BY_OTHERS = 0o022
-MIN_FREE_BYTES = 2**16
 MESSAGE_SECONDS = 10
 """time after which a process says that it waits for the cache lock of another"""
 LOCK_TIMEOUT_SECONDS = 600
@@ -108,6 +108,17 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return "".join(f"{line[:-2]}\n" for line in lines)
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads the records of metrics.jsonl. Skips damaged lines, which a killed run may leave."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            if isinstance(record["step"], int | float):
+                records.append(record)
+    return records
+
+
 @contextlib.contextmanager
 def hold_run_folder(folder: Path) -> Iterator[None]:
     """Locks a run folder. Creates it if needed, and removes it again if it stays empty."""
@@ -175,9 +186,7 @@ def _lock_mode(folder: Path) -> int:
 
 
 def _record_holder(descriptor: int) -> None:
-    """Writes process and host into a lock file, as `SoftFileLock` does. Fails on a full disk."""
-    os.pwrite(descriptor, b"\n" * MIN_FREE_BYTES, 0)
-    os.fsync(descriptor)
+    """Writes process and host into a lock file, as `SoftFileLock` does."""
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n{socket.gethostname()}\n".encode(), 0)
 

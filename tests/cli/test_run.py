@@ -24,7 +24,7 @@ SUMMARY = {
     "padding_fraction", "peak_memory_bytes", "precision", "resumed_from",
 }  # fmt: skip
 SPLIT_FILES = [
-    "classification_report.png", "classification_report.txt", "confusion_matrix.csv", "confusion_matrix.png",
+    "classification_report.txt", "confusion_matrix.csv", "confusion_matrix.png",
     "metrics.json", "predictions.csv",
 ]  # fmt: skip
 TAGS = {

@@ -105,21 +105,6 @@ def confusion_matrix_figure(matrix: npt.NDArray[Any], labels: Sequence[str]) -> 
     return figure
 
 
-def compute_averages(metrics: Record) -> dict[str, Record]:
-    """Averages a split's scores over the classes that occur, and weighted by support; returns {} without examples."""
-    names, rows = ("precision", "recall", "f1"), metrics["per_class"].values()
-    support = sum(row["support"] for row in rows)
-    if not support:
-        return {}
-    return {
-        "macro average": {**{name: metrics.get(f"{name}_macro", np.nan) for name in names}, "support": support},
-        "weighted average": {
-            **{name: sum(row[name] * row["support"] for row in rows) / support for name in names},
-            "support": support,
-        },
-    }
-
-
 def select_values(records: Sequence[Record], tag: str) -> tuple[Floats, Floats]:
     """Returns the steps and the finite values of a tag, [N] each."""
     points = [(record["step"], record[tag]) for record in records if isinstance(record.get(tag), int | float)]
@@ -129,13 +114,9 @@ def select_values(records: Sequence[Record], tag: str) -> tuple[Floats, Floats]:
 
 
 def smooth(values: Floats) -> Floats:
-    """Averages each value with its neighbors, 5 % of all values; fewer at the start, where the loss drops."""
-    places = np.arange(len(values))
-    reach = np.minimum(places, len(values) // 40)
-    first, last = places - reach, np.minimum(places + reach, len(values) - 1)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    means: Floats = (sums[last + 1] - sums[first]) / (last + 1 - first)
-    return means
+    """Averages each value with its neighbors, 5 % of all values."""
+    window = np.ones(len(values) // 20 | 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def loss_figure(records: Sequence[Record]) -> Figure | None:
@@ -195,31 +176,6 @@ def panels_figure(records: Sequence[Record], panels: Sequence[tuple[str, str, st
         axes.yaxis.set_major_formatter(f"{{x:{number}}}")
     grid[-1].set_xlabel("step")
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-def classification_report_figure(metrics: Record) -> Figure:
-    """Draws precision, recall, F1 and support of each class and of the averages."""
-    per_class = metrics["per_class"]
-    rows = [*per_class.items(), *compute_averages(metrics).items()]
-    height = min(1.0 + 0.34 * len(rows), 24.0)
-    font_size = float(np.clip(0.6 * 72 * (height - 1) / len(rows), 4.0, 9.5))
-    figure = Figure(figsize=(6.4, height))
-    axes = figure.add_subplot()
-    values = np.array([[row["precision"], row["recall"], row["f1"], np.nan] for _, row in rows], dtype=np.float64)
-    colors = PowerNorm(3, vmin=0, vmax=1)  # spreads the scores near 1
-    axes.imshow(values, cmap=SHARE_COLORS, norm=colors, aspect="auto", interpolation="nearest")
-    for (row, column), value in np.ndenumerate(values[:, :3]):
-        color = "white" if colors(value) > 0.6 else INK
-        axes.text(column, row, f"{value:.3f}", ha="center", va="center_baseline", fontsize=font_size, color=color)
-    for row, (_, scores) in enumerate(rows):
-        axes.text(3.35, row, f"{scores['support']:,}", ha="right", va="center_baseline", fontsize=font_size)
-    axes.axhline(len(per_class) - 0.5, color="white", linewidth=4)
-    axes.set_xticks(range(4), ["precision", "recall", "F1", "support"], fontsize=9.5)
-    axes.set_yticks(range(len(rows)), [figure_label(name) for name, _ in rows], fontsize=font_size)
-    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
     return figure
 
 

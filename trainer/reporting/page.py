@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,21 +22,19 @@ import numpy.typing as npt
 import yaml
 
 from trainer.errors import UserError, one_line
-from trainer.files import write_atomic
+from trainer.files import read_json_lines, write_atomic
 from trainer.reporting.figures import (
     LEARNING_RATE,
     STYLE,
     THROUGHPUT,
     Record,
     accuracy_figure,
-    classification_report_figure,
-    compute_averages,
     confusion_matrix_figure,
     loss_figure,
     panels_figure,
 )
 
-SPLITS = ("test", "validation", "train")  # the page shows the errors of the first scored split
+SPLITS = ("test", "validation")  # the page shows the errors of the first scored split
 NUM_ERRORS, NUM_CONFUSIONS = 25, 8
 
 
@@ -61,7 +59,7 @@ class RunFiles:
     config: Record
     environment: Record
     summary: Record
-    records: list[Record]
+    records: Sequence[Record]
     splits: list[SplitFiles]
 
 
@@ -76,7 +74,7 @@ def read_run(folder: Path, summary: Record | None) -> RunFiles:
         config=_read_mapping(folder / "config.yaml"),
         environment=_read_mapping(folder / "environment.json"),
         summary=summary or _read_mapping(folder / "summary.json"),
-        records=read_records(folder / "metrics.jsonl"),
+        records=read_json_lines(folder / "metrics.jsonl"),
         splits=[read_split(folder / "evaluation" / name) for name in SPLITS if (folder / "evaluation" / name).is_dir()],
     )
 
@@ -87,30 +85,9 @@ def _read_mapping(path: Path) -> Record:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (ValueError, yaml.YAMLError) as error:
+        return dict(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: contains a {type(value).__name__}, but must contain a mapping")
-    return value
-
-
-def read_records(path: Path) -> list[Record]:
-    """Reads metrics.jsonl. Skips an incomplete last line, which a killed run may leave."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            float(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: not a JSON object with a step: {error}") from error
-        records.append(record)
-    return records
 
 
 def read_split(folder: Path) -> SplitFiles:
@@ -151,6 +128,17 @@ def _read_csv(path: Path) -> Iterator[list[str]]:
             yield from csv.reader(file)
 
 
+def compute_averages(metrics: Record) -> dict[str, Record]:
+    """Averages a split's scores over the classes that occur, and weighted by support; returns {} without examples."""
+    names, rows = ("precision", "recall", "f1"), metrics["per_class"].values()
+    support = sum(row["support"] for row in rows)
+    if not support:
+        return {}
+    macro = {name: metrics.get(f"{name}_macro", math.nan) for name in names}
+    weighted = {name: sum(row[name] * row["support"] for row in rows) / support for name in names}
+    return {"macro average": {**macro, "support": support}, "weighted average": {**weighted, "support": support}}
+
+
 def find_top_confusions(split: SplitFiles) -> list[tuple[int, str, str, float]]:
     """Finds the most frequent confusions: count, true label, predicted label, share of the true class."""
     confusions = [
@@ -171,11 +159,9 @@ def draw_figures(run: RunFiles) -> dict[str, bytes]:
         "figures/throughput.png": panels_figure(run.records, THROUGHPUT),
     }
     for split in run.splits:
-        folder = f"evaluation/{split.name}"
-        if split.metrics.get("per_class"):
-            figures[f"{folder}/classification_report.png"] = classification_report_figure(split.metrics)
         if split.labels:
-            figures[f"{folder}/confusion_matrix.png"] = confusion_matrix_figure(split.matrix, split.labels)
+            path = f"evaluation/{split.name}/confusion_matrix.png"
+            figures[path] = confusion_matrix_figure(split.matrix, split.labels)
     pictures = {}
     for path, figure in figures.items():
         if figure is not None:

@@ -18,22 +18,14 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from trainer.errors import bar_settings, one_line
-from trainer.files import write_atomic, writing
+from trainer.files import read_json_lines, write_atomic, writing
 
 PROJECT = "isotrain"
 """project or experiment in a tracker, unless the tracker's environment variable names another"""
 MAX_FAILURES = 3
 """failures in a row after which a tracker is skipped, because each may wait minutes for a server"""
-# The id of a tracker's run, with which a later start can resume it.
-_RUN_IDS: dict[str, Callable[[Any], str]] = {
-    "wandb": lambda run: run.id,
-    "mlflow": lambda run: run.info.run_id,
-    "comet_ml": lambda run: run.get_key(),
-    "swanlab": lambda run: run.id,
-    "trackio": lambda run: run.name,
-    "aim": lambda run: run.hash,
-    "dvclive": lambda run: run.dir,
-}
+# The id of a tracker's run, with which a later start resumes it.
+_RUN_IDS: dict[str, Callable[[Any], str]] = {"wandb": lambda run: run.id, "mlflow": lambda run: run.info.run_id}
 
 
 class RunLog:
@@ -98,18 +90,8 @@ class RunLog:
         if not self.is_main:
             return
         self._append_record(metrics, step, epoch)
-
-        def add(board: Any) -> None:
-            from torch.utils.tensorboard.summary import hparams
-
-            # like SummaryWriter.add_hparams, but without its second file. TensorBoard sorts files by the time in their
-            # names, so the second would come first if the clock was set back.
-            for summary in hparams(_flatten(config), dict(metrics)):
-                board.file_writer.add_summary(summary, step + 1)
-            for tag, value in metrics.items():
-                board.add_scalar(tag, value, step + 1)
-
-        self._write_tensorboard(add)
+        table_row = _flatten(config), dict(metrics)
+        self._write_tensorboard(lambda board: board.add_hparams(*table_row, run_name=".", global_step=step + 1))
         self._log(metrics, step + 1, [tracker for tracker in self._trackers if tracker.name != "tensorboard"])
 
     def advance_bar(self, steps: int, **shown: str) -> None:
@@ -197,18 +179,13 @@ class RunLog:
 
 def keep_steps(path: Path, last_step: int, last_evaluated_step: int) -> list[dict[str, Any]]:
     """Drops lines that will be repeated or are damaged: later steps, final metrics, a torn line. Returns the others."""
-    if not path.exists():
-        return []
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-            last = last_evaluated_step if any(tag.startswith("validation/") for tag in values) else last_step
-            if values["step"] <= last and not any(tag.startswith("final/") for tag in values):
-                kept.append(values)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    write_atomic(path, "".join(json.dumps(values) + "\n" for values in kept))
+    for record in read_json_lines(path):
+        groups = {tag.partition("/")[0] for tag in record}
+        if "final" not in groups and record["step"] <= (last_evaluated_step if "validation" in groups else last_step):
+            kept.append(record)
+    if path.exists():
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
@@ -224,11 +201,9 @@ def _tracker_settings(name: str, folder: Path, run_id: str | None, first: int) -
         "tensorboard": {"purge_step": first},  # drops everything from this step on
         "wandb": {"name": os.environ.get("WANDB_NAME", folder.name), "id": run_id, "resume": "allow"},
         "mlflow": {"run_name": folder.name, "run_id": run_id},
-        "comet_ml": {"experiment_key": run_id, "mode": "get_or_create"},
-        "swanlab": {"experiment_name": folder.name, "id": run_id, "resume": "allow"},
-        "trackio": {"name": folder.name, "resume": "allow" if run_id else "never"},
-        "aim": {"run_hash": run_id, "experiment": PROJECT},
+        "swanlab": {"experiment_name": folder.name},
+        "trackio": {"name": folder.name},
         "clearml": {"task_name": folder.name},
-        "dvclive": {"dir": str(folder / "dvclive"), "resume": run_id is not None},
+        "dvclive": {"dir": str(folder / "dvclive")},
     }
     return {key: value for key, value in settings.get(name, {}).items() if value is not None}

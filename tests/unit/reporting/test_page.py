@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import yaml
 
-from trainer.errors import UserError
+from trainer.files import read_json_lines
 from trainer.reporting.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, select_values, smooth
-from trainer.reporting.page import build_report, find_confident_errors, read_records
+from trainer.reporting.page import build_report, find_confident_errors
 
 ROOT = Path(__file__).resolve().parents[3]
 NEWS = ["World", "Sports", "Business", "Sci/Tech"]
@@ -120,11 +120,7 @@ def test_a_finished_run_gets_every_file_and_number(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build_report(run) == run / "report.html"
-    evaluations = {
-        f"evaluation/{split}/{kind}.png"
-        for split in ("validation", "test")
-        for kind in ("confusion_matrix", "classification_report")
-    }
+    evaluations = {f"evaluation/{split}/confusion_matrix.png" for split in ("validation", "test")}
     pictures = {path.relative_to(run).as_posix() for path in run.rglob("*.png")}
     assert pictures == FIGURES | evaluations
     assert all((run / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
@@ -246,16 +242,9 @@ def test_without_a_test_split_the_validation_errors_are_shown(tmp_path: Path) ->
 def test_a_torn_last_line_of_the_metrics_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "train/loss": NaN}\n{"step": 2, "a\xe2\x80\xa8b": 1}\n{"step": 3, "tr\xc3')
-    records = read_records(path)
+    records = read_json_lines(path)
     assert [record["step"] for record in records] == [1, 2]
     assert not len(select_values(records, "train/loss")[0])
-
-
-def test_another_torn_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
-        read_records(path)
 
 
 def test_150_classes_fit_the_page(tmp_path: Path) -> None:
@@ -326,11 +315,11 @@ def test_full_texts_and_pairs_are_on_the_page(tmp_path: Path) -> None:
     assert "98.7%" in shown
 
 
-def test_smoothing_keeps_a_constant_a_short_series_and_the_first_value() -> None:
+def test_smoothing_keeps_a_constant_and_a_short_series() -> None:
     assert np.allclose(smooth(np.full(200, 3.0)), 3.0)
     assert smooth(np.array([5.0, 1.0])).tolist() == [5.0, 1.0]
     values = np.linspace(10, 0, 400) ** 2
-    assert smooth(values)[0] == values[0]
+    assert np.isclose(smooth(values)[0], values[:11].mean())
     assert np.isclose(smooth(values)[200], values[190:211].mean())
 
 
