@@ -44,12 +44,6 @@ def skip_if(condition: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
 
 
-def softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last axis in the type of the scores, which autocast would change (torch 2.11, 2.13)."""
-    probabilities: torch.Tensor = torch.ops.aten._softmax(scores, -1, False)
-    return probabilities
-
-
 def softmax_backward(gradient: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     """Gradient of a softmax over the last axis with respect to its scores (torch 2.11, 2.13)."""
     scores: torch.Tensor = torch.ops.aten._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)

@@ -132,7 +132,7 @@ def test_packed_is_padded_is_one_by_one(family, p, segments):
     assert why_not_packed(model) is None
     expected = results(PaddedForward(model, 1), keys, segments=segments)
     assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
-    forward = PackedForward(model, keys)
+    forward = PackedForward(model)
     for cut, batches in CUTS.items():
         assert difference(expected, results(forward, keys, batches, segments)) < 1e-12, cut
     model.eval()
@@ -150,7 +150,7 @@ def test_a_new_family_is_one_entry(monkeypatch):
     monkeypatch.setitem(families.FAMILIES, ElectraForSequenceClassification, like_bert)
     assert why_not_packed(model) is None
     expected = results(PaddedForward(model, 1), keys, segments=True)
-    assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"], segments=True)) < 1e-12
+    assert difference(expected, results(PackedForward(model), keys, CUTS["in two"], segments=True)) < 1e-12
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,7 +158,7 @@ def test_every_peft_method(method):
     model, keys = build(method=method.split(" ")[0], options=METHODS[method])
     expected = results(PaddedForward(model, 1), keys)
     limit = 1e-6 if method in {"C3A", "FOURIERFT"} else 1e-12  # these two compute in fp32 whatever they are given
-    assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"])) < limit
+    assert difference(expected, results(PackedForward(model), keys, CUTS["in two"])) < limit
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_every_peft_method(method):
 def test_whatever_lora_is_put_on(options):
     model, keys = build(options={**LORA, **options})
     expected = results(PaddedForward(model, 1), keys)
-    assert difference(expected, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-12
+    assert difference(expected, results(PackedForward(model), keys, CUTS["in two"])) < 1e-12
 
 
 @pytest.mark.skipif(not has_fast_bf16(), reason="a CPU without bf16 instructions")
@@ -197,15 +197,15 @@ def projections(forward):
 
 
 def test_query_key_and_value_are_one_product_where_they_can_be():
-    assert [projection.joined for projection in projections(PackedForward(*build()))] == [True] * 3
-    dora, keys = build(options={**LORA, "use_dora": True})
-    assert not any(projection.joined for projection in projections(PackedForward(dora, keys)))
+    assert [projection.joined for projection in projections(PackedForward(build()[0]))] == [True] * 3
+    dora, _ = build(options={**LORA, "use_dora": True})
+    assert not any(projection.joined for projection in projections(PackedForward(dora)))
 
 
 def test_joining_takes_no_memory_and_changes_no_weight():
-    model, keys = build()
+    model, _ = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    forward = PackedForward(model, keys)
+    forward = PackedForward(model)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in after.values()}
@@ -216,7 +216,7 @@ def test_joining_takes_no_memory_and_changes_no_weight():
 def test_in_fp32():
     model, keys = build(dtype=torch.float32)
     padded = results(PaddedForward(model, 1), keys)
-    assert difference(padded, results(PackedForward(model, keys), keys, CUTS["in two"])) < 1e-5
+    assert difference(padded, results(PackedForward(model), keys, CUTS["in two"])) < 1e-5
 
 
 IN_BF16 = {name: (name.split(" ")[0], options) for name, options in METHODS.items()} | {
@@ -232,7 +232,7 @@ def test_every_peft_method_in_bf16(name):
     exact = results(PaddedForward(model, 1), keys)
     set_precision(model, torch.bfloat16)
     padded = relative(exact, results(PaddedForward(model, 1), keys, compute_type=torch.bfloat16))
-    found = results(PackedForward(model, keys), keys, CUTS["in two"], compute_type=torch.bfloat16)
+    found = results(PackedForward(model), keys, CUTS["in two"], compute_type=torch.bfloat16)
     assert all(found[1][name].abs().max() > 0 for name, gradient in exact[1].items() if gradient.abs().max() > 0)
     # of a single model; of several see below
     assert all(ours < 2.5 * theirs for ours, theirs in zip(relative(exact, found), padded, strict=True))
@@ -248,7 +248,7 @@ def test_rounding_in_bf16_is_no_more_than_that_of_the_padded_forward():
             parameter.data += 0.05 * torch.randn_like(parameter)
         exact = results(PaddedForward(model, 1), keys)
         set_precision(model, torch.bfloat16)
-        for forward, batches in ((PaddedForward(model, 1), WHOLE), (PackedForward(model, keys), CUTS["in two"])):
+        for forward, batches in ((PaddedForward(model, 1), WHOLE), (PackedForward(model), CUTS["in two"])):
             apart[type(forward)].append(relative(exact, results(forward, keys, batches, compute_type=torch.bfloat16)))
     packed, padded = (np.mean(apart[kind], axis=0) for kind in (PackedForward, PaddedForward))
     assert (packed < 1.05 * padded).all()
@@ -311,14 +311,14 @@ def test_a_wrong_layout_would_be_seen(mistake, monkeypatch):
         return layout
 
     monkeypatch.setattr(packed, "lay_out", wrong)
-    found = results(PackedForward(model, keys), keys)
+    found = results(PackedForward(model), keys)
     assert difference(expected, found) > 1e-4
     same_logits = (found[0] - expected[0]).abs().max() < 1e-12
     assert same_logits == (MISTAKES[mistake] == "gradients")
 
 
 WRITTEN_OUT = [
-    attention._Attention, attention._Gather, products._LoraProduct, products._Product, masks._Drop, dropout._DropAdd,
+    attention._Attention, attention._Gather, products._Product, masks._Drop,
 ]  # fmt: skip
 
 
@@ -334,7 +334,7 @@ def test_a_wrong_gradient_would_be_seen(function, monkeypatch):
         return first if first is None else 1.01 * first, *others
 
     monkeypatch.setattr(function, "backward", staticmethod(wrong))
-    found = results(PackedForward(model, keys), keys)
+    found = results(PackedForward(model), keys)
     assert (found[0] - expected[0]).abs().max() < 1e-12
     assert difference(expected, found) > 1e-4
 

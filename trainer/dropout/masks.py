@@ -11,7 +11,6 @@ with probability p to within 2**-57.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,6 @@ from trainer.compat import on_device
 from trainer.randomness.splitmix import GAMMA, random_words
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a unit
-# Units that are drawn at once: what a CPU's cache holds; on a GPU many sites, since each operation takes long to start.
-AT_ONCE, AT_ONCE_ON_GPU = 2**20, 2**26
 UNITS_PER_WORD = 8
 # A row of units begins 2**20 words after the row before it, however long they are; so does a head after a head's rows.
 AXIS_BITS = 20
@@ -66,9 +63,9 @@ def masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
     return x if mask is None else mask.apply(x)
 
 
-def dropped(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
-    """x with the dropped units 0 and the others scaled; x itself where there is no mask. It has a gradient."""
-    result: torch.Tensor = x if mask is None else _Drop.apply(x, mask)
+def dropped(x: torch.Tensor, mask: Mask | None, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """x with the dropped units 0 and the others scaled, plus the residual; x itself where there is no mask."""
+    result: torch.Tensor = x if mask is None else _Drop.apply(x, mask, residual)
     return result
 
 
@@ -76,13 +73,15 @@ class _Drop(torch.autograd.Function):
     """See `dropped`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mask: Mask) -> torch.Tensor:
-        ctx.mask = mask
-        return mask.apply(x).mul_(mask.scale)
+    def forward(ctx: Any, x: torch.Tensor, mask: Mask, residual: torch.Tensor | None) -> torch.Tensor:
+        ctx.mask, ctx.dtype = mask, x.dtype
+        kept = mask.apply(x)
+        return kept.mul_(mask.scale) if residual is None else torch.add(residual, kept, alpha=mask.scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.mask.apply(gradient).mul_(ctx.mask.scale), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+        grad_x = ctx.mask.apply(gradient.to(ctx.dtype)).mul_(ctx.mask.scale)
+        return grad_x, None, gradient if ctx.needs_input_grad[2] else None
 
 
 def unkeyed_mask(x: torch.Tensor, p: float) -> Mask:
@@ -93,12 +92,9 @@ def unkeyed_mask(x: torch.Tensor, p: float) -> Mask:
 class Masks:
     """The masks of a micro-batch of B examples."""
 
-    def __init__(
-        self, sites: Sequence[Site], seed: int, step: int, ids: np.ndarray, lengths: np.ndarray, device: torch.device
-    ) -> None:
+    def __init__(self, sites: Sequence[Site], seed: int, step: int, ids: np.ndarray, lengths: np.ndarray) -> None:
         """`ids` and `lengths` in tokens, int64 [B]."""
-        self._sites, self._lengths, self._device = sites, lengths, device
-        self._drawn: dict[tuple[int, tuple[int, ...], int], torch.Tensor] = {}
+        self._sites, self._lengths = sites, lengths
         key = np.zeros(1, dtype=np.int64)
         for number in (seed, step):
             key = random_words(key, np.array([number]))
@@ -107,43 +103,32 @@ class Masks:
         uniform = (random_words(self._keys, np.array([-1])) >> 16) & (2**48 - 1)
         self._thresholds = (rates + uniform) >> 48  # [S, B], 0 to 256
 
-    def keep(self, number: int, shape: tuple[int, ...], first: int) -> torch.Tensor:
+    def keep(self, number: int, shape: tuple[int, ...], first: int, device: torch.device) -> torch.Tensor:
         """`Mask.keep` of site `number`; a second call for the same draws it again.
 
         Args:
             number: of the site.
             shape: see `DropoutKeys.mask`.
             first: number of the first example in the micro-batch.
+            device: of the mask.
         """
-        if (number, shape, first) not in self._drawn:
-            alike = [i for i in range(number, len(self._sites)) if self._sites[i] == self._sites[number]]
-            at_once = AT_ONCE if self._device.type == "cpu" else AT_ONCE_ON_GPU
-            alike = alike[: max(1, at_once // math.prod(shape))]
-            drawn = self._draw(alike, shape, first)
-            self._drawn |= {(i, shape, first): keep for i, keep in zip(alike, drawn, strict=True)}
-        return self._drawn.pop((number, shape, first))
-
-    def _draw(self, numbers: list[int], shape: tuple[int, ...], first: int) -> tuple[torch.Tensor, ...]:
-        """The masks of equal sites."""
-        site = self._sites[numbers[0]]
-        keys, thresholds = self._keys[numbers], self._thresholds[numbers]
+        site, keys, thresholds = self._sites[number], self._keys[number], self._thresholds[number]
         if site.kind == "tokens" and len(shape) == 2:  # tokens end to end
             starts = np.repeat(np.cumsum(self._lengths) - self._lengths, self._lengths)
-            keys, thresholds = (np.repeat(values, self._lengths, axis=1) for values in (keys, thresholds))
+            keys, thresholds = np.repeat(keys, self._lengths), np.repeat(thresholds, self._lengths)
             keys = keys + (np.arange(len(starts)) - starts) * ROW
         else:
             rows = np.zeros((), dtype=np.int64)
             for size in shape[1:-1]:
                 rows = (rows[..., None] << AXIS_BITS) + np.arange(size)
-            examples = slice(first, first + shape[0])
-            behind = (len(numbers), shape[0], *[1] * rows.ndim)
-            keys = keys[:, examples].reshape(behind) + rows * ROW
-            thresholds = thresholds[:, examples].reshape(behind)
-        words = torch.arange(-(-shape[-1] // UNITS_PER_WORD), device=self._device)
-        units = random_words(on_device(keys[..., None], self._device), words).view(torch.uint8)
+            examples, one_each = slice(first, first + shape[0]), (shape[0], *[1] * rows.ndim)
+            keys = keys[examples].reshape(one_each) + rows * ROW
+            thresholds = thresholds[examples].reshape(one_each)
+        words = torch.arange(-(-shape[-1] // UNITS_PER_WORD), device=device)
+        units = random_words(on_device(keys[..., None], device), words).view(torch.uint8)
         # in place, which is many times faster on a CPU; a byte holds no 256, which a threshold may be
         if site.p < 0.5:
-            units.ge_(on_device(thresholds.astype(np.uint8)[..., None], self._device))
+            units.ge_(on_device(thresholds.astype(np.uint8)[..., None], device))
         else:
-            units.gt_(on_device((thresholds - 1).astype(np.uint8)[..., None], self._device))
-        return units[..., : shape[-1]].view(torch.bool).unbind()
+            units.gt_(on_device((thresholds - 1).astype(np.uint8)[..., None], device))
+        return units[..., : shape[-1]].view(torch.bool)

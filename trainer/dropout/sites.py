@@ -12,7 +12,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ KINDS = {(False,): "pooled", (True, False): "tokens", (False, True, True): "atte
 
 
 class DropoutKeys:
-    """The masks of the current micro-batch. One object per model; the only mutable state of this module."""
+    """The masks of a model's micro-batches."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -47,28 +47,22 @@ class DropoutKeys:
         """random operations of the forward that stay the model's own"""
         self.skips_layers = False
         """whether a step may leave a layer without gradient"""
-        self._probe_length: int | None = None  # set while sites are recorded
-        self._drops_nothing = False
         self._calls: Counter[Hashable] = Counter()
         self._numbers: dict[tuple[Hashable, int], int] = {}
-        self._micro_batch = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-        self._masks: Masks | None = None
+        self._masks: Masks
 
     @contextlib.contextmanager
     def micro_batch(self, step: int, ids: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
         """Inside, the model's forward is over these examples, [B], and drops their units."""
-        global _current
-        self._micro_batch = (step, ids, lengths)
+        found = {key: site for key, site in self.sites.items() if site is not None}
+        self._numbers = {key: number for number, key in enumerate(found)}
+        self._masks = Masks(list(found.values()), self.seed, step, ids, lengths)
         self._calls.clear()
-        _current = self
-        try:
+        with _draw_masks_by(self.mask):
             yield
-        finally:
-            _current = None
-            self._masks = None
 
-    def mask(self, x: torch.Tensor, p: float, caller: Hashable, first: int = 0) -> Mask | None:
-        """Which units of `x` to drop; None while sites are recorded.
+    def mask(self, x: torch.Tensor, p: float, caller: Hashable, first: int = 0) -> Mask:
+        """Which units of `x` to drop.
 
         Args:
             x: a tensor with the examples on its first axis, or the tokens end to end, [T, width]. An example may have
@@ -78,72 +72,48 @@ class DropoutKeys:
             first: number of the first example of `x` in the micro-batch. With another number than 0 the call belongs
                 to the site of the call before it.
         """
-        if self._drops_nothing:
-            return None
         self._calls[caller] += first == 0
         key = caller, self._calls[caller]
-        if self._probe_length is not None:
-            self.sites[key] = _site_of(x.shape, p, self._probe_length)
-            return None if self.sites[key] is not None else unkeyed_mask(x, p)
         site = self.sites[key]
         if site is None:
             return unkeyed_mask(x, p)
         assert p == site.p, "dropout has changed since the sites were recorded"
-        masks = self._masks_on(x.device)
-        return Mask(masks.keep(self._numbers[key], tuple(x.shape), first), 1 / (1 - p))
-
-    def _masks_on(self, device: torch.device) -> Masks:
-        """The masks of the micro-batch."""
-        if self._masks is None:
-            found = {key: site for key, site in self.sites.items() if site is not None}
-            self._numbers = {key: number for number, key in enumerate(found)}
-            step, ids, lengths = self._micro_batch
-            self._masks = Masks(list(found.values()), self.seed, step, ids, lengths, device)
-        return self._masks
-
-    @contextlib.contextmanager
-    def dropping_nothing(self) -> Iterator[None]:
-        """Inside, a forward in training mode drops nothing, neither by keys nor by torch."""
-        global _current
-        self._drops_nothing, _current = True, self
-        try:
-            with _NoDropout():
-                yield
-        finally:
-            self._drops_nothing, _current = False, None
-
-    @contextlib.contextmanager
-    def recording(self, length: int) -> Iterator[None]:
-        """Inside, a forward over examples of this length records the model's sites and drops nothing."""
-        global _current
-        self.sites, self.unreached = {}, []
-        self._calls.clear()
-        self._probe_length, _current = length, self
-        try:
-            with _RandomOperations(self.unreached):
-                yield
-        finally:
-            self._probe_length, _current = None, None
+        return Mask(self._masks.keep(self._numbers[key], tuple(x.shape), first, x.device), 1 / (1 - p))
 
 
-_current: DropoutKeys | None = None
+_draw: Callable[..., Mask | None] | None = None
+"""draws the masks of the forward that runs now, with the arguments of `DropoutKeys.mask`"""
 
 
-class _DropAdd(torch.autograd.Function):
-    """residual + dropout(x)"""
+def draw_mask(x: torch.Tensor, p: float, caller: nn.Module, first: int = 0) -> Mask | None:
+    """Which units of `x` a module drops in the forward that runs now; see `DropoutKeys.mask`. None for no unit.
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, mask: Mask) -> torch.Tensor:
-        ctx.mask, ctx.dtype = mask, x.dtype
-        return torch.add(residual, mask.apply(x), alpha=mask.scale)
+    Outside of a keyed micro-batch a module drops as torch does.
+    """
+    if not caller.training or p == 0:
+        return None
+    return _draw(x, p, caller, first) if _draw is not None else unkeyed_mask(x, p)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return ctx.mask.apply(gradient.to(ctx.dtype)).mul_(ctx.mask.scale), gradient, None
+
+@contextlib.contextmanager
+def _draw_masks_by(draw: Callable[..., Mask | None]) -> Iterator[None]:
+    global _draw
+    _draw = draw
+    try:
+        yield
+    finally:
+        _draw = None
+
+
+@contextlib.contextmanager
+def dropping_nothing() -> Iterator[None]:
+    """Inside, a forward in training mode drops nothing, neither by keys nor by torch."""
+    with _draw_masks_by(lambda *call: None), _NoDropout():
+        yield
 
 
 class KeyedDropout(nn.Module):
-    """Replaces an `nn.Dropout`. Outside of a keyed micro-batch it drops as torch does."""
+    """Replaces an `nn.Dropout`."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -156,13 +126,11 @@ class KeyedDropout(nn.Module):
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """self(x) + residual, in fewer passes."""
         mask = self.mask(x)
-        return x + residual if mask is None else _DropAdd.apply(x, residual, mask)
+        return x + residual if mask is None else dropped(x, mask, residual)
 
     def mask(self, x: torch.Tensor) -> Mask | None:
         """Which units of `x` to drop; None for no unit."""
-        if not self.training or self.p == 0:
-            return None
-        return _current.mask(x, self.p, self) if _current is not None else unkeyed_mask(x, self.p)
+        return draw_mask(x, self.p, self)
 
 
 def install(model: nn.Module, seed: int) -> DropoutKeys:
@@ -183,10 +151,7 @@ def install(model: nn.Module, seed: int) -> DropoutKeys:
     _use_keyed_attention(backbone)
     keys = DropoutKeys(seed)
     keys.skips_layers = any("layerdrop" in name and value for name, value in backbone.config.to_dict().items())
-    twin = twin_of(model)
-    origin = dict(zip(twin.modules(), model.modules(), strict=True))
-    _probe(twin, keys, backbone.config)
-    keys.sites = {(origin[caller], call): site for (caller, call), site in keys.sites.items()}
+    _record_sites(model, keys, backbone.config)
     return keys
 
 
@@ -235,7 +200,7 @@ def keyed_attention(
     """
     unkeyed = any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNKEYED)
     causal = getattr(module, "is_causal", False)
-    if _current is None or dropout == 0 or causal or unkeyed or query.shape[1] != key.shape[1]:
+    if _draw is None or dropout == 0 or causal or unkeyed or query.shape[1] != key.shape[1]:
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
         output, _ = sdpa_attention_forward(
@@ -252,7 +217,7 @@ def keyed_attention(
         scores += unattended.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
     shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     shares = shares.to(value.dtype)
-    attended = dropped(shares, _current.mask(shares, dropout, module))
+    attended = dropped(shares, _draw(shares, dropout, module))
     return torch.matmul(attended, value).transpose(1, 2).contiguous(), None
 
 
@@ -263,18 +228,24 @@ def _site_of(shape: torch.Size, p: float, length: int) -> Site | None:
     return Site(KINDS[along], next(size for size in shape[1:] if size != length), p)
 
 
-def _probe(model: nn.Module, keys: DropoutKeys, config: PretrainedConfig) -> None:
-    """Fills `keys.sites` by one forward of a twin over dummy examples; leaves torch's random state alone."""
-    device = next(model.parameters()).device
+def _record_sites(model: nn.Module, keys: DropoutKeys, config: PretrainedConfig) -> None:
+    """Fills `sites` and `unreached` by one forward of a twin over dummy examples; drops nothing at known sites."""
+    twin, device = twin_of(model).train(), next(model.parameters()).device
+    origin, calls = dict(zip(twin.modules(), model.modules(), strict=True)), Counter[Hashable]()
     length = _probe_length(model, config)
+
+    def record(x: torch.Tensor, p: float, caller: Hashable, first: int = 0) -> Mask | None:
+        calls[caller] += first == 0
+        site = _site_of(x.shape, p, length)
+        keys.sites[origin[caller], calls[caller]] = site
+        return unkeyed_mask(x, p) if site is None else None
+
     ids = torch.ones(PROBE_BATCH, length, dtype=torch.long, device=device)
     if getattr(config, "is_encoder_decoder", False):  # these classify by the last end token
         ids[:, -1] = config.eos_token_id
-    mask = torch.ones_like(ids)
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with random_state, torch.no_grad(), keys.recording(length):
-        model.train()
-        model(input_ids=ids, attention_mask=mask)
+    with random_state, torch.no_grad(), _RandomOperations(keys.unreached), _draw_masks_by(record):
+        twin(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def _probe_length(model: nn.Module, config: PretrainedConfig) -> int:
@@ -295,9 +266,8 @@ class _NoDropout(TorchFunctionMode):
             return torch.ones_like(func(*args, **kwargs))
         if func is torch.Tensor.uniform_ and len(args) == 3:  # a router of experts multiplies by noise around 1
             return args[0].fill_((args[1] + args[2]) / 2)
-        if func is nn.functional.scaled_dot_product_attention:  # its fifth argument
-            args, kwargs = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, {**kwargs}
-            kwargs.update({"dropout_p": 0.0} if len(args) < 5 else {})
+        if func is nn.functional.scaled_dot_product_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.compat import on_device, softmax, softmax_backward
+from trainer.compat import on_device, softmax_backward
 from trainer.dropout.masks import Mask, dropped, masked
 
-# The cost of one more group, in scores: each layer starts some twenty operations more. The CPU's value was the fastest
-# of a few in steps of roberta-base. A GPU computes far more scores in the time of these operations.
-GROUP_COST, GROUP_COST_ON_GPU = 2**18, 2**24
+# The cost of one more group, in scores: each layer starts some twenty operations more. The value was the fastest of a
+# few on a CPU, in steps of roberta-base.
+GROUP_COST = 2**18
 
 
 @dataclass(frozen=True)
@@ -51,60 +51,66 @@ class Rows:
 class Layout:
     """Where the T tokens of B examples lie."""
 
-    lengths: np.ndarray
-    """tokens of each example, int64 [B]"""
     groups: tuple[Group, ...]
     starts: torch.Tensor
     """first token of each example, int64 [B]"""
     positions: torch.Tensor
     """position of each token in its example, int64 [T]"""
     num_heads: int
-    addresses: torch.Tensor
-    """for each token: places before its group, G, N, its example's number in the group, and its position; [T, 5]"""
     tokens: torch.Tensor
     """the token at each place of the groups, T at padding; int64 [places]"""
 
     @cached_property
     def projected(self) -> Rows:
         """Queries, keys and values: [T, 3, heads, D] to [3, G, heads, N, D] of each group; padding takes any row."""
-        return _rows(self, 3, self.num_heads)
+        rows = self._rows(3, self.num_heads)
+        return Rows(rows.take.where(rows.take < len(rows.back), 0), rows.back)
 
     @cached_property
     def attended(self) -> Rows:
         """[T, heads, D] to [G, heads, N, D] of each group; padding takes the row behind the last, which is 0."""
-        return _rows(self, 1, self.num_heads, any_for_padding=False)
+        return self._rows(1, self.num_heads)
 
     @cached_property
     def whole(self) -> Rows:
         """[T, W] to [G, N, W] of each group; padding takes any row."""
-        return _rows(self, 1, 1)
+        return Rows(self.tokens.where(self.tokens < len(self.positions), 0), self._rows(1, 1).back)
+
+    def _rows(self, components: int, num_heads: int) -> Rows:
+        """[T, C, heads] to [C, G, heads, N] of each group; padding takes the row behind the last."""
+        per_token = components * num_heads
+        num_rows = len(self.positions) * per_token
+        rows = self.tokens[:, None] * per_token + torch.arange(per_token, device=self.tokens.device)
+        parts = rows.clamp(max=num_rows).split([group.size * group.longest for group in self.groups])
+        take = torch.cat(
+            [
+                part.view(group.size, group.longest, components, num_heads).permute(2, 0, 3, 1).flatten()
+                for group, part in zip(self.groups, parts, strict=True)
+            ]
+        )
+        back = torch.empty(num_rows + 1, dtype=torch.int64, device=take.device)
+        back[take] = torch.arange(len(take), device=take.device)
+        return Rows(take, back[:num_rows])
 
 
 def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype) -> Layout:
     """The layout of examples of these lengths [B]; `dtype` is that of the scores."""
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
-    positions = np.arange(num_tokens) - np.repeat(starts, lengths)
-    groups, tokens, addresses = [], [], []
-    first, num_places = 0, 0
-    cost = GROUP_COST if device.type == "cpu" else GROUP_COST_ON_GPU
-    for size in group_sizes(lengths, cost / num_heads):
+    groups, tokens, first = [], [], 0
+    for size in group_sizes(lengths, GROUP_COST / num_heads):
         own = lengths[first : first + size]
         width = int(own.max())
         real = np.arange(width) < own[:, None]
-        tokens.append(np.where(real, starts[first : first + size, None] + np.arange(width), num_tokens))
-        addresses.append(np.stack(np.broadcast_arrays(num_places, size, width, np.arange(size)), axis=-1))
+        tokens.append(np.where(real, starts[first : first + size, None] + np.arange(width), num_tokens).ravel())
         bias = on_device(np.where(real, np.float32(0), np.float32(-np.inf)), device).to(dtype)
         groups.append(Group(first, size, width, bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
-        first, num_places = first + size, num_places + size * width
-    addresses_of_tokens = np.repeat(np.concatenate(addresses), lengths, axis=0)
+        first += size
     return Layout(
-        lengths=np.ascontiguousarray(lengths),
         groups=tuple(groups),
         starts=on_device(starts, device),
-        positions=on_device(positions, device),
+        positions=on_device(np.arange(num_tokens) - np.repeat(starts, lengths), device),
         num_heads=num_heads,
-        addresses=on_device(np.column_stack([addresses_of_tokens, positions]), device),
-        tokens=on_device(np.concatenate([each.ravel() for each in tokens]), device),
+        tokens=on_device(np.concatenate(tokens), device),
     )
 
 
@@ -132,30 +138,6 @@ def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
         sizes.append(int(ends[i - 1] - starts[before[i - 1]]))
         i = before[i - 1]
     return sizes[::-1]
-
-
-def _rows(layout: Layout, components: int, num_heads: int, any_for_padding: bool = True) -> Rows:
-    """From [T, C, heads] to [C, G, heads, N] of each group. Computed on the device: they are many more than tokens.
-
-    Args:
-        layout: of the tokens.
-        components: C.
-        num_heads: of attention.
-        any_for_padding: padding takes any row; else the one behind the last.
-    """
-    groups, device = layout.groups, layout.tokens.device
-    component = torch.arange(components, device=device)[:, None]
-    head = torch.arange(num_heads, device=device)
-    before, size, longest, example, position = layout.addresses[:, :, None, None].unbind(1)
-    block = (before * components + component * size * longest) * num_heads
-    back = block + (example * num_heads + head) * longest + position
-    num_rows = back.numel()
-    take = [
-        (part.view(group.size, 1, group.longest) * components + component[..., None, None]) * num_heads + head[:, None]
-        for group, part in zip(groups, layout.tokens.split([g.size * g.longest for g in groups]), strict=True)
-    ]
-    joined = torch.cat([part.flatten() for part in take])
-    return Rows(joined.where(joined < num_rows, 0) if any_for_padding else joined, back.flatten())
 
 
 @dataclass(frozen=True)
@@ -269,8 +251,6 @@ class _Gather(torch.autograd.Function):
 
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
     """Over the last axis, in the type of the scores, computed in at least fp32."""
-    if scores.device.type != "cpu":  # computes in fp32 by itself; the CPU's is slower at that
-        return softmax(scores)
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 

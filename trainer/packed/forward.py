@@ -10,7 +10,7 @@ Unpadding before the embeddings follows ModernBERT (Warner et al., arXiv 2412.13
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from trainer.batching.collate import Batch, collate_packed, collate_padded
 from trainer.compat import trained_module
 from trainer.data.tokens import Examples
 from trainer.dropout.masks import Mask
-from trainer.dropout.sites import DropoutKeys, KeyedDropout
+from trainer.dropout.sites import KeyedDropout, draw_mask
 from trainer.errors import UserError
 from trainer.packed.attention import Attention, Layout, lay_out
 from trainer.packed.families import FAMILIES, why_not_packed
@@ -37,21 +37,6 @@ class Padding:
     """examples of one length only, since this model's logits depend on padding"""
     packs: bool = True
     """packed examples have the same logits, where `why_not_packed` knows of no reason"""
-
-
-class Forward(Protocol):
-    """How a model computes the logits of a batch."""
-
-    @property
-    def model(self) -> PeftModel: ...
-    @property
-    def packed(self) -> bool: ...
-    @property
-    def padding(self) -> Padding: ...
-    @property
-    def padded_because(self) -> str: ...
-    def collate(self, examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch: ...
-    def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +67,6 @@ def check_packed(packed: Literal["auto"] | bool, reason: str | None) -> None:
 
 def build_forward(
     model: PeftModel,
-    keys: DropoutKeys | None,
     pad_token_id: int,
     packed: Literal["auto"] | bool,
     padding: Padding,
@@ -92,7 +76,6 @@ def build_forward(
 
     Args:
         model: any.
-        keys: of the model's dropout, from `install`; None for a model that never trains.
         pad_token_id: of the tokenizer.
         packed: the option model.packed.
         padding: of the model.
@@ -106,7 +89,7 @@ def build_forward(
     check_packed(packed, reason)
     if packed is False or reason:
         return PaddedForward(model, pad_token_id, padding, reason or "model.packed is false")
-    return PackedForward(model, keys)
+    return PackedForward(model)
 
 
 class PackedForward:
@@ -114,13 +97,13 @@ class PackedForward:
 
     packed, padding, padded_because = True, Padding(), ""
 
-    def __init__(self, model: PeftModel, keys: DropoutKeys | None) -> None:
-        """See `build_forward`."""
+    def __init__(self, model: PeftModel) -> None:
+        """The model does not train if none of its parameters requires a gradient."""
         self.model = model
         classifier: Any = model.get_base_model()
         self._classifier, self._family = classifier, FAMILIES[type(classifier)]
-        layers = classifier.base_model.encoder.layer
-        self._layers = [_Layer(layer, layer is layers[-1], keys) for layer in layers]
+        layers, trains = classifier.base_model.encoder.layer, any(p.requires_grad for p in model.parameters())
+        self._layers = [_Layer(layer, layer is layers[-1], trains) for layer in layers]
 
     def collate(self, examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
         """Puts the examples `ids` [B] on the device, packed."""
@@ -152,19 +135,20 @@ class PackedForward:
         return hidden
 
 
+Forward = PackedForward | PaddedForward
+
+
 class _Layer:
     """One layer. The last one computes the first token of each example alone."""
 
-    def __init__(self, layer: Any, last: bool, keys: DropoutKeys | None) -> None:
-        """`keys` draw the masks of attention."""
-        self.attention = trained_module(layer.attention.self)  # the keys know the copy that trains
+    def __init__(self, layer: Any, last: bool, trains: bool) -> None:
+        self.attention = trained_module(layer.attention.self)  # dropout's sites are of the copy that trains
         self.attention_output = layer.attention.output
         self.intermediate, self.output = layer.intermediate, layer.output
         query, key, value = self.attention.query, self.attention.key, self.attention.value
-        self.last, self.keys = last, keys
+        self.last = last
         # whether keys and values need not be computed, see Attention.of_first
         self.reads_first = last and all(map(is_joinable, (query, key, value)))
-        trains = keys is not None
         self.projection = Projection(query, *(() if self.reads_first else (key, value)), trains=trains)
         self.join = Projection(self.attention_output.dense, trains=trains)
         self.up = Projection(self.intermediate.dense, trains=trains)
@@ -184,10 +168,7 @@ class _Layer:
         return _add_and_norm(self.output, self.down(self.intermediate.intermediate_act_fn(self.up(x))), x)
 
     def _draw(self, shares: torch.Tensor, first: int) -> Mask | None:
-        p = self.attention.dropout.p
-        if self.keys is None or not self.attention.training or p == 0:
-            return None
-        return self.keys.mask(shares, p, self.attention, first)
+        return draw_mask(shares, self.attention.dropout.p, self.attention, first)
 
 
 def _add_and_norm(module: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -95,10 +95,7 @@ class Projection:
                 scale = adapter.scaling["default"] * (mask.scale if mask is not None else 1)
                 parts.append(_Part(slice(end - size, end), scale, mask))
                 weights += [adapter.lora_A["default"].weight, adapter.lora_B["default"].weight]
-        if not parts:
-            plain: torch.Tensor = _Product.apply(x, self.frozen)
-            return plain
-        product: torch.Tensor = _LoraProduct.apply(x, self.frozen, parts, *weights)
+        product: torch.Tensor = _Product.apply(x, self.frozen, parts, *weights)
         return product
 
 
@@ -151,19 +148,6 @@ def _base(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, LoraLinear) else module
 
 
-class _Product(torch.autograd.Function):
-    """x weight^T + bias."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, frozen: FrozenWeight) -> torch.Tensor:
-        ctx.frozen = frozen
-        return frozen.multiply(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.frozen.multiply_back(gradient), None
-
-
 @dataclass(frozen=True)
 class _Part:
     """The adapter of one module."""
@@ -175,7 +159,7 @@ class _Part:
     """what it drops of x"""
 
 
-class _LoraProduct(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """x weight^T + bias. Each part adds scale * dropout(x) A^T B^T to its outputs."""
 
     @staticmethod
@@ -189,13 +173,13 @@ class _LoraProduct(torch.autograd.Function):
             low = masked(x, part.mask).flatten(0, -2) @ a.t()
             flat[:, part.outputs].addmm_(low, b.t(), alpha=part.scale)
             lows.append(low)
-        ctx.save_for_backward(x, *cast, *lows)
+        ctx.save_for_backward(*([*cast, *lows, x] if parts else []))  # without an adapter nothing reads x again
         ctx.frozen, ctx.parts, ctx.dtypes = frozen, parts, [weight.dtype for weight in weights]
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        *saved, x = ctx.saved_tensors or [None]
         cast, lows = saved[: 2 * len(ctx.parts)], saved[2 * len(ctx.parts) :]
         grad_x = ctx.frozen.multiply_back(gradient) if ctx.needs_input_grad[0] else None
         grad_weights = []

@@ -79,7 +79,7 @@ def _score(
         model = load_trained_model(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
         model.to(accelerator.device)
         logits = score_split(
-            build_forward(model, None, backbone.tokenizer.pad_token_id, config.model.packed, padding),
+            build_forward(model, backbone.tokenizer.pad_token_id, config.model.packed, padding),
             examples,
             accelerator,
             max_tokens=options.max_tokens,

@@ -138,7 +138,7 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     optimizer, parameters = build_optimizer(model.named_parameters(), config.optim)
     # autocast only: no wrapper for data parallelism, since a step sums the gradients itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    forward = build_forward(prepared, keys, backbone.tokenizer.pad_token_id, config.model.packed, padding, sharded)
+    forward = build_forward(prepared, backbone.tokenizer.pad_token_id, config.model.packed, padding, sharded)
     return Learner(
         accelerator=accelerator,
         model=prepared,

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data.corpus import TextSplit
 from trainer.data.tokens import Examples
-from trainer.dropout.sites import DropoutKeys, install, twin_of
+from trainer.dropout.sites import DropoutKeys, dropping_nothing, install, twin_of
 from trainer.errors import UserError, one_line
 from trainer.packed.families import why_not_packed
 from trainer.packed.forward import PackedForward, PaddedForward, Padding
@@ -147,14 +147,14 @@ class _Trial:
     def logits_in_training(self, rows: Examples, left: bool) -> torch.Tensor:
         """Logits [C] of the second row in training mode."""
         self.model.train()
-        with self.keys.dropping_nothing():
+        with dropping_nothing():
             logits = self.logits(rows, left=left)
         self.model.eval()
         return logits
 
     def packed_logits(self, rows: Examples) -> torch.Tensor:
         """Logits [C] of the second row, packed behind the first."""
-        forward = PackedForward(self.model, None)
+        forward = PackedForward(self.model)
         batch = forward.collate(rows, np.arange(2), np.ones(2), torch.device("cpu"))
         return forward(batch.inputs, batch.lengths)[-1]
 

@@ -268,16 +268,14 @@ def position_of(place, shape, first):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [SEED, 2**63 - 1])
-@pytest.mark.parametrize("at_once", [1, 2**20])
-def test_a_mask_is_a_function_of_seed_step_example_site_and_position(kind, seed, at_once, monkeypatch):
+def test_a_mask_is_a_function_of_seed_step_example_site_and_position(kind, seed):
     """At any place of a mask, whatever else is drawn with it and whichever the first example is."""
     site, shapes = KINDS[kind]
     sites = [Site("pooled", 3, 0.5), site, Site("tokens", 7, 0.1), site]
-    monkeypatch.setattr(masks, "AT_ONCE", at_once)
-    drawn = Masks(sites, seed, 2**40, np.array(IDS), np.array(IDS_LENGTHS), CPU)
+    drawn = Masks(sites, seed, 2**40, np.array(IDS), np.array(IDS_LENGTHS))
     for number, shape in itertools.product([1, 3, 1], shapes):
         first = 2 if shape[0] == 2 else 0
-        keep = drawn.keep(number, shape, first)
+        keep = drawn.keep(number, shape, first, CPU)
         assert keep.shape == shape
         for place in itertools.product(*map(range, shape)):
             example, position = position_of(place, shape, first)
@@ -325,7 +323,7 @@ def test_a_model_in_training_mode_outside_of_a_micro_batch_still_runs(texts):
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
     with pytest.raises(KeyError, match="inside"), keys.micro_batch(0, np.array([0]), np.array([9])):
         raise KeyError("inside")
-    assert dropout._current is None, "an error inside must not leave the masks behind"
+    assert dropout._draw is None, "an error inside must not leave the masks behind"
 
 
 # --- what is out of reach says so ---
@@ -456,8 +454,8 @@ def test_no_word_of_a_step_is_drawn_twice():
     wide = {}
     for step, site in itertools.product(range(3), range(3)):
         sites = [Site("pooled", 8000, 0.5)] * (site + 1)
-        drawn = Masks(sites, SEED, step, np.arange(4), np.full(4, 4), CPU)
-        wide[step, site] = drawn.keep(site, (4, 8000), 0).reshape(-1, 80).numpy()
+        drawn = Masks(sites, SEED, step, np.arange(4), np.full(4, 4))
+        wide[step, site] = drawn.keep(site, (4, 8000), 0, CPU).reshape(-1, 80).numpy()
     rows = np.concatenate(list(wide.values()))
     assert len(np.unique(rows, axis=0)) == len(rows)
 

@@ -196,18 +196,17 @@ def test_a_keyword_that_changes_attention_is_passed_on(extra, monkeypatch):
         return given[1], None
 
     monkeypatch.setattr(dropout, "sdpa_attention_forward", own)
-    keys = dropout.DropoutKeys(0)
     x = torch.randn(1, 2, 4, 8)
-    with keys.dropping_nothing():
+    with dropout.dropping_nothing():
         dropout.keyed_attention(nn.Module(), x, x, x, None, dropout=0.1, **extra)
     assert extra.items() <= seen.items()
 
 
 def test_a_mask_of_numbers_is_added():
-    keys, module = dropout.DropoutKeys(0), nn.Module()
+    module = nn.Module()
     x = torch.randn(2, 2, 5, 8)
     mask = torch.zeros(2, 1, 5, 5).masked_fill(torch.arange(5) > 2, torch.finfo(torch.float32).min)
-    with keys.dropping_nothing():
+    with dropout.dropping_nothing():
         found, _ = dropout.keyed_attention(module, x, x, x, mask, dropout=0.1)
     expected, _ = dropout.keyed_attention(module, x, x, x, mask)
     assert torch.allclose(found, expected, atol=1e-6)
