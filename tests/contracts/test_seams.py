@@ -64,8 +64,8 @@ def mean_error(logits, targets):
 
 AMOUNT = Task(
     problem_type="regression",
-    name_labels=lambda train: ([train.name], None),
-    encode=lambda column, names: (np.array([float(value) for value in column.values])[column.codes], []),
+    name_labels=lambda train: (train.columns, None),
+    encode=lambda column, names: (np.array([float(value) for value in column.texts()])[column.codes], []),
     label_values=lambda train, names: {},
     contest_labels=lambda mappings, names: (names, "holds amounts"),
     count_labels=lambda targets, names: {},
@@ -108,7 +108,7 @@ def test_a_task(train, tmp_path, monkeypatch):
     assert TaskConfig().type == "single_label"
 
 
-# --- a task: the label is a list of bits, and a logit predicts each ---
+# --- a task: the label is a list of bits in JSON, and a logit predicts each ---
 
 
 def wrong_bits(logits, targets):
@@ -116,7 +116,7 @@ def wrong_bits(logits, targets):
 
 
 def encode_bits(column, names):
-    return np.array([json.loads(value) for value in column.values], dtype=np.float32)[column.codes], []
+    return np.array([[float(bit) for bit in value] for value in column.values], dtype=np.float32)[column.codes], []
 
 
 def bits_loss(logits, targets, label_smoothing):
@@ -144,10 +144,14 @@ BITS = dataclasses.replace(
 def test_a_task_with_several_targets(train, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "bits", BITS)
     bits = {topic: [int(i < 2), int(i >= 2), int(i % 2 == 0)] for i, topic in enumerate(TOPICS)}
-    for name, count in (("train", 61), ("test", 23)):
-        rows = [(text, json.dumps(bits[topic])) for text, topic in topic_rows(count, seed=count)]
-        write_csv(tmp_path / "data" / f"{name}.csv", rows)
-    run = train("--optim.learning_rate", "1e-2", "--evaluation.metric", "wrong_bits", task={"type": "bits"})
+    files = {name: tmp_path / "data" / f"{name}.json" for name in ("train", "test")}
+    for path, count in zip(files.values(), (61, 23), strict=True):
+        rows = [{"text": text, "label": bits[topic]} for text, topic in topic_rows(count, seed=count)]
+        path.write_text(json.dumps(rows))
+    run = train(
+        "--data.train", files["train"], "--data.test", files["test"], "--optim.learning_rate", "1e-2",
+        "--evaluation.metric", "wrong_bits", task={"type": "bits"},
+    )  # fmt: skip
     with (run / "evaluation" / "test" / "predictions.csv").open(newline="") as file:
         pairs = [(json.loads(row["label"]), json.loads(row["prediction"])) for row in csv.DictReader(file)]
     wrong = np.mean([np.not_equal(*pair) for pair in pairs])

@@ -41,8 +41,7 @@ def load_or_create(name: str, create: Callable[[Path], dict[str, Any]], quiet: b
 
     Args:
         name: of the entry, with a hash of all that its content depends on.
-        create: writes the files into the folder it gets, and returns facts for JSON. If they hold a `problem`, the
-            entry is returned but not stored.
+        create: writes the files into the folder it gets, and returns facts for JSON.
         quiet: print no notes.
 
     Returns:
@@ -87,12 +86,11 @@ def _create(path: Path, unfinished: Path, create: Callable[[Path], dict[str, Any
     try:
         facts = create(unfinished)
         files = {file.name: _map(file) for file in sorted(unfinished.iterdir())}
-        if facts.get("problem") is None:
-            hashes = {name: _hash(file) for name, file in files.items()}
-            content = json.dumps({"name": path.name, "hashes": hashes, "facts": facts})
-            write_atomic(unfinished / ABOUT, f"{_hash(content.encode())}\n{content}")
-            share(unfinished)
-            publish(unfinished, path)
+        hashes = {name: _hash(file) for name, file in files.items()}
+        content = json.dumps({"name": path.name, "hashes": hashes, "facts": facts})
+        write_atomic(unfinished / ABOUT, f"{_hash(content.encode())}\n{content}")
+        share(unfinished)
+        publish(unfinished, path)
         return Entry(files, facts)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

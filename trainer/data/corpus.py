@@ -170,7 +170,7 @@ def _label_column(table: Table) -> LabelColumn:
     return LabelColumn(
         option=table.origin.option,
         path=source.path,
-        name=source.label_column or "",
+        columns=table.reading.roles["label"],
         values=table.label_values,
         codes=codes if codes is not None else np.full(len(table.texts), -1),
         given_names=source.label_names,
@@ -220,25 +220,14 @@ def _encode_labels(table: Table, task: Task, label_names: list[str], warnings: l
     """Makes a split of a table.
 
     Raises:
-        UserError: empty texts, missing or unknown labels.
+        UserError: unknown labels.
     """
-    if table.problem is not None:
-        raise UserError(table.problem)
     warnings += table.warnings
     origin, labels = table.origin, None
     if table.label_codes is not None:
         labels, doubts = task.encode(_label_column(table), label_names)
         warnings += doubts
-        if _is_first_alone(table, table.label_codes):
-            first = table.label_values[table.label_codes[0]]
-            warnings.append(f"{origin.option}: is row 1 a header? Its label {first!r} is in no other row")
     return TextSplit(origin.name, origin.source.path, table.texts, table.text_pairs, labels, table.digests)
-
-
-def _is_first_alone(table: Table, codes: np.ndarray) -> bool:
-    """Whether only the first row of a file without a header has its label, although labels are often repeated."""
-    are_repeated = 2 * len(table.label_values) <= len(codes)
-    return bool(table.origin.source.column_names) and are_repeated and np.count_nonzero(codes == codes[0]) == 1
 
 
 def _hold_out(strata: np.ndarray, first: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -278,17 +267,12 @@ def _hold_out(strata: np.ndarray, first: np.ndarray, fraction: float, seed: int)
 def _number_texts(splits: dict[str, TextSplit]) -> dict[str, np.ndarray]:
     """Numbers the examples of all splits from 0; an equal text has the number of the first one, int64 [N] a split."""
     digests = np.concatenate([split.digests for split in splits.values()])
-    numbers = np.arange(len(digests))
-    halves = np.sort(digests[:, 0])
-    repeated = halves[1:][halves[1:] == halves[:-1]]
-    if len(repeated):  # few, so that few digests are compared in full
-        suspects = np.flatnonzero(np.isin(digests[:, 0], repeated))
-        content = pa.py_buffer(np.ascontiguousarray(digests[suspects]))
-        array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(suspects), [None, content])
-        codes = array.dictionary_encode().indices.to_numpy()
-        first = np.zeros(len(suspects), dtype=np.int64)
-        first[codes[::-1]] = suspects[::-1]  # the last value that is written stays
-        numbers[suspects] = first[codes]
+    content = pa.py_buffer(np.ascontiguousarray(digests))
+    array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, content])
+    codes = array.dictionary_encode().indices.to_numpy()
+    first = np.empty(codes.max() + 1, dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last value that is written stays
+    numbers = first[codes]
     ends = np.cumsum([len(split) for split in splits.values()])
     return dict(zip(splits, np.split(numbers, ends[:-1]), strict=True))
 

@@ -14,15 +14,14 @@ import gzip
 import io
 import json
 import re
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -38,8 +37,6 @@ CHUNK = 10_000
 """rows read at a time"""
 HEAD_BYTES = 2**16
 """bytes of a file that are searched for signs of its type and encoding"""
-MAX_UNPACKED_BYTES, MAX_GROWTH = 2**28, 100
-"""limits of an archive's content: its size, or how many times the archive's size"""
 DELIMITERS = {",": ",", ";": ";", "|": "|", "\t": "\\t"}
 """{delimiter: how it is typed}"""
 TRAILING_TEXT = "text behind the last named column"
@@ -53,6 +50,7 @@ UNREADABLE = (
 """what libraries raise for damaged files (RuntimeError: an archive that needs a newer program)"""
 
 _UNNAMED = re.compile(r"\s*|Unnamed: \d+")  # pandas writes the second for a column without a name
+_MARKED_BYTE = re.compile("[\udc00-\udcff]")
 # files that are not text, by their first bytes
 _SIGNATURES = {
     b"\x1f\x8b": "is compressed with gzip; add .gz to its name",
@@ -163,21 +161,28 @@ def _in_chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
 
 def _lines(path: str, request: Request) -> Iterator[str]:
     r"""Reads the lines of a text file with their ends: \n, or \r in a file without \n."""
-    encoding = request.source.encoding
-    try:
-        with _open_text(path, encoding, request.prefix) as file:
-            first = file.readline().removeprefix("\ufeff")
-            yield from [first] if first.endswith("\n") else [f"{line}\n" for line in first.split("\r")]
-            yield from file
-    except UnicodeDecodeError:
-        raise ValueError(_describe_undecodable(path, encoding, request.prefix)) from None
+    encoding, prefix = request.source.encoding, request.prefix
+    with _open_binary(path) as file:
+        _check_head(file.peek(), encoding, prefix)
+        text = io.TextIOWrapper(file, encoding, "isotrain-mark", newline="\n")
+        first = text.readline().removeprefix("\ufeff")
+        lines = [first] if first.endswith("\n") else [f"{line}\n" for line in first.split("\r")]
+        for number, line in enumerate(chain(lines, text), start=1):
+            if not line.isascii() and (bad := _MARKED_BYTE.search(line)):
+                raise ValueError(
+                    f"line {number} has a byte that is not {encoding.upper()} (0x{ord(bad[0]) - 0xDC00:02x}, character "
+                    f"{bad.start() + 1}); set the file's encoding, as {prefix}encoding cp1252, or save it as UTF-8"
+                )
+            yield line
 
 
-@contextlib.contextmanager
-def _open_text(path: str, encoding: str, prefix: str, errors: str = "strict") -> Iterator[TextIO]:
-    with _open_unpacked(path) as file, io.BufferedReader(file, HEAD_BYTES) as buffered:
-        _check_head(buffered.peek(), encoding, prefix)
-        yield io.TextIOWrapper(buffered, encoding, errors, newline="\n")
+def _mark_byte(error: UnicodeError) -> tuple[str, int]:
+    """Replaces a byte that has no meaning in an encoding with half a character, which no text holds."""
+    assert isinstance(error, UnicodeDecodeError)
+    return chr(0xDC00 + error.object[error.start]), error.end
+
+
+codecs.register_error("isotrain-mark", _mark_byte)
 
 
 def _check_head(head: bytes, encoding: str, prefix: str) -> None:
@@ -186,18 +191,15 @@ def _check_head(head: bytes, encoding: str, prefix: str) -> None:
         if head.startswith(signature):
             raise ValueError(reason)
     name = codecs.lookup(encoding).name.removesuffix("-sig")
-    is_marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if name.startswith(("utf-16", "utf-32")):
-        if head and b"\0" not in head and _is_utf8(head):
-            raise ValueError(f"is UTF-8, not {encoding}: {prefix}encoding utf-8")
-        if head and name == "utf-16" and not is_marked:
-            raise ValueError(f"has no byte order mark: {prefix}encoding utf-16-le (or utf-16-be)")
-    elif is_marked:
-        raise ValueError(f"is UTF-16: {prefix}encoding utf-16")
+    is_wide = name.startswith(("utf-16", "utf-32"))
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        fits, likely = is_wide, "utf-16"
     elif head.count(0) > len(head) // 5:
-        raise ValueError(f"has a NUL in place of every other letter: {prefix}encoding utf-16-le (or utf-16-be)")
-    elif name != "utf-8" and not head.isascii() and _is_utf8(head):
-        raise ValueError(f"is UTF-8, not {encoding}: {prefix}encoding utf-8")
+        fits, likely = is_wide and name != "utf-16", "utf-16-le (or utf-16-be)"
+    else:
+        fits, likely = name == "utf-8" or not _is_utf8(head) or (head.isascii() and not is_wide), "utf-8"
+    if head and not fits:
+        raise ValueError(f"does not look like {encoding}: {prefix}encoding {likely}")
 
 
 def _is_utf8(head: bytes) -> bool:
@@ -208,58 +210,18 @@ def _is_utf8(head: bytes) -> bool:
     return True
 
 
-def _describe_undecodable(path: str, encoding: str, prefix: str) -> str:
-    """Finds the first byte that has no meaning in an encoding."""
-    bad: list[str] = []
-
-    def mark(error: UnicodeError) -> tuple[str, int]:
-        assert isinstance(error, UnicodeDecodeError)
-        bad.append(error.object[error.start : error.start + 1].hex())
-        return "\ud800", error.end  # no text holds half a character
-
-    codecs.register_error("isotrain-mark", mark)
-    with _open_text(path, encoding, prefix, "isotrain-mark") as file:
-        for number, line in enumerate(file, start=1):
-            if "\ud800" in line:
-                place = f"0x{bad[0]}, character {line.index(chr(0xD800)) + 1}"
-                fix = f"set the file's encoding, as {prefix}encoding cp1252, or save it as UTF-8"
-                return f"line {number} has a byte that is not {encoding.upper()} ({place}); {fix}"
-    return f"is not {encoding.upper()}"
-
-
-class _Unpacked(io.RawIOBase):
-    """The content of an archive; refuses a small archive that becomes far larger."""
-
-    def __init__(self, file: IO[bytes] | gzip.GzipFile, packed_bytes: int):
-        self._file, self._packed_bytes, self._num_bytes = file, packed_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
-        self._num_bytes += len(data)
-        _check_growth(self._packed_bytes, self._num_bytes)
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _check_growth(packed_bytes: int, unpacked_bytes: int) -> None:
-    if unpacked_bytes > max(MAX_UNPACKED_BYTES, MAX_GROWTH * packed_bytes):
-        raise ValueError(f"unpacks to more than {MAX_GROWTH} times its size; unpack it yourself if you trust it")
-
-
 @contextlib.contextmanager
-def _open_unpacked(path: str) -> Iterator[io.RawIOBase]:
+def _open_binary(path: str) -> Iterator[Any]:
+    """Opens a file, or the content of an archive."""
     kind = Path(path).suffix.lower()
     if kind == ".gz":
-        with gzip.open(path) as file:
-            yield _Unpacked(file, Path(path).stat().st_size)
+        with gzip.open(path) as packed:
+            yield io.BufferedReader(cast(Any, packed), HEAD_BYTES)
     elif kind == ".zip":
         with zipfile.ZipFile(path) as archive, archive.open(_only_member(archive)) as member:
-            yield _Unpacked(member, Path(path).stat().st_size)
+            yield io.BufferedReader(cast(Any, member), HEAD_BYTES)
     else:
-        with open(path, "rb", buffering=0) as plain:
+        with open(path, "rb", HEAD_BYTES) as plain:
             yield plain
 
 
@@ -277,37 +239,21 @@ def _only_member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 
 
 def _read_csv(path: str, request: Request) -> Iterator[Chunk]:
-    lines = filter(str.strip, _lines(path, request))
-    first = next(lines, "")
-    excel = re.fullmatch(r'("?)sep=(.)\1', first.rstrip("\r\n"))  # Excel's note of the delimiter
-    excel = excel if len(request.source.column_names or ()) != 1 else None  # there it may be a text
-    delimiter = request.source.delimiter or (excel and excel[2]) or ("\t" if file_type(path) == ".tsv" else ",")
-    delimiter = "\t" if delimiter == "\\t" else delimiter
-    _check_delimiter(next(lines, "") if excel else first, delimiter, request)
-    records = _csv_records(_lines(path, request), delimiter, request)
-    if excel:
-        next(fields for _, fields in records if fields)
-    return _read_records(records, "", request)
+    delimiter = request.source.delimiter or ("\t" if file_type(path) == ".tsv" else ",")
+    delimiter = delimiter.replace("\\t", "\t")
+    _check_delimiter(next(filter(str.strip, _lines(path, request)), ""), delimiter, request)
+    return _read_records(_csv_records(_lines(path, request), delimiter, request), "", request)
 
 
 def _csv_records(lines: Iterator[str], delimiter: str, request: Request) -> Iterator[Record]:
-    quoting, prefix, start = request.source.quoting, request.prefix, 1
-    no_quotes = f"if quotes are plain characters: {prefix}quoting none"
-
-    def describe_open_quote() -> str:
-        if quoting == "multi_line":
-            return f"line {start}: the row that begins here has a quote that never closes; {no_quotes}"
-        reason = (
-            f"a quote opens here and does not close in this line; if texts may span lines: {prefix}quoting multi_line"
-        )
-        return f"line {start}: {reason}; {no_quotes}"
+    may_span, prefix, start = request.source.quoting == "multi_line", request.prefix, 1
 
     def check(lines: Iterator[str]) -> Iterator[str]:
         """Refuses a line that continues a record, unless records may span lines."""
         for number, line in enumerate(lines, start=1):
-            if quoting != "multi_line":
+            if not may_span:
                 if number > start:  # csv.reader reads on to find the closing quote
-                    raise ValueError(describe_open_quote())
+                    raise csv.Error("unexpected end")
                 if line.find("\r", 0, -2) >= 0 and "\r" in line.rstrip("\r\n"):
                     raise ValueError(
                         f"line {number} has a carriage return (\\r) inside, which would split a row in other programs; "
@@ -315,21 +261,22 @@ def _csv_records(lines: Iterator[str], delimiter: str, request: Request) -> Iter
                     )
             yield line
 
-    csv_quoting: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
-    reader = csv.reader(check(lines), delimiter=delimiter, quoting=csv_quoting, strict=True)
+    quoting: Any = csv.QUOTE_NONE if request.source.quoting == "none" else csv.QUOTE_MINIMAL
+    reader = csv.reader(check(lines), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for fields in reader:
             yield start, fields
             start = reader.line_num + 1
     except csv.Error as error:
         reason = str(error)
-        if reason.startswith("unexpected end"):
-            raise ValueError(describe_open_quote()) from None
         if reason.startswith("new-line"):
             raise ValueError(f"line {reader.line_num} has a carriage return (\\r) outside quotes") from None
-        if "expected after" in reason:
+        if reason.startswith("unexpected end"):
+            reason = "a quote opens here and does not close"
+            reason += "" if may_span else f" in this line; if texts may span lines: {prefix}quoting multi_line"
+        elif "expected after" in reason:
             reason = "text follows a quote that closes; write a quote inside quotes twice"
-        raise ValueError(f"line {start}: {reason}; {no_quotes}") from None
+        raise ValueError(f"line {start}: {reason}; if quotes are plain characters: {prefix}quoting none") from None
 
 
 def _check_delimiter(line: str, delimiter: str, request: Request) -> None:
@@ -355,38 +302,22 @@ def _check_delimiter(line: str, delimiter: str, request: Request) -> None:
 
 def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
     """Reads the only sheet with cells."""
+    import pandas
+
     try:
-        import openpyxl
+        frames = pandas.read_excel(path, sheet_name=None, header=None, dtype=object, na_filter=False, engine="openpyxl")
     except ImportError:
         raise ValueError("reading .xlsx needs openpyxl: pip install openpyxl (or save the sheet as csv)") from None
-    with zipfile.ZipFile(path) as archive:
-        _check_growth(Path(path).stat().st_size, sum(part.file_size for part in archive.infolist()))
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about what a sheet has beside its cells
-            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        with contextlib.closing(book):
-            width = len(request.source.column_names or [])
-            sheets = [sheet for sheet in book.worksheets if any(cells for _, cells in _sheet_records(sheet, width))]
-            if len(sheets) > 1:
-                names = ", ".join(repr(sheet.title) for sheet in sheets[:4])
-                raise ValueError(f"has {len(sheets)} sheets with cells ({names}); save the one you mean as csv")
-            for sheet in sheets:
-                yield from _read_records(_sheet_records(sheet, width), " of the sheet", request)
-    except UNREADABLE:
-        raise
     except Exception as error:  # a damaged book makes openpyxl or its XML parser raise anything
         raise ValueError(f"cannot be read: {error}") from None
-
-
-def _sheet_records(sheet: Any, width: int) -> Iterator[Record]:
-    """Cuts empty cells behind the columns, and fills up short rows. Without a width, the first row sets it."""
-    sheet.reset_dimensions()  # some programs write a smaller one than the sheet has
-    for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):
-        cells = list(row)
-        while len(cells) > width and cells[-1] is None:
-            cells.pop()
-        width = width or len(cells)
-        yield number, [] if all(cell is None for cell in cells) else cells + [None] * (width - len(cells))
+    sheets = {name: frame.values.tolist() for name, frame in frames.items() if frame.size}
+    if len(sheets) > 1:
+        names = ", ".join(map(repr, list(sheets)[:4]))
+        raise ValueError(f"has {len(sheets)} sheets with cells ({names}); save the one you mean as csv")
+    rows: list[list[Any]] = next(iter(sheets.values()), [])
+    missing = [""] * (len(request.source.column_names or []) - len(rows[0])) if rows else []
+    records = ((i, row + missing if any(cell != "" for cell in row) else []) for i, row in enumerate(rows, start=1))
+    return _read_records(records, " of the sheet", request)
 
 
 def _read_records(records: Iterator[Record], place: str, request: Request) -> Iterator[Chunk]:
@@ -398,7 +329,7 @@ def _read_records(records: Iterator[Record], place: str, request: Request) -> It
         request: what to read.
     """
     header = request.source.column_names or next((fields for _, fields in records if fields), [])
-    names = [str(name) if name is not None else "" for name in header]
+    names = list(map(str, header))
     used = _refuse_repeated([name for name in names if name in request.wanted])
     index = {name: names.index(name) for name in used}
     yield 0, {name: [] for name in names if name.strip() or name in used}
@@ -406,7 +337,7 @@ def _read_records(records: Iterator[Record], place: str, request: Request) -> It
     for chunk in _in_chunks(_checked_rows(records, names, place, request)):
         columns: Columns = {name: [row[i] for row in chunk] for name, i in index.items()}
         if end < len(names):
-            columns[TRAILING_TEXT] = [any(c is not None and str(c).strip() for c in row[end:]) for row in chunk]
+            columns[TRAILING_TEXT] = [any(str(cell).strip() for cell in row[end:]) for row in chunk]
         yield len(chunk), columns
 
 
@@ -447,21 +378,10 @@ def _read_json(path: str, request: Request) -> Iterator[Chunk]:
     """Reads one object a line, or in a .json file also a list of objects."""
     lines: Iterable[str] = _lines(path, request)
     parse = json.JSONDecoder(object_pairs_hook=partial(_make_object, request.wanted)).decode
-    if file_type(path) in LINES:
-        records = _parse_lines(lines, parse)
-    else:
-        text = "".join(lines)
-        try:
-            value = parse(text) if text.strip() else []
-            if isinstance(value, dict) and set(value) & set(request.wanted):
-                value = [value]  # a file of one line
-            if not isinstance(value, list):
-                raise ValueError("must hold a list of objects, or one object on each line")
-            records = (_checked_object(item, f"row {row}") for row, item in enumerate(value, start=1))
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":
-                raise
-            records = _parse_lines(text.split("\n"), parse)  # Spark and others write one object a line
+    text = "".join(lines) if file_type(path) == ".json" else ""
+    records = _parse_lines(text.split("\n") if text else lines, parse)
+    if text.lstrip().startswith("["):
+        records = (_checked_object(item, f"row {row}") for row, item in enumerate(parse(text), start=1))
     for chunk in _in_chunks(records):
         names = dict.fromkeys(name for record in chunk for name in record)
         yield len(chunk), {n: [r.get(n) for r in chunk] if n in request.wanted else [] for n in names}
@@ -525,23 +445,17 @@ def _open_arrow(path: str) -> Iterator[Any]:
 
 def _values(column: Any, name: str, first: int) -> list[Any]:
     """Converts a column whose first value is that of row `first`, counted from 0."""
-    try:
-        values: list[Any] = column.to_pylist()
-        limit = EXACT_BELOW.get(column.type)
-        for row, value in enumerate(values if limit else (), start=first + 1):
-            if value is not None and abs(value) >= limit and value.is_integer():
-                raise ValueError(
-                    f"row {row}: column {name!r} is {column.type}, in which {value:.0f} may have lost digits"
-                )
-        return values
-    except UnicodeDecodeError:
-        for row, value in enumerate(column, start=first + 1):
-            try:
-                value.as_py()
-            except UnicodeDecodeError as error:
-                bad = error.object[error.start : error.start + 1].hex()
-                raise ValueError(f"row {row}: column {name!r} has a byte that is not UTF-8 (0x{bad})") from None
-        raise
+    values, limit = [], EXACT_BELOW.get(column.type)
+    for row, scalar in enumerate(column, start=first + 1):
+        try:
+            value = scalar.as_py()
+        except UnicodeDecodeError as error:
+            bad = error.object[error.start : error.start + 1].hex()
+            raise ValueError(f"row {row}: column {name!r} has a byte that is not UTF-8 (0x{bad})") from None
+        if limit and value is not None and abs(value) >= limit and value.is_integer():
+            raise ValueError(f"row {row}: column {name!r} is {column.type}, in which {value:.0f} may have lost digits")
+        values.append(value)
+    return values
 
 
 _READERS: dict[str, Callable[[str, Request], Iterator[Chunk]]] = {

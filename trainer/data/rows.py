@@ -1,8 +1,8 @@
 """The columns of a source -> checked texts, labels and digests, in Arrow.
 
-Always holds: in a table without a problem every text is a string, and every label is present. No text is empty unless
-`data.empty_text` keeps it. An example knows its row in the source. The rows of a large source are cached under a hash
-of its content and of the options that read it. Cached rows are mapped into memory, not loaded.
+Always holds: every text is a string, and every label is present. No text is empty unless `data.empty_text` keeps it. An
+example knows its row in the source. The rows of a large source are cached under a hash of its content and of the
+options that read it. Cached rows are mapped into memory, not loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import mmap
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,12 +27,13 @@ from trainer.data.cache import load_or_create, release_memory
 from trainer.data.formats import TRAILING_TEXT, Columns, file_type
 from trainer.data.sources import Origin, find_origin, option_prefix
 from trainer.errors import UserError, bar_settings, is_first_on_machine
+from trainer.tasks.task import Label
 
 MAX_SHOWN_ROWS = 5
 """rows that a message names"""
 MIN_CACHED_BYTES = 2**26
 """size of a source from which on its rows are cached"""
-ROWS_FORMAT = 7
+ROWS_FORMAT = 8
 """version of the cached rows; a new number makes every start read them again"""
 ROWS_FILE = "rows.arrow"
 TEXT_ROLES = ("text", "text_pair")
@@ -74,31 +75,25 @@ class Texts(Sequence[str]):
 
 @dataclass
 class Reading:
-    """A source that is read, and what was found in its rows so far."""
+    """A source, and what was found in it so far."""
 
     origin: Origin
     roles: dict[str, list[str]]
     """{column of the table: columns of the source that it is made of}"""
     file_rows: list[int]
     """number of rows of each file"""
-    missing: dict[str, list[int]] = field(default_factory=dict)
-    """{role: number of rows where it is missing, and the first of them}; for TRAILING_TEXT the rows that have it"""
-    columns: dict[str, None] = field(default_factory=dict)
-    """names of the source's columns, in order"""
-    not_text: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """{column: the first row that holds no text, and what it holds}"""
+    columns: list[str]
+    """names of the source's columns"""
 
-    @property
-    def num_rows(self) -> int:
-        """Rows that were read so far."""
-        return sum(self.file_rows)
-
-    def add_missing(self, what: str, is_missing: Sequence[bool]) -> None:
-        """Counts the rows of the next chunk where something is missing, and keeps the first."""
-        if any(is_missing):
-            rows = [row for row, missing in enumerate(is_missing, self.num_rows) if missing]
-            count, *first = self.missing.get(what, [0])
-            self.missing[what] = [count + len(rows), *[*first, *rows][:MAX_SHOWN_ROWS]]
+    def describe_rows(self, rows: Sequence[int]) -> str:
+        """Names rows, counted from 1: "row 3, 5", or "row 3, 5 of a.csv; row 1 of b.csv"."""
+        if len(self.file_rows) == 1:
+            return f"row {', '.join(str(row + 1) for row in rows)}"
+        starts = np.cumsum([0, *self.file_rows])
+        numbers: dict[str, list[str]] = {}
+        for row, file in zip(rows, np.searchsorted(starts, rows, side="right") - 1, strict=True):
+            numbers.setdefault(self.origin.paths[file], []).append(str(row - int(starts[file]) + 1))
+        return "; ".join(f"row {', '.join(some)} of {path}" for path, some in numbers.items())
 
 
 @dataclass(frozen=True)
@@ -108,16 +103,14 @@ class Table:
     reading: Reading
     texts: Texts
     text_pairs: Texts | None
-    label_values: list[str]
-    """the labels that occur, each once, as text"""
+    label_values: list[Label]
+    """the labels that occur, each once"""
     label_codes: np.ndarray | None
     """position of each example's label in `label_values`, int64 [N]; None for an unlabelled source"""
     digests: np.ndarray
     """128 bits of hash of each example's text and pair, uint64 [N, 2]"""
     ids: list[str] | None
     """[N], if a column of ids was requested"""
-    problem: str | None
-    """why the rows cannot be used; label_codes and digests have no meaning then"""
     warnings: list[str]
     """what the user should know, a line each"""
 
@@ -128,7 +121,7 @@ class Table:
 
     def describe_row(self, position: int) -> str:
         """Names the row of an example in a message: "row 12", or "row 12 of b.csv" if there are several files."""
-        return _describe_rows(self.reading, [int(self.texts.rows[position])])
+        return self.reading.describe_rows([int(self.texts.rows[position])])
 
 
 def read_table(
@@ -137,29 +130,29 @@ def read_table(
     """Reads all rows of a source, from the cache if it is large and was read before.
 
     Raises:
-        UserError: no such source, one that cannot be read, or one without a requested column.
+        UserError: no such source, one that cannot be read, one without a requested column, or empty cells.
     """
     origin = find_origin(name, source)
     roles = {"text": source.text_columns, "text_pair": source.text_pair_columns}
     roles = {role: columns for role, columns in roles.items() if columns}
     roles["label"] = [source.label_column] if source.label_column is not None else []
     roles |= {"id": [id_column]} if id_column is not None else {}
-    reading = Reading(origin, roles, [0] * origin.num_files)
     if origin.num_bytes >= MIN_CACHED_BYTES:
         contents = origin.hash_files()
         entry = load_or_create(
-            _cache_name(reading, labels_required, contents),
-            lambda folder: _write(folder, reading, labels_required, contents, quiet),
+            _cache_name(origin, roles, labels_required, contents),
+            lambda folder: _write(folder, origin, roles, labels_required, contents, quiet),
             quiet,
         )
         if entry is not None:
-            file, facts = entry.files[ROWS_FILE], entry.facts
-            reading = Reading(origin, roles, facts["file_rows"], facts["missing"])
-            return _table(reading, pa.ipc.open_file(pa.py_buffer(file)).read_all(), file, facts["problem"])
-        reading = Reading(origin, roles, [0] * origin.num_files)
+            file = entry.files[ROWS_FILE]
+            return _make_table(
+                Reading(origin, roles, **entry.facts), pa.ipc.open_file(pa.py_buffer(file)).read_all(), file
+            )
+    reading = Reading(origin, roles, [0] * origin.num_files, [])
     rows = pa.Table.from_batches(_read_batches(reading, quiet), _schema(roles))
     _refuse_incomplete(reading, labels_required)
-    return _table(reading, rows, None, _problem(reading))
+    return _make_table(reading, rows, None)
 
 
 def progress_bar(name: str, unit: str, total: int | None, quiet: bool) -> Any:
@@ -186,39 +179,44 @@ def hash_texts(texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
 
 
 def _schema(roles: dict[str, list[str]]) -> pa.Schema:
-    return pa.schema([*((role, pa.large_string()) for role in roles), ("digest", pa.binary(16))])
+    texts = [(role, pa.large_string()) for role in roles]
+    return pa.schema([*texts, ("digest", pa.binary(16)), (TRAILING_TEXT, pa.bool_())])
 
 
-def _cache_name(reading: Reading, labels_required: bool, contents: list[str]) -> str:
-    origin = reading.origin
+def _cache_name(origin: Origin, roles: dict[str, list[str]], labels_required: bool, contents: list[str]) -> str:
     settings = asdict(replace(origin.source, path="", label_names=None))
     place = list(map(file_type, origin.paths)) if origin.hub is None else origin.source.path
-    key = [ROWS_FORMAT, settings, place, reading.roles, labels_required, contents]
+    key = [ROWS_FORMAT, settings, place, roles, labels_required, contents]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8", "surrogatepass"))
     return f"{digest.hexdigest()[:32]}.rows"
 
 
-def _write(folder: Path, reading: Reading, labels_required: bool, contents: list[str], quiet: bool) -> dict[str, Any]:
+def _write(
+    folder: Path, origin: Origin, roles: dict[str, list[str]], labels_required: bool, contents: list[str], quiet: bool
+) -> dict[str, Any]:
     """Reads a source into a file; returns what the cache keeps with it."""
-    origin = reading.origin
-    sink = pa.OSFile(str(folder / ROWS_FILE), "wb")
-    with sink, pa.ipc.new_file(sink, _schema(reading.roles)) as writer:
+    reading = Reading(origin, roles, [0] * origin.num_files, [])
+    with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, _schema(roles)) as writer:
         for batch in _read_batches(reading, quiet):
             writer.write_batch(batch)
     _refuse_incomplete(reading, labels_required)
     if origin.hash_files() != contents:
         raise UserError(f"{origin.option}: {origin.source.path} was changed while it was read")
-    return {"file_rows": reading.file_rows, "missing": reading.missing, "problem": _problem(reading)}
+    return {"file_rows": reading.file_rows, "columns": reading.columns}
 
 
-def _table(reading: Reading, rows: pa.Table, file: mmap.mmap | None, problem: str | None) -> Table:
+def _make_table(reading: Reading, rows: pa.Table, file: mmap.mmap | None) -> Table:
     source, roles = reading.origin.source, reading.roles
+    texts = {role: rows[role] for role in TEXT_ROLES if role in roles}
+    missing = {role: pc.fill_null(pc.equal(rows[role], ""), True).to_numpy() for role in roles}
+    has_text = ~np.any([missing[role] for role in texts], axis=0)
+    if source.empty_text == "skip":
+        missing["label"] = missing["label"] & has_text  # a skipped row needs no label
+    _refuse_missing(reading, missing)
     words = [np.frombuffer(part.buffers()[1], np.uint64, 2 * len(part)) for part in rows["digest"].chunks]
     hashes = np.concatenate(words).reshape(-1, 2)
     kept, others = np.arange(rows.num_rows), rows.select([role for role in ("label", "id") if role in roles])
-    texts = {role: rows[role] for role in TEXT_ROLES if role in roles}
-    if source.empty_text == "skip" and reading.missing and problem is None:
-        has_text = np.all([pc.not_equal(column, "").to_numpy() for column in texts.values()], axis=0)
+    if source.empty_text == "skip" and not has_text.all():
         kept, others, hashes = np.flatnonzero(has_text), others.filter(pa.array(has_text)), hashes[has_text]
         if not len(kept):
             raise UserError(f"{reading.origin.option}: {source.path} has no row with a text")
@@ -227,12 +225,11 @@ def _table(reading: Reading, rows: pa.Table, file: mmap.mmap | None, problem: st
         reading=reading,
         texts=Texts(texts["text"], kept, file),
         text_pairs=Texts(texts["text_pair"], kept, file) if "text_pair" in texts else None,
-        label_values=labels.dictionary.to_pylist(),
+        label_values=list(map(json.loads, labels.dictionary.to_pylist())),
         label_codes=labels.indices.to_numpy().astype(np.int64) if labels.null_count == 0 else None,
         digests=hashes,
         ids=others["id"].to_pylist() if "id" in roles else None,
-        problem=problem,
-        warnings=_warnings(reading) if problem is None else [],
+        warnings=_warnings(reading, {**missing, TRAILING_TEXT: rows[TRAILING_TEXT].to_numpy()}),
     )
     release_memory(file)
     return table
@@ -245,37 +242,41 @@ def _read_batches(reading: Reading, quiet: bool) -> Iterator[pa.RecordBatch]:
     wanted = [column for columns in reading.roles.values() for column in columns]
     with progress_bar(f"reading {reading.origin.name}", "rows", None, quiet) as bar:
         for file, (count, columns) in reading.origin.read_chunks(wanted):
-            reading.add_missing(TRAILING_TEXT, columns.pop(TRAILING_TEXT, []))
-            reading.columns.update(dict.fromkeys(columns))
-            if count:
-                yield _batch(count, columns, reading)
+            trailing = columns.pop(TRAILING_TEXT, [False] * count)
+            reading.columns += [column for column in columns if column not in reading.columns]
             reading.file_rows[file] += count
+            if count:
+                yield _make_batch(count, columns, trailing, reading)
             bar.update(count)
 
 
-def _batch(count: int, columns: Columns, reading: Reading) -> pa.RecordBatch:
-    """Makes the texts, labels, ids and digests of a chunk, and notes what is missing."""
+def _make_batch(count: int, columns: Columns, trailing: list[bool], reading: Reading) -> pa.RecordBatch:
+    """Makes the texts, labels, ids and digests of the last rows that were read."""
     values: dict[str, list[Any]] = {}
     for role, used in reading.roles.items():
-        parts = [_checked_values(columns.get(column) or [None] * count, column, reading) for column in used]
+        cells = [columns.get(column) or [None] * count for column in used]
+        for column, part in zip(used, cells, strict=True):
+            _refuse_other_types(part, column, (dict, bytes) if role == "label" else (dict, bytes, list), reading)
         if role in TEXT_ROLES:
-            values[role] = _join_texts(parts)
+            values[role] = _join_texts(cells)
         elif role == "label":
-            values[role] = [label_text(value) for value in parts[0]] if parts else [None] * count
+            values[role] = list(map(_encode_label, zip(*cells, strict=True))) if cells else [None] * count
         else:
-            values[role] = ["" if value is None else str(value) for value in parts[0]]
-    is_missing = {role: [not value for value in column] for role, column in values.items()}
-    if reading.origin.source.empty_text == "skip":  # a skipped row needs no label
-        has_text = map(all, zip(*(values[role] for role in TEXT_ROLES if role in values), strict=True))
-        is_missing["label"] = [a and b for a, b in zip(is_missing["label"], has_text, strict=True)]
-    for role, rows in is_missing.items():
-        reading.add_missing(role, rows)
+            values[role] = ["" if value is None else str(value) for value in cells[0]]
     hashes = pa.py_buffer(hash_texts(values["text"], values.get("text_pair")))
-    if reading.not_text:  # refused at the end; until then Arrow must not meet half a character
-        values = {role: [v and v.encode("utf-8", "replace").decode() for v in some] for role, some in values.items()}
     arrays = [pa.array(column, pa.large_string()) for column in values.values()]
     arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), count, [None, hashes]))
-    return pa.RecordBatch.from_arrays(arrays, schema=_schema(reading.roles))
+    return pa.RecordBatch.from_arrays([*arrays, pa.array(trailing)], schema=_schema(reading.roles))
+
+
+def _encode_label(cells: tuple[Any, ...]) -> str | None:
+    """The label of a row as JSON; None if it is missing.
+
+    It is a text, or a list of texts: of a list in one column, or of several columns. The task decides what it takes.
+    """
+    is_list = len(cells) > 1 or isinstance(cells[0], list)
+    texts = list(map(label_text, cells[0] if isinstance(cells[0], list) else cells))
+    return json.dumps(texts) if is_list else texts[0] and json.dumps(texts[0])
 
 
 def _join_texts(columns: list[list[Any]]) -> list[str]:
@@ -284,20 +285,18 @@ def _join_texts(columns: list[list[Any]]) -> list[str]:
     return parts[0] if len(parts) == 1 else [" ".join(filter(None, row)) for row in zip(*parts, strict=True)]
 
 
-def _checked_values(values: list[Any], column: str, reading: Reading) -> list[Any]:
-    """Returns the values of a column, and notes the first that is not text."""
-    for row, value in enumerate(values if column not in reading.not_text else (), start=reading.num_rows):
-        if isinstance(value, str):
-            if value.isascii() or not re.search("[\ud800-\udfff]", value):
-                continue
-            kind = "half a character (a lone surrogate such as \\ud83d)"
-        elif isinstance(value, list | dict | bytes):
+def _refuse_other_types(values: list[Any], column: str, types: tuple[type, ...], reading: Reading) -> None:
+    """Refuses values of these types, and text that cannot be stored."""
+    origin = reading.origin
+    for row, value in enumerate(values, start=sum(reading.file_rows) - len(values)):
+        if isinstance(value, types):
             kind = f"a {type(value).__name__}, not text"
+        elif isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+            kind = "half a character (a lone surrogate such as \\ud83d)"
         else:
             continue
-        reading.not_text[column] = row, f"column {column!r} holds {kind}"
-        break
-    return values
+        place = f"{origin.option}: {origin.source.path}: {reading.describe_rows([row])}"
+        raise UserError(f"{place}: column {column!r} holds {kind}")
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -305,7 +304,7 @@ def _checked_values(values: list[Any], column: str, reading: Reading) -> list[An
 
 def _refuse_incomplete(reading: Reading, labels_required: bool) -> None:
     """Refuses a source without rows, or without a column that must be there."""
-    source, option, columns = reading.origin.source, reading.origin.option, list(reading.columns)
+    source, option, columns = reading.origin.source, reading.origin.option, reading.columns
     needed = [(role, column) for role, used in reading.roles.items() for column in used]
     missing = [pair for pair in needed if pair[1] not in columns and (pair[0] != "label" or labels_required)]
     if columns and missing:
@@ -317,27 +316,24 @@ def _refuse_incomplete(reading: Reading, labels_required: bool) -> None:
             f"{option}: {source.path} has no column {', '.join(repr(column) for _, column in missing)}; it has "
             f"{', '.join(repr(c[:40]) for c in columns[:12])}{alike} (see {group}{setting or 'text_columns'}{hint})"
         )
-    if not columns or not reading.num_rows:
+    if not any(reading.file_rows):
         raise UserError(f"{option}: {source.path} has no rows")
 
 
-def _problem(reading: Reading) -> str | None:
-    """Describes the first problem that stops a run."""
+def _refuse_missing(reading: Reading, missing: dict[str, np.ndarray]) -> None:
+    """Refuses rows without a text, a label or an id, unless the options accept them."""
     origin = reading.origin
     fixes = dict.fromkeys(TEXT_ROLES, f"; {option_prefix(origin.name)}empty_text skip skips them")
     if origin.name == "input":
         fixes |= {"label": "; --ignore_labels true ignores labels", "id": "; --id_column '' uses row numbers"}
     for role, columns in reading.roles.items():
-        for row, reason in (reading.not_text[column] for column in columns if column in reading.not_text):
-            return f"{origin.option}: {origin.source.path}: {_describe_rows(reading, [row])}: {reason}"
         is_unlabelled = role == "label" and not set(columns) & set(reading.columns)
         is_accepted = role in TEXT_ROLES and origin.source.empty_text != "refuse"
-        if role in reading.missing and not is_unlabelled and not is_accepted:
-            return _describe_missing(reading, role) + fixes.get(role, "")
-    return None
+        if missing[role].any() and not is_unlabelled and not is_accepted:
+            raise UserError(_describe_missing(reading, role, missing[role]) + fixes.get(role, ""))
 
 
-def _warnings(reading: Reading) -> list[str]:
+def _warnings(reading: Reading, missing: dict[str, np.ndarray]) -> list[str]:
     """Warns of empty texts that are accepted, and of text in columns without a name."""
     origin = reading.origin
     results = dict.fromkeys(TEXT_ROLES, f"they are {'skipped' if origin.source.empty_text == 'skip' else 'kept'}")
@@ -345,24 +341,14 @@ def _warnings(reading: Reading) -> list[str]:
         "it is ignored; quote such texts, or name the columns in the header and list them in "
         f"{option_prefix(origin.name)}text_columns"
     )
-    return [f"{_describe_missing(reading, w)}; {result}" for w, result in results.items() if w in reading.missing]
+    found = {what: missing[what] for what in results if what in missing and missing[what].any()}
+    return [f"{_describe_missing(reading, what, rows)}; {results[what]}" for what, rows in found.items()]
 
 
-def _describe_missing(reading: Reading, what: str) -> str:
-    count, *first = reading.missing[what]
+def _describe_missing(reading: Reading, what: str, is_missing: np.ndarray) -> str:
+    found = np.flatnonzero(is_missing)
     columns = f" ({', '.join(reading.roles[what])})" if what in TEXT_ROLES else ""
     text = what if what == TRAILING_TEXT else f"an empty or missing {what.removesuffix('_pair')}{columns}"
-    rows = _describe_rows(reading, first) + (", ..." if count > MAX_SHOWN_ROWS else "")
-    has = "row has" if count == 1 else "rows have"
-    return f"{reading.origin.option}: {reading.origin.source.path}: {count} {has} {text}: {rows}"
-
-
-def _describe_rows(reading: Reading, rows: list[int]) -> str:
-    """Names rows, counted from 1: "row 3, 5", or "row 3, 5 of a.csv; row 1 of b.csv"."""
-    if len(reading.file_rows) == 1:
-        return f"row {', '.join(str(row + 1) for row in rows)}"
-    starts = np.cumsum([0, *reading.file_rows])
-    numbers: dict[str, list[str]] = {}
-    for row, file in zip(rows, np.searchsorted(starts, rows, side="right") - 1, strict=True):
-        numbers.setdefault(reading.origin.paths[file], []).append(str(row - int(starts[file]) + 1))
-    return "; ".join(f"row {', '.join(some)} of {path}" for path, some in numbers.items())
+    rows = reading.describe_rows(found[:MAX_SHOWN_ROWS].tolist()) + (", ..." if len(found) > MAX_SHOWN_ROWS else "")
+    has = "row has" if len(found) == 1 else "rows have"
+    return f"{reading.origin.option}: {reading.origin.source.path}: {len(found)} {has} {text}: {rows}"

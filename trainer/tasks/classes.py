@@ -26,12 +26,12 @@ def name_classes(train: LabelColumn) -> tuple[list[str], str | None]:
     """
     if names := train.given_names or train.stored_names:
         return list(dict.fromkeys(map(_as_text, names.values() if isinstance(names, dict) else names))), None
-    found, doubt = train.values, None
+    found, doubt = train.texts(), None
     are_amounts = all(map(is_number, found)) and any("." in text for text in found)
     if len(found) > max(4, len(train.codes) // 2) or (are_amounts and len(found) > 20):
         doubt = (
-            f"{train.option} has {len(found)} classes in {len(train.codes)} rows; does column {train.name!r} hold the "
-            "classes (data.label_column)?"
+            f"{train.option} has {len(found)} classes in {len(train.codes)} rows; does column {train.columns[0]!r} "
+            "hold the classes (data.label_column)?"
         )
     return sorted(found, key=lambda text: (0, float(text), text) if is_number(text) else (1, 0, text)), doubt
 
@@ -42,22 +42,22 @@ def class_numbers(column: LabelColumn, label_names: list[str]) -> tuple[np.ndarr
     Raises:
         UserError: a label that means no class.
     """
-    meaning = _meaning(column, label_names)
-    matched = match_labels(column.values, meaning)
-    numbers = [meaning[matched[value]] if value in matched else -1 for value in column.values]
+    meaning, found = _meaning(column, label_names), column.texts()
+    matched = match_labels(found, meaning)
+    numbers = [meaning[matched[value]] if value in matched else -1 for value in found]
     targets = np.array(numbers)[column.codes]
     if len(unknown := np.flatnonzero(targets < 0)):
         raise UserError(_describe_unknown(column, unknown, label_names, meaning))
-    if not _could_count_otherwise(column.values, meaning):
+    if not _could_count_otherwise(found, meaning):
         return targets, []
-    read = ", ".join(f"{value} = {label_names[meaning[matched[value]]]}" for value in sorted(column.values)[:4])
+    read = ", ".join(f"{value} = {label_names[meaning[matched[value]]]}" for value in sorted(found)[:4])
     return targets, [f"{column.option}: its labels could count from 0 or from 1; they were read as {read}"]
 
 
 def class_values(train: LabelColumn, label_names: list[str]) -> dict[str, str]:
     """{label of the training data: class name}; for a class that train lacks, the label that would mean it."""
     meaning = _meaning(train, label_names)
-    values = {value: meaning[label] for value, label in match_labels(train.values, meaning).items()}
+    values = {value: meaning[label] for value, label in match_labels(train.texts(), meaning).items()}
     present = set(values.values())
     values |= {label: number for label, number in meaning.items() if number not in present}
     return {value: label_names[number] for value, number in values.items()}
@@ -104,7 +104,7 @@ def _meaning(column: LabelColumn, label_names: list[str]) -> dict[str, int]:
     that counts from 0.
     """
     names = {name: i for i, name in enumerate(label_names)}
-    found, given = column.values, column.given_names or column.stored_names or {}
+    found, given = column.texts(), column.given_names or column.stored_names or {}
     if isinstance(given, list):
         # stored numbers always count from 0
         is_counted = not column.given_names or list(map(_as_text, given)) != label_names
@@ -134,14 +134,15 @@ def _could_count_otherwise(found: Sequence[str], meaning: dict[str, int]) -> boo
 
 def _describe_unknown(column: LabelColumn, unknown: np.ndarray, label_names: list[str], meaning: dict[str, int]) -> str:
     """Names the first of the examples `unknown`, what is known and, if the labels count, a mapping to use."""
-    label, is_input = column.values[column.codes[unknown[0]]], column.option == "--input"
+    found, is_input = column.texts(), column.option == "--input"
+    label = found[column.codes[unknown[0]]]
     message = (
         f"{column.option}: {column.path}: {len(unknown)} of {len(column.codes)} labels are unknown, first "
         f"{quoted([label])} in {column.describe_row(int(unknown[0]))}; known: {quoted(list(meaning))}"
         f"{describe_look_alikes(label, meaning)}{'; --ignore_labels true ignores labels' if is_input else ''}"
     )
     count = len(label_names)
-    counts_from = [n for n in (0, 1) if set(column.values) <= {str(n + i) for i in range(count)}]
+    counts_from = [n for n in (0, 1) if set(found) <= {str(n + i) for i in range(count)}]
     if counts_from and count <= 20:
         words = [name if re.fullmatch(r"\w[\w /.-]*", name) else json.dumps(name) for name in label_names]
         example = ", ".join(f"{counts_from[0] + i}: {word}" for i, word in enumerate(words))

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 
 from trainer.config.labels import match_labels
+from trainer.errors import UserError
 
+Label = str | list[str | None]
+"""the label of a row: a text; or a list of texts, from a list in JSON or Parquet, or from several columns"""
 ClassWeights = Literal["balanced"] | Mapping[str, float] | None
 
 
@@ -30,14 +33,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """The labels of the N examples of a source, as text."""
+    """The labels of the N examples of a source. The task decides which of them it takes."""
 
     option: str
     """that names the source, for messages: data.train, data.validation, data.test or --input"""
     path: str
-    name: str
-    """of the column"""
-    values: list[str]
+    columns: list[str]
+    """names of the columns with the labels"""
+    values: list[Label]
     """the labels that occur, each once"""
     codes: np.ndarray
     """position of each example's label in `values`, int64 [N]"""
@@ -47,6 +50,18 @@ class LabelColumn:
     """class names that a file or hub data set stores with its numbers"""
     describe_row: Callable[[int], str]
     """example -> its row, for messages"""
+
+    def texts(self) -> list[str]:
+        """The labels that occur, for a task that takes no lists.
+
+        Raises:
+            UserError: a label that is a list.
+        """
+        for code, value in enumerate(self.values):
+            if isinstance(value, list):
+                row = self.describe_row(int(np.argmax(self.codes == code)))
+                raise UserError(f"{self.option}: {self.path}: {row}: column {self.columns[0]!r} holds a list, not text")
+        return [value for value in self.values if isinstance(value, str)]
 
 
 @dataclass(frozen=True)

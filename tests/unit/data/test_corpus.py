@@ -169,9 +169,10 @@ def test_blank_lines_at_the_end_are_none(tmp_path):
         (
             "x.csv",
             "text,label\na,b\n".encode("utf-16"),
-            ": is UTF-16: --data.encoding utf-16",
+            ": does not look like utf-8: --data.encoding utf-16",
         ),
-        ("x.json", '{"data": [{"text": 1}]}', ": must hold a list of objects, or one object on each line"),
+        ("x.json", '{"data": [{"text": 1, "label": 2}]}', None),
+        ("x.json", '{"text": 1,\n"label": 2}', None),
         ("x.json", "[[1], 2]", ": row 1 is a list, not an object"),
         ("x.jsonl", '{"text": "a", "label": 1}\n[1]', ": line 2 is a list, not an object"),
         ("x.jsonl", '{"text": 1}\n{"te', ": line 2: Unterminated string starting at (character 2)"),
@@ -240,9 +241,10 @@ def test_every_splits_problem_at_once(tmp_path):
     train, good = write(tmp_path / "train.csv", ""), write_csv(tmp_path / "good.csv", ROWS)
     said = refused(train, validation=str(good), test=str(tmp_path / "no.csv")).splitlines()
     assert [line.partition(":")[0] for line in said] == ["data.train", "data.test"]
-    bad = write_csv(tmp_path / "bad.csv", [("x", "zzz")])
-    said = refused(good, validation=str(bad), test=str(write_csv(tmp_path / "empty.csv", [("", "a")]))).splitlines()
-    assert [line.partition(":")[0] for line in said] == ["data.validation", "data.test"]
+    for rows in ([("", "a")], [("x", "")], [("x", "zzz")]):
+        other = write_csv(tmp_path / "other.csv", rows)
+        said = refused(good, validation=str(other), test=str(other)).splitlines()
+        assert [line.partition(":")[0] for line in said] == ["data.validation", "data.test"]
 
 
 def test_no_hub(tmp_path, monkeypatch):

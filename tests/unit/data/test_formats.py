@@ -84,7 +84,7 @@ def test_a_quote_that_spans_lines_is_refused_where_it_opens(suffix):
     ("content", "quoting", "said"),
     [
         ('text,label\na,x\n"b,y\n', "single_line", f"line 3: {QUOTES}"),
-        ('text,label\n"a\nb",x\n"b,y\nc,y\n', "multi_line", "line 4: the row that begins here has a quote that never"),
+        ('text,label\n"a\nb",x\n"b,y\nc,y\n', "multi_line", "line 4: a quote opens here and does not close; if quotes"),
         ('text,label\n"a" b,x\n', "single_line", "line 2: text follows a quote that closes"),
         ('text,label\n"a\nb" c,x\n', "multi_line", "line 2: text follows a quote that closes"),
         ("text,label\na\rb,x\nc,y\n", "single_line", r"line 2 has a carriage return (\r) inside"),
@@ -259,7 +259,7 @@ def test_a_header_with_some_other_names_is_no_row_either():
     assert "line 1 is a header (Class Index, Title, Description)" in refused(path, **layout)
     path = write("y.csv", "review,stars\n" + "a,x\nb,y\n" * 3)
     corpus = load_corpus(DataConfig(train=path, column_names=["text", "label"], validation_fraction=0), TASK, 1)
-    assert corpus.warnings[0] == "data.train: is row 1 a header? Its label 'stars' is in no other row"
+    assert corpus.label_names == ["stars", "x", "y"]
     write("part/a.csv", "1,a,b\n2,c,d\n")
     assert rows("part/*.csv", **layout) == [("a b", "1"), ("c d", "2")]
     write("part/b.csv", "label,Title,description\n1,a,b\n")
@@ -291,23 +291,6 @@ def test_another_delimiter_is_named(name, content, typed):
     assert refused(path).endswith(f": --data.delimiter '{typed}'")
     if b"Body" not in (content if isinstance(content, bytes) else content.encode()):
         assert [label for _, label in rows(path, delimiter=typed)] == ["x", "y"]
-
-
-@pytest.mark.parametrize(
-    ("name", "first", "separator"),
-    [("x.csv", "sep=;", ";"), ("x.csv", '\ufeff"sep=;"\r', ";"), ("x.csv", "sep=,", ","), ("x.csv", "sep=\t", "\t")],
-)
-def test_a_first_line_for_excel_names_the_delimiter_and_is_no_row(name, first, separator):
-    path = write(name, f"{first}\n{CSV.replace(',', separator)}")
-    assert rows(path) == ROWS == rows(path, delimiter=separator)
-    assert refused(path, column_names=["text", "label"]).startswith(f"{name}: line 2 is a header")
-    assert refused(write(name, f"{first}\ntext{separator}label\na\n")).startswith(f"{name}: line 3 has 1 fields")
-    assert refused(path, delimiter="|").endswith(f": --data.delimiter {separator!r}")
-    texts = write("y.csv", '"sep=|"\n"sep=,"\n')
-    assert [text for _, text in predicted(texts, column_names=["text"])[0]] == ["sep=|", "sep=,"]
-    texts = write("y.csv", '"sep=,\na",b\n')
-    found = predicted(texts, column_names=["text", "n"], quoting="multi_line")[0]
-    assert [text for _, text in found] == ["sep=,\na"]
 
 
 def test_a_first_line_that_csv_cannot_read_is_refused_or_read():
@@ -348,22 +331,22 @@ def test_encodings(encoding, is_packed):
             "line 2 has a byte that is not UTF-8 (0xe9, character 4); set the file",
         ),
         (b"text,label\na,x\n\x81,y\n", "cp1252", "line 3 has a byte that is not CP1252 (0x81, character 1); set the "),
-        (ACCENT.encode("utf-16"), "utf-8", "is UTF-16: --data.encoding utf-16"),
-        (ACCENT.encode("utf-16-le"), "utf-8", "has a NUL in place of every other letter: --data.encoding utf-16-le"),
-        (ACCENT.encode("utf-16-le"), "utf-16", "has no byte order mark: --data.encoding utf-16-le"),
+        (ACCENT.encode("utf-16"), "utf-8", "does not look like {}: --data.encoding utf-16"),
+        (ACCENT.encode("utf-16-le"), "utf-8", "does not look like {}: --data.encoding utf-16-le"),
+        (ACCENT.encode("utf-16-le"), "utf-16", "does not look like {}: --data.encoding utf-16-le"),
         (ACCENT.encode("utf-16")[:-1], "utf-16", "line 3 has a byte that is not UTF-16 (0x0a, character 4)"),
-        (ACCENT.encode(), "cp1252", "is UTF-8, not cp1252: --data.encoding utf-8"),
-        (b"text,label\na,x\nb,y\n", "utf-16-le", "is UTF-8, not utf-16-le: --data.encoding utf-8"),
-        (b"text,label\na,x\nb,y\n", "utf-16", "is UTF-8, not utf-16: --data.encoding utf-8"),
-        (ACCENT.encode("utf-16"), "cp1252", "is UTF-16: --data.encoding utf-16"),
-        (ACCENT.encode("utf-16-be"), "latin-1", "has a NUL in place of every other letter: --data.encoding utf-16-le"),
-        (ACCENT.encode(), "utf-16-le", "is UTF-8, not utf-16-le: --data.encoding utf-8"),
+        (ACCENT.encode(), "cp1252", "does not look like {}: --data.encoding utf-8"),
+        (b"text,label\na,x\nb,y\n", "utf-16-le", "does not look like {}: --data.encoding utf-8"),
+        (b"text,label\na,x\nb,y\n", "utf-16", "does not look like {}: --data.encoding utf-8"),
+        (ACCENT.encode("utf-16"), "cp1252", "does not look like {}: --data.encoding utf-16"),
+        (ACCENT.encode("utf-16-be"), "latin-1", "does not look like {}: --data.encoding utf-16-le"),
+        (ACCENT.encode(), "utf-16-le", "does not look like {}: --data.encoding utf-8"),
         (packed(b"x"), "utf-8", "is compressed with gzip; add .gz to its name"),
         (b"PK\x03\x04", "cp1252", "is a zip archive or a spreadsheet; name it .zip or .xlsx"),
     ],
 )
 def test_another_encoding_or_type_is_named(content, encoding, said):
-    assert refused(write("x.csv", content), encoding=encoding).startswith(f"x.csv: {said}")
+    assert refused(write("x.csv", content), encoding=encoding).startswith(f"x.csv: {said.format(encoding)}")
 
 
 # --- archives and binary types ----------------------------------------------------------------------------------------
@@ -387,13 +370,10 @@ def test_a_zip_with_one_file():
     assert refused(write("x.zip", "no")) == "x.zip: File is not a zip file"
 
 
-def test_archives_that_are_damaged_or_grow_too_much(monkeypatch):
+def test_archives_that_are_damaged():
     assert "ended before the end-of-stream" in refused(write("x.csv.gz", packed(CSV.encode() * 99)[:-12]))
     assert refused(write("y.csv.gz", CSV)) == "y.csv.gz: Not a gzipped file (b'te')"
     assert "a compressed file must hold one of" in refused(write("x.parquet.gz", packed(b"x")))
-    monkeypatch.setattr("trainer.data.formats.MAX_UNPACKED_BYTES", 2**20)
-    for path in (write("z.csv.gz", packed(b"a" * 2**24)), zipped("z.zip", a__csv=b"\n" * 2**24)):
-        assert "unpacks to more than 100 times its size" in refused(path)
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.pq", "x.arrow", "x.feather"])
@@ -457,9 +437,10 @@ def test_spreadsheets(monkeypatch):
     assert "has 2 sheets with cells ('S0', 'S1')" in refused(book(cells, [[0]]))
     (told,) = spilled(book([["text", "label", " "], ["a", "x", None], ["b", "y", 5]]))
     assert "x.xlsx: 1 row has text " in told and ": row 2; " in told
-    assert "line 2 of the sheet has 3 fields, expected 2 (text, label)" in refused(
-        book([["text", "label"], ["a", "x", 1]])
-    )
+    (told,) = spilled(book([["text", "label"], ["a", "x"], ["b", "y", 1]]))
+    assert "x.xlsx: 1 row has text " in told and ": row 2; " in told
+    assert "line 2 of the sheet repeats the names of the columns" in refused(book([["text", "label"]] * 2))
+    assert [text for text, _ in rows(book(*[ROWS]), column_names=["text", "label"])] == ["a", "b"]
     assert predicted(book([["text"], ["a"], [None], ["b"], [None]]))[0] == [("0", "a"), ("1", ""), ("2", "b")]
     assert "cannot be read" in refused(zipped("x.xlsx", a=""))
     with zipfile.ZipFile(book([["text", "label"], *ROWS])) as whole:
