@@ -21,7 +21,15 @@ LOG_INTERVAL_SECONDS = 30
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: one or two lines, printed without a traceback; exit code 2."""
+    """A mistake that the user can fix: one or two lines, printed without a traceback."""
+
+    exit_code = 2
+
+
+class LostError(UserError):
+    """Another process did not appear. The same command may succeed later."""
+
+    exit_code = os.EX_TEMPFAIL
 
 
 def one_line(error: BaseException) -> str:
@@ -30,7 +38,7 @@ def one_line(error: BaseException) -> str:
 
 
 def main_guard(main: Callable[[], int | None], result_on_stdout: bool = False) -> int:
-    """Calls an entry point. Turns a `UserError` or an `OSError` into a message on stderr and exit code 2.
+    """Calls an entry point. Turns a `UserError` or an `OSError` into a message on stderr and an exit code.
 
     Only the first process of a machine prints the message, because all of them have the same error.
     """
@@ -44,7 +52,7 @@ def main_guard(main: Callable[[], int | None], result_on_stdout: bool = False) -
     except (UserError, OSError) as error:
         if is_first_on_machine():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return getattr(error, "exit_code", UserError.exit_code)
 
 
 def is_first_on_machine() -> bool:
@@ -52,7 +60,7 @@ def is_first_on_machine() -> bool:
     environment = os.environ
     if environment.get("WORLD_SIZE", "1") in {"", "0", "1"}:
         return True
-    # with `srun ./launch.sh`, torchrun takes each task for a node, even if tasks share a machine
+    # with `srun ./launch.sh`, each task counts as a node, even if tasks share a machine
     is_slurm_task = environment.get("GROUP_RANK") == environment.get("SLURM_PROCID")
     ranks = {environment.get("LOCAL_RANK", "0"), environment.get("SLURM_LOCALID", "0") if is_slurm_task else "0"}
     return ranks == {"0"}

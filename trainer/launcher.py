@@ -1,12 +1,12 @@
-"""What launch.sh becomes: it makes the environment, plans the processes of a run, and starts them.
+"""What launch.sh becomes: it makes the environment, plans the processes of a run, starts them and watches them.
 
     python -P trainer/launcher.py active REASON <options of launch.sh>  chooses a Python; plans or becomes the next line
     python -P trainer/launcher.py venv REASON <options of launch.sh>    plans, and becomes the next line
-    python -P trainer/launcher.py group MAX_RESTARTS 0 <arguments of accelerate launch>
+    python -P trainer/launcher.py ranks MAX_RESTARTS trainer/run.py <options of run.py>
 
 Always true: what --dry-run prints is what starts. A signal goes to the ranks, which save and exit; the launcher stays
-until they are gone. The exit code is that of the first rank to fail. If one process is lost, the whole group ends and
-starts again, on each machine by its own launcher, unless somebody asked it to stop.
+until they are gone. The exit code is that of the first rank to fail. If one process is lost, all ranks end and start
+again, on each machine by its own launcher, unless somebody asked them to stop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import logging
 import os
 import re
 import shlex
@@ -22,7 +21,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +28,6 @@ from typing import Any, NamedTuple  # and no package: the environment may not ex
 
 ROOT = Path(__file__).parents[1]
 RUN, VENV = str(ROOT / "trainer/run.py"), str(ROOT / ".venv")
-UNFINISHED = ROOT / ".venv.unfinished"  # outlives a power cut; an environment so marked is made again
 TOPOLOGIES = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
 USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-run] [--setup-only]
                    [options of trainer/run.py]
@@ -46,7 +43,13 @@ USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts
 Without --recipe it trains the quickstart. If ISOTRAIN_PYTHON names an interpreter, that one is used as it is; only a
 backbone from a package is installed into it.
 """
-BY_HAND = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What each launcher sets for a node. The first that is set counts: by hand, by Kubernetes, as the number of a pod.
+NODE_VARIABLES = {
+    "NNODES": ("NNODES", "PET_NNODES", "WORLD_SIZE"),
+    "NODE_RANK": ("NODE_RANK", "PET_NODE_RANK", "RANK"),
+    "MASTER_ADDR": ("MASTER_ADDR", "PET_MASTER_ADDR"),
+    "MASTER_PORT": ("MASTER_PORT", "PET_MASTER_PORT"),
+}
 SET_BY_HAND = "set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT"
 # Set by launchers that start one process per rank, not one per machine. trainer/run.py understands them.
 RANK_LAUNCHERS = (
@@ -56,7 +59,8 @@ RANK_LAUNCHERS = (
 # Exit codes of a rank: an error in the program, a user's mistake, another rank was lost ("try again"), killed.
 CRASHED, MISTAKE, LOST, KILLED = 1, 2, os.EX_TEMPFAIL, 128 + signal.SIGKILL
 STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-PAUSE_SECONDS = 4
+GRACE_SECONDS = 4
+"""time in which a failed rank's message reaches the others: before they get SIGTERM, and before a restart"""
 
 
 class Mistake(Exception):
@@ -77,8 +81,8 @@ def main() -> int:
     """Does what the first argument says; returns the exit code."""
     mode, *words = sys.argv[1:]
     try:
-        if mode == "group":
-            return start_group(int(words[0]), int(words[1]), words[2:])
+        if mode == "ranks":
+            return run_ranks(int(words[0]), words[1:])
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback: nothing runs yet
         return follow_options(*choose_python(mode, *words), words[1:])
@@ -116,18 +120,18 @@ def parse_number(choice: Choice, least: int, most: int | None = None) -> int:
 def choose_python(mode: str, reason: str, *words: str) -> tuple[Choice, bool]:
     """The Python of the run, and whether it has the requirements: ISOTRAIN_PYTHON, the active one, or that of .venv.
 
-    The reason says why the active Python is not used. In mode "made", .venv has just been made.
+    The reason says why the active Python is not used.
     """
     given, python = os.environ.get("ISOTRAIN_PYTHON"), f"{VENV}/bin/python"
-    missing = "" if mode == "made" else find_missing_pin(ROOT / "requirements.txt", any_version=bool(given))
+    missing = find_missing_pin(ROOT / "requirements.txt", any_version=bool(given))
     if given and missing:
         raise Mistake(f"ISOTRAIN_PYTHON={given} lacks {missing}; install requirements.txt into it, or unset it")
     if given or not (missing or reason):
         return Choice(given or sys.executable, "ISOTRAIN_PYTHON" if given else "the active environment"), True
     reason = reason or f"the active python3 lacks {missing}"
-    if mode == "active" and not UNFINISHED.exists() and _output_of(python, "-P", "-c", "print('it starts')"):
+    if mode == "active" and _can_import(python, "sys"):
         os.execv(python, [python, "-P", __file__, "venv", reason, *words])
-    is_ready = mode != "active" and not missing
+    is_ready = mode == "venv" and not missing
     return Choice(python, reason if is_ready else f"{reason}; .venv will be made"), is_ready
 
 
@@ -151,7 +155,7 @@ def follow_options(python: Choice, is_ready: bool, words: Sequence[str]) -> int:
         return 0
     if not is_ready:
         make_environment(python.value)
-        os.execv(python.value, [python.value, "-P", __file__, "made", "made by launch.sh", *words])
+        os.execv(python.value, [python.value, "-P", __file__, "venv", "made by launch.sh", *words])
     install_backbone(python.value, options)
     if options.setup_only:
         print(python.value)
@@ -185,18 +189,17 @@ def find_missing_pin(requirements: Path, any_version: bool = False) -> str:
 def make_environment(python: str) -> None:
     """Makes .venv, or brings it up to the pins."""
     _begin_installation(f"requirements.txt into {VENV} (the first time takes some minutes)")
-    is_broken = UNFINISHED.exists() or not _output_of(python, "-P", "-c", "print('it starts')")
-    try:
-        UNFINISHED.touch()
-    except OSError as error:
-        raise Mistake(f"cannot write {UNFINISHED}: {error.strerror}; set ISOTRAIN_PYTHON to an interpreter") from None
-    if is_broken:
+    if not _can_import(python, "pip"):
         names = ("python3.14", "python3.13", "python3.12", "python3.11", "python3")
-        base = next((name for name in names if _output_of(name, "-P", "-c", "import ensurepip, venv; print(1)")), None)
+        base = next((name for name in names if _can_import(name, "ensurepip, venv")), None)
         if not base or subprocess.run([base, "-m", "venv", "--clear", VENV], stdout=sys.stderr).returncode:
-            raise Mistake(f"cannot make {VENV}: it needs Python 3.11 or later with its venv module on the PATH")
+            needs = "write access, and Python 3.11 or later with its venv module on the PATH"
+            raise Mistake(f"cannot make {VENV}: it needs {needs}; or set ISOTRAIN_PYTHON to an interpreter")
     _install(python, "-r", str(ROOT / "requirements.txt"))
-    UNFINISHED.unlink()
+
+
+def _can_import(python: str, modules: str) -> bool:
+    return _output_of(python, "-P", "-c", f"import {modules}; print('yes')") != ""
 
 
 def install_backbone(python: str, options: argparse.Namespace) -> None:
@@ -243,15 +246,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def make_plan(
     options: argparse.Namespace, python: Choice, environment: Mapping[str, str], num_gpus: int
 ) -> tuple[dict[str, Choice], list[str]]:
-    """The rows of the plan, and the command: `env` with what run.py must find, and the group."""
+    """The rows of the plan, and the command: `env` with what run.py must find, and the ranks."""
     num_tasks = count_tasks_here(environment)
-    nodes = _read_srun(environment) if num_tasks else _read_nodes(environment)
+    nodes = read_nodes(environment, num_tasks)
     wanted = None if options.processes is None else Choice(options.processes, "--processes")
-    of_pod = _first_set(environment, "PET_NPROC_PER_NODE")  # also auto, gpu, cpu
-    if wanted is None and of_pod.value.isdecimal() and not num_tasks and not environment.get("NNODES"):
+    of_pod = _first_set(environment, "PET_NPROC_PER_NODE")
+    if wanted is None and of_pod.value.isdecimal() and not num_tasks:  # else auto, gpu or cpu
         wanted = of_pod
     topology = choose_topology(options.topology, nodes["NNODES"], num_tasks, wanted, num_gpus)
-    config, is_multi_node = TOPOLOGIES[topology.value], topology.value == "multi_node"
+    is_multi_node = topology.value == "multi_node"
     num_nodes = check_nodes(nodes) if is_multi_node else 1
     has_shared_hosts = num_tasks > 0 and num_nodes > int(environment.get("SLURM_STEP_NUM_NODES") or num_nodes)
     processes = choose_processes(wanted, topology.value, has_shared_hosts, num_gpus)
@@ -260,34 +263,52 @@ def make_plan(
     if not threads.value:
         threads = Choice(str(max(1, count_cores(environment, num_tasks) // num_here)), "cores / processes")
     devices = choose_devices(topology.value, num_here, num_tasks, environment, num_gpus)
-    precision = Choice(str(read_yaml(config).get("mixed_precision") or "no"), config.name)
-    if options.precision:
-        precision = Choice(options.precision, "--run.precision")
-    elif precision.value == "no":  # also a bare no, which YAML reads as false
-        precision = Choice("auto", f"run.precision decides; {config.name} leaves it open")
+    config = TOPOLOGIES[topology.value]
+    precision = choose_precision(options.precision, config)
 
     on_cpu = topology.value.startswith("cpu") or (is_multi_node and not num_gpus)
     planned = {  # run.py stops if it finds another number of processes, precision or device
         "ISOTRAIN_NUM_PROCESSES": str(num_nodes * num_here),
         "ISOTRAIN_PRECISION": precision.value,
         "ISOTRAIN_DEVICE": "cpu" if on_cpu else "cuda" if num_gpus else "",
-        "ACCELERATE_USE_CPU": str(on_cpu).lower(),  # accelerate passes use_cpu on to single processes only
+        "ACCELERATE_USE_CPU": str(on_cpu).lower(),
         "OMP_NUM_THREADS": threads.value,
         "CUDA_VISIBLE_DEVICES": devices.value,
+        **read_accelerate_settings(read_yaml(config)),
+        "WORLD_SIZE": str(num_nodes * num_here),
+        "LOCAL_WORLD_SIZE": processes.value,
+        "GROUP_RANK": nodes["NODE_RANK"].value if is_multi_node else "0",
+        "MASTER_ADDR": nodes["MASTER_ADDR"].value if is_multi_node else "127.0.0.1",
+        "MASTER_PORT": nodes["MASTER_PORT"].value if is_multi_node else "0",  # any free one
     }
-    rows, command = {"topology": topology}, ["env", *(f"{name}={value}" for name, value in planned.items() if value)]
-    command += [python.value, "-P", __file__, "group", str(options.max_restarts), "0", "--config_file", str(config)]
+    command = ["env", *(f"{name}={value}" for name, value in planned.items() if value)]
+    command += [python.value, "-P", __file__, "ranks", str(options.max_restarts), RUN, *options.arguments]
+    rows = {"topology": topology}
     if is_multi_node:
         address, port = nodes["MASTER_ADDR"], nodes["MASTER_PORT"]
         rows |= {"nodes": nodes["NNODES"], "node_rank": nodes["NODE_RANK"]}
         rows["master"] = Choice(f"{address.value}:{port.value}", f"{address.reason} and {port.reason}")
-        command += ["--num_machines", str(num_nodes), "--machine_rank", nodes["NODE_RANK"].value]
-        command += ["--main_process_ip", address.value, "--main_process_port", port.value]
-    command += ["--num_processes", str(num_nodes * num_here), RUN, *options.arguments]
     restarts = Choice(f"up to {options.max_restarts}" if options.max_restarts else "", "--max-restarts")
     rows |= {"processes": processes, "threads": threads, "devices": devices, "precision": precision}
     rows |= {"restarts": restarts, "python": python, "config": Choice(str(config), "chosen by the topology")}
     return {name: choice for name, choice in rows.items() if choice.value}, command
+
+
+def choose_precision(wanted: str | None, config: Path) -> Choice:
+    """The precision of the command line, or of the topology's file, or the one that run.py will choose."""
+    of_file = str(read_yaml(config).get("mixed_precision") or "no")  # YAML reads a bare no as false
+    if wanted or of_file != "no":
+        return Choice(wanted, "--run.precision") if wanted else Choice(of_file, config.name)
+    return Choice("auto", f"run.precision decides; {config.name} leaves it open")
+
+
+def read_accelerate_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that `accelerate launch` sets for a topology's file."""
+    settings = {"ACCELERATE_MIXED_PRECISION": config.get("mixed_precision") or "no"}
+    if config.get("distributed_type") == "FSDP":
+        settings |= {"ACCELERATE_USE_FSDP": True}
+        settings |= {name.upper(): value for name, value in config.get("fsdp_config", {}).items()}
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()}
 
 
 def _first_set(environment: Mapping[str, str], *names: str) -> Choice:
@@ -295,42 +316,43 @@ def _first_set(environment: Mapping[str, str], *names: str) -> Choice:
     return next((Choice(environment[name], name) for name in names if environment.get(name)), Choice("", names[-1]))
 
 
-def _read_nodes(environment: Mapping[str, str]) -> dict[str, Choice]:
-    """The machines, as set by hand or by Kubernetes: PET_ variables, else WORLD_SIZE and RANK, which count pods."""
-    by_hand = {name: _first_set(environment, name) for name in BY_HAND}
-    if by_hand["NNODES"].value:
-        return by_hand
+def read_nodes(environment: Mapping[str, str], num_tasks: int) -> dict[str, Choice]:
+    """The number of nodes, the rank of this one, and where they meet. A task of srun counts as a node."""
+    nodes = {name: _first_set(environment, *names) for name, names in NODE_VARIABLES.items()}
+    if num_tasks:
+        return nodes | _read_step(environment, nodes)
+    if nodes["NNODES"].reason != "NNODES" or not nodes["NNODES"].value:
+        _refuse_one_of_several_ranks(environment, nodes["NNODES"])
+    return nodes
+
+
+def _refuse_one_of_several_ranks(environment: Mapping[str, str], nodes: Choice) -> None:
+    """Refuses what another launcher has started once per rank: each would start all ranks."""
     for name in RANK_LAUNCHERS:
-        size = _first_set(environment, name)
-        if size.value not in ("", "0", "1") and not (name == "PMI_SIZE" and environment.get("SLURM_STEP_ID")):
+        if environment.get(name, "") not in ("", "0", "1"):
             remedy = f"Start trainer/run.py with that launcher, or {SET_BY_HAND} (docs/topologies.md)"
-            raise Mistake(f"{size}: this is one of several processes. {remedy}")
+            raise Mistake(f"{name}={environment[name]}: this is one of several processes. {remedy}")
     if "," in environment.get("SM_HOSTS", ""):
         raise Mistake(f"SM_HOSTS={environment['SM_HOSTS']}: {SET_BY_HAND}")
-    pods = _first_set(environment, "PET_NNODES", "WORLD_SIZE")
-    if pods.reason == "WORLD_SIZE" and pods.value in ("", "1"):
-        return by_hand
     local_rank = _first_set(environment, "LOCAL_RANK")
-    if pods.reason == "WORLD_SIZE" and local_rank.value:
-        raise Mistake(f"{pods} and {local_rank}: another launcher started this process; let it start trainer/run.py")
-    names = {"NODE_RANK": "RANK", "MASTER_ADDR": "MASTER_ADDR", "MASTER_PORT": "MASTER_PORT"}
-    return {"NNODES": pods, **{ours: _first_set(environment, f"PET_{ours}", other) for ours, other in names.items()}}
+    if nodes.reason == "WORLD_SIZE" and nodes.value not in ("", "1") and local_rank.value:
+        raise Mistake(f"{nodes} and {local_rank}: another launcher started this process; let it start trainer/run.py")
 
 
-def _read_srun(environment: Mapping[str, str]) -> dict[str, Choice]:
-    """The tasks of srun: each is a node to torchrun."""
-    address, port = _first_set(environment, "MASTER_ADDR"), _first_set(environment, "MASTER_PORT")
-    if not address.value and environment.get("SLURM_STEP_NUM_NODES") == "1":
-        address = Choice("127.0.0.1", "one host")
-    elif not address.value:
+def _read_step(environment: Mapping[str, str], nodes: Mapping[str, Choice]) -> dict[str, Choice]:
+    """The same of a step of srun."""
+    number = _first_set(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    step = {"NNODES": Choice(number.value, "tasks of srun"), "NODE_RANK": _first_set(environment, "SLURM_PROCID")}
+    if not nodes["MASTER_ADDR"].value:
         hosts = _output_of("scontrol", "show", "hostnames", environment.get("SLURM_STEP_NODELIST", ""))
-        address = Choice(hosts.partition("\n")[0], "the first of SLURM_STEP_NODELIST")
-    if not port.value:  # the same for all tasks, rarely that of another job, and below those of outgoing connections
-        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-        port = Choice(str(20000 + (job * 16 + step) % 12000), "a port by job and step")
-    number = Choice(_first_set(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS").value, "tasks of srun")
-    rank = _first_set(environment, "SLURM_PROCID")
-    return dict(zip(BY_HAND, (number, rank, address, port), strict=True))
+        is_one_host = environment.get("SLURM_STEP_NUM_NODES") == "1"
+        first = "127.0.0.1" if is_one_host else hosts.partition("\n")[0]
+        step["MASTER_ADDR"] = Choice(first, "the first of SLURM_STEP_NODELIST")
+    if not nodes["MASTER_PORT"].value:  # the same for all tasks, rarely that of another job
+        seed = int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"])
+        port = 20000 + seed % 12000  # below the ports of outgoing connections
+        step["MASTER_PORT"] = Choice(str(port), "a port by job and step")
+    return step
 
 
 def count_tasks_here(environment: Mapping[str, str]) -> int:
@@ -373,7 +395,7 @@ def choose_topology(
         return Choice("multi_node", several)
     if num_gpus:
         return Choice("multi_gpu", f"{num_gpus} GPUs visible") if num_gpus > 1 else Choice("gpu", "one GPU visible")
-    if processes and processes.reason == "PET_NPROC_PER_NODE" and processes.value != "1":
+    if processes and processes.value not in ("0", "1"):
         return Choice("cpu_multi", f"no GPU visible, {processes}")
     return Choice("cpu", "no GPU visible")
 
@@ -441,130 +463,76 @@ def _output_of(*command: str) -> str:
         return ""
 
 
-# ---- the group -------------------------------------------------------------------------------------------------------
+# ---- the ranks -------------------------------------------------------------------------------------------------------
 
 
-def start_group(max_restarts: int, num_restarts: int, arguments: Sequence[str]) -> int:
-    """Runs the group of this machine, and again if it was lost; returns the exit code of its first rank to fail."""
-    stops = _forward_stops()
-    code = _run_group(arguments, restarted=num_restarts > 0)
-    if not stops and is_lost(code) and num_restarts < max_restarts:
-        _say(f"restart {num_restarts + 1} of {max_restarts}: {_describe(code)}")
-        again = [__file__, "group", str(max_restarts), str(num_restarts + 1), *arguments]
-        # Not a loop: what torchrun and its store keep open, above all the port, ends with the program.
-        os.execv(sys.executable, [sys.executable, "-P", *again])
+def run_ranks(max_restarts: int, command: Sequence[str]) -> int:
+    """Runs the ranks of this machine, and again if one was lost; returns the exit code of the first to fail."""
+    ranks, stops = list[subprocess.Popen[bytes]](), list[int]()
+
+    def forward(number: int, frame: object) -> None:
+        stops.append(number)
+        for rank in ranks:
+            rank.send_signal(number)
+        if not ranks:  # between two starts
+            sys.exit(128 + number)
+
+    for number in STOPS:
+        # a handler is not inherited, so a signal ends a rank that has none yet; nohup and a shell's & ignore signals
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, forward)
+    for restart in range(1, max_restarts + 2):
+        start_ranks(command, ranks)
+        if stops:  # one that came between two ranks
+            forward(stops[0], None)
+        code = wait_for_ranks(ranks)
+        ranks.clear()
+        if stops or not is_lost(code) or restart > max_restarts:
+            break
+        _say(f"restart {restart} of {max_restarts}: {_describe(code)}")
+        wait_for_other_machines()
+    if code > 128 and is_lost(code):
+        _say(f"{_describe(code)}; the same command continues the run")
     return code
 
 
-def _forward_stops() -> list[int]:
-    """From now on forwards signals that ask for an end to the ranks; returns the list that collects them.
-
-    A handler, unlike an ignored signal, is not inherited: until run.py has its own, a signal ends it at once. A thread
-    does the work, because the main thread may be in torchrun's C++ and wait for another machine.
-    """
-    import psutil
-
-    received: list[int] = []
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-
-    def forward() -> None:
-        while True:
-            number = os.read(reading, 1)[0]
-            if number not in STOPS:  # torchrun has a handler too, for SIGURG
-                continue
-            received.append(number)
-            ranks = psutil.Process().children()
-            for rank in ranks:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.send_signal(number)
-            if not ranks:
-                os._exit(128 + number)
-
-    signal.set_wakeup_fd(writing)
-    for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and a shell's & ignore signals
-            signal.signal(number, lambda number, frame: None)
-    threading.Thread(target=forward, daemon=True).start()
-    return received
+def start_ranks(command: Sequence[str], ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Starts the ranks of this machine and adds them to the list."""
+    num_here, node = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_RANK"])
+    group = {"ISOTRAIN_LAUNCHER": str(os.getpid())}
+    if os.environ["MASTER_PORT"] == "0":
+        with socket.create_server((os.environ["MASTER_ADDR"], 0)) as server:
+            group["MASTER_PORT"] = str(server.getsockname()[1])
+    for local_rank in range(num_here):
+        group |= {"RANK": str(node * num_here + local_rank), "LOCAL_RANK": str(local_rank)}
+        ranks.append(subprocess.Popen([sys.executable, *command], env={**os.environ, **group}))
 
 
-def _run_group(arguments: Sequence[str], restarted: bool) -> int:
-    """Runs `accelerate launch` with these arguments; returns 128 + signal for a rank that a signal ended."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch reports names that it cannot resolve
-    _clear_environment()
-    logging.disable(logging.ERROR)  # torchrun's page on a failed rank, which has itself said why
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import PContext
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # How long the other ranks live after one has failed; all must be down within 30 s. torchrun ignores its own option.
-    PContext.close.__defaults__ = (None, int(os.environ.get("PET_SHUTDOWN_TIMEOUT", "20")))
-    args = launch_command_parser().parse_args(arguments)
-    if restarted:
-        _wait_for_the_others(args.main_process_ip, args.main_process_port)
-    args.num_machines = args.num_machines or 1
-    if args.num_machines > 1:
-        meeting = (args.num_machines, int(args.machine_rank), args.main_process_ip, args.main_process_port)
-        threading.Thread(target=report_who_is_missing, args=meeting, daemon=True).start()
-    code = 0
-    try:
-        launch_command(args)
-    except subprocess.CalledProcessError as failure:
-        code = failure.returncode
-    except ChildFailedError as failure:
-        # The first rank to fail. Within one second, causes come before ranks that torchrun ended or that lost another.
-        causes = {-signal.SIGKILL: 0, LOST: 2, -signal.SIGTERM: 3, 128 + signal.SIGTERM: 3}
-        first = min(failure.failures.values(), key=lambda rank: (rank.timestamp, causes.get(rank.exitcode, 1)))
-        code = first.exitcode
-    except (ConnectionError, DistError) as failure:
-        reason = str(failure).partition("\n")[0]
-        place = f"{args.main_process_ip}:{args.main_process_port}"
-        if args.num_machines > 1 and ("is utilizing it" in reason or "EADDRINUSE" in reason):  # accelerate's, torch's
-            raise Mistake(f"{place}: the port is in use; set another MASTER_PORT on all machines") from None
-        _say(f"rendezvous with the other machines at {place} failed: {reason}")
-        return LOST
-    if code < 0:
-        _say(f"{_describe(128 - code)}; the same command continues the run")
-    return code if code >= 0 else 128 - code
+def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits until all ranks have ended, and ends them if one has failed; returns 0 or the code of the cause."""
+    while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+        time.sleep(0.05)
+    _wait_until_ended(ranks, GRACE_SECONDS)
+    failures = [128 - code if code < 0 else code for rank in ranks if (code := rank.poll())]
+    for rank in ranks:
+        rank.terminate()
+    _wait_until_ended(ranks, float(os.environ.get("PET_SHUTDOWN_TIMEOUT", "20")))
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    # a killed rank is the cause; those that lost another, or were stopped with it, are not
+    order = {KILLED: 0, LOST: 2, 128 + signal.SIGTERM: 3}
+    return min(failures, key=lambda code: order.get(code, 1), default=0)
 
 
-def _clear_environment() -> None:
-    """Lets this launcher alone say what the group is: torchrun also reads every option from PET_ variables."""
-    for name in list(os.environ):
-        is_group = name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if is_group or (name.startswith("PET_") and name != "PET_SHUTDOWN_TIMEOUT"):
-            del os.environ[name]
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGURG"  # nobody sends it: torchrun's handlers would replace ours
-    os.environ["ISOTRAIN_LAUNCHER"] = str(os.getpid())
-
-
-def report_who_is_missing(
-    num_nodes: int, node_rank: int, address: str, port: str, every_seconds: float = 10, give_up_seconds: float = 300
-) -> None:
-    """Says every few seconds for whom torchrun waits, until it has started the ranks; gives up after five minutes."""
-    import psutil
-
-    began, place = time.monotonic(), f"{address}:{port}"
-    while True:
-        time.sleep(every_seconds)
-        if psutil.Process().children():
-            return
-        try:
-            socket.create_connection((address, int(port)), timeout=3).close()
-            missing = f"the others of {num_nodes} nodes, which meet at MASTER_ADDR:MASTER_PORT {place}"
-        except OSError as error:
-            missing = f"node 0 at MASTER_ADDR:MASTER_PORT {place}: {error.strerror or error}"
-        left = give_up_seconds - (time.monotonic() - began)
-        if left <= 0:
-            _say(f"node {node_rank} gives up after {give_up_seconds} s of waiting for {missing}")
-            os._exit(LOST)
-        _say(f"node {node_rank} waits for {missing} ({left:.0f} s left)")
+def _wait_until_ended(ranks: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def is_lost(code: int) -> bool:
-    """Whether the group did not end by its own decision: not by success, a user's mistake or a stop."""
+    """Whether the ranks did not end by their own decision: not by success, a user's mistake or a stop."""
     return code in (CRASHED, LOST) or (code > 128 and code - 128 not in STOPS)
 
 
@@ -573,19 +541,17 @@ def _describe(code: int) -> str:
     return named.get(code) or f"a process ended by signal {code - 128}"
 
 
-def _wait_for_the_others(address: str | None, port: int | None, seconds: float = 30) -> None:
-    """Waits until the lost group has ended on every machine, so that no rank meets one of the old group.
+def wait_for_other_machines(seconds: float = 30) -> None:
+    """Waits until the lost ranks have ended on every machine, so that no new rank meets one of them.
 
-    The rendezvous, on the first machine, ended with the group. It stays closed for the pause: the others see that.
+    Rank 0 serves the rendezvous, which ends with it. It stays closed for the pause: the others see that.
     """
     deadline = time.monotonic() + seconds
-    while address and port and time.monotonic() < deadline:
-        try:
-            socket.create_connection((address, port), timeout=1).close()
-        except OSError:
-            break
-        time.sleep(0.5)
-    time.sleep(PAUSE_SECONDS)
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=1).close()
+            time.sleep(0.5)
+    time.sleep(GRACE_SECONDS)
 
 
 def _say(text: str) -> None:

@@ -102,7 +102,7 @@ def test_a_stale_default_config_does_not_rule(launch, tmp_path):
     (tmp_path / "accelerate/default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
     result = launch("--recipe=x", HF_HOME=str(tmp_path))
     (rank,) = told(result.stdout)
-    assert "WORLD_SIZE" not in rank["environment"]
+    assert rank["environment"]["WORLD_SIZE"] == "1"
 
 
 @both_topologies
@@ -198,7 +198,7 @@ def test_a_stop_between_two_starts_is_heeded(start):
     process = start("--recipe=x", "--max-restarts=1", STUB="killed")
     while "restart 1 of 1" not in (line := process.stderr.readline()):
         assert line, process.wait()
-    time.sleep(launcher.PAUSE_SECONDS / 2)
+    time.sleep(launcher.GRACE_SECONDS / 2)
     process.terminate()
     out, _ = process.communicate(timeout=10)
     assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
@@ -317,8 +317,6 @@ def test_dry_run_prints_the_plan_and_the_command_and_starts_nothing(launch, clon
     assert result.returncode == 0
     assert told(result.stdout) == []
     words = shlex.split(result.stdout)
-    config = str(clone / "accelerate_configs/cpu.yaml")
-    assert words[words.index("--config_file") + 1] == config
     run = [str(clone / "trainer/run.py"), "--recipe", "quickstart", "--run.precision", "bf16"]
     assert words[-len(run) :] == run
     printed = plan(result.stderr)
@@ -326,7 +324,7 @@ def test_dry_run_prints_the_plan_and_the_command_and_starts_nothing(launch, clon
     assert printed["processes"][0] == "1"
     assert printed["precision"] == ("bf16", "--run.precision")
     assert printed["python"] == (sys.executable, "ISOTRAIN_PYTHON")
-    assert printed["config"][0] == config
+    assert printed["config"][0] == str(clone / "accelerate_configs/cpu.yaml")
 
 
 def test_the_dry_runs_command_is_what_would_have_been_started(launch, tmp_path):
@@ -336,7 +334,7 @@ def test_the_dry_runs_command_is_what_would_have_been_started(launch, tmp_path):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(launch):
-    for words in (["--topology=tpu"], ["--topology"], ["--processes=2"]):
+    for words in (["--topology=tpu"], ["--topology"], ["--processes=0"]):
         result = launch(*words)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
         assert result.stderr.startswith(f"launch.sh: {words[0]}")
@@ -386,12 +384,10 @@ def test_two_first_launches_heal_a_half_made_environment_together(start, clone, 
     (clone / "requirements.txt").write_text("# nothing to fetch\n")
     (clone / "requirements-quickstart.txt").write_text("")
     (clone / ".venv/bin").mkdir(parents=True)
-    (clone / ".venv/bin/python").symlink_to(sys.executable)
-    (clone / ".venv.unfinished").touch()
+    (clone / ".venv/bin/python").symlink_to("nowhere")
     path = programs(**{"python3": "exit 1", "python3.14": f'exec "{sys.executable}" "$@"'})
     launches = [start("--setup-only", ISOTRAIN_PYTHON="", PATH=path) for _ in range(2)]
     for launched in launches:
         out, err = launched.communicate(timeout=120)
         assert out == f"{clone}/.venv/bin/python\n", err
-    assert not (clone / ".venv.unfinished").exists()
     subprocess.run([clone / ".venv/bin/python", "-m", "pip", "--version"], check=True, capture_output=True)

@@ -23,7 +23,7 @@ def launch(*arguments, shell=None, **environment):
         env=outer | {"ISOTRAIN_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
 
@@ -56,13 +56,14 @@ def test_bash_may_be_called_sh(tmp_path):
     assert (result.returncode, result.stdout.count("ISOTRAIN_DEVICE=cpu")) == (0, 1), result.stderr
 
 
-def test_a_busy_port_names_master_port_and_asks_for_no_retry():
+def test_a_busy_port_names_master_port_and_asks_for_no_retry(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        result = launch("--recipe=x", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        node = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        result = launch("--run.output_dir", str(tmp_path), "--processes=1", **node)
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
-    assert line.startswith(f"launch.sh: 127.0.0.1:{port}: the port is in use") and "another MASTER_PORT" in line
+    assert f"127.0.0.1:{port}" in line and "another MASTER_PORT" in line
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the death of a parent is told by Linux alone")

@@ -33,11 +33,11 @@ SIZE_VARIABLES = (
 )  # fmt: skip
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "PALS_RANKID", "FLUX_TASK_RANK")
 MUST_BE_OFF = (
-    "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER", "ACCELERATE_USE_IPEX", "ACCELERATE_USE_XPU",
-    "ACCELERATE_USE_TPU", "ACCELERATE_DOWNCAST_BF16",
-)  # fmt: skip
-MUST_BE_OFF_WITH_FSDP = ("FSDP_OFFLOAD_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_ACTIVATION_CHECKPOINTING")
+    *(f"ACCELERATE_USE_{plugin}" for plugin in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")),
+    *("ACCELERATE_USE_IPEX", "ACCELERATE_USE_XPU", "ACCELERATE_USE_TPU", "ACCELERATE_DOWNCAST_BF16"),
+    *("ACCELERATE_DYNAMO_BACKEND", "FSDP_OFFLOAD_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING"),
+    "FSDP_ACTIVATION_CHECKPOINTING",
+)
 SUPPORTED_VALUES = {
     **dict.fromkeys(MUST_BE_OFF, FALSE_WORDS),
     "ACCELERATE_TORCH_DEVICE": {""},
@@ -45,7 +45,6 @@ SUPPORTED_VALUES = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": {"", "1"},
     "PJRT_DEVICE": {"", "cpu", "cuda"},
 }
-SUPPORTED_VALUES_WITH_FSDP = {"FSDP_VERSION": {"2"}, **dict.fromkeys(MUST_BE_OFF_WITH_FSDP, FALSE_WORDS)}
 
 
 def read_environment() -> None:
@@ -66,13 +65,12 @@ def _end_with_launcher() -> None:
 
 def _check_accelerate_settings() -> None:
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE_WORDS
-    for name, supported in {**SUPPORTED_VALUES, **(SUPPORTED_VALUES_WITH_FSDP if is_sharded else {})}.items():
+    for name, supported in {**SUPPORTED_VALUES, **({"FSDP_VERSION": {"2"}} if is_sharded else {})}.items():
         value = os.environ.get(name, "")
         if value.lower() not in supported:
-            file = "fsdp.yaml" if name in SUPPORTED_VALUES_WITH_FSDP else "*.yaml"
             raise UserError(
                 f"{name}={value} is not supported. It comes from the environment or from accelerate's configuration: "
-                f"unset it, or start with ./launch.sh or accelerate_configs/{file}"
+                "unset it, or start with ./launch.sh"
             )
     if is_sharded:
         os.environ["ACCELERATE_USE_FSDP"] = "true"
@@ -112,12 +110,10 @@ def _check_group(source: str) -> None:
             "it for all of them (mpirun -x NAME=VALUE), or start them with ./launch.sh or torchrun."
         )
     local_rank = environment.pop("LOCAL_RANK")  # while it is unset, every process prints its errors
-    for name, value, end in (
-        ("RANK", environment["RANK"], world_size),
-        ("LOCAL_RANK", local_rank, world_size),
-        ("LOCAL_WORLD_SIZE", environment.get("LOCAL_WORLD_SIZE", "1"), world_size + 1),
-        ("MASTER_PORT", environment["MASTER_PORT"], 65536),
-    ):
+    numbers = {name: environment.get(name, "1") for name in ("RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+    ends = {"LOCAL_WORLD_SIZE": world_size + 1, "MASTER_PORT": 65536}
+    for name, value in {**numbers, "LOCAL_RANK": local_rank}.items():
+        end = ends.get(name, world_size)
         if not value.isdecimal() or int(value) >= end:
             raise UserError(f"{name}={value} must be a number from 0 to {end - 1} (WORLD_SIZE is {world_size})")
     environment["LOCAL_RANK"] = local_rank
@@ -127,10 +123,10 @@ def _refuse_unconnected_processes() -> None:
     """Refuses several processes that do not know of each other, because each would train the whole run."""
     environment = os.environ
     if "SLURM_STEP_ID" in environment or _read_number("SLURM_PROCID", 0) > 0:
-        name = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environment), None)
-        if name and _read_number(name) > 1:
+        name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+        if _read_number(name) > 1:
             _refuse_process(by=name)
-        if name:
+        if name in environment:
             return
     if "," in environment.get("SM_HOSTS", ""):
         _refuse_process(by="SM_HOSTS")

@@ -11,7 +11,6 @@ import ipaddress
 import json
 import os
 import secrets
-import selectors
 import socket
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import psutil
 from torch.distributed import PrefixStore, TCPStore
 
-from trainer.errors import UserError, is_first_on_machine
+from trainer.errors import LostError, UserError, is_first_on_machine
 
 RENDEZVOUS_TIMEOUT_SECONDS = 300.0
 """how long the ranks wait for each other at the start"""
@@ -32,6 +31,9 @@ STATUS_INTERVAL_SECONDS = 10.0
 """how often a waiting rank says what it waits for"""
 CONNECT_TIMEOUT_SECONDS = 10.0
 """how long a connection within the network may take; less than the heartbeat timeout, as rank 0 sends none meanwhile"""
+RANK_DIGITS = 8
+HELLO_TIMEOUT_SECONDS = 2.0
+"""how long a new connection may take to name its rank"""
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ def join_ranks(facts: dict[str, str]) -> Group:
             if rank == 0:
                 return Group(rank, hosts, _accept_ranks(listener, token, hosts), store)
         connection = socket.create_connection(cards[0]["address"], timeout=CONNECT_TIMEOUT_SECONDS)
-        connection.sendall(f"{cards[0]['token']}{rank:08d}".encode())
+        connection.sendall(f"{cards[0]['token']}{rank:0{RANK_DIGITS}}".encode())
         return Group(rank, hosts, {0: connection}, store)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         if "EADDRINUSE" in reason:
             reason = "another program on this machine uses the port; set another MASTER_PORT for all processes"
-        raise _failure(reason) from None
+        raise UserError(_failure(reason)) from None
 
 
 def check_equal(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> None:
@@ -87,12 +89,12 @@ def check_equal(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> Non
                 )
 
 
+def _failure(reason: str) -> str:
+    return f"rendezvous at {_endpoint()} failed: {reason}"
+
+
 def _endpoint() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-
-
-def _failure(reason: str) -> UserError:
-    return UserError(f"rendezvous at {_endpoint()} failed: {reason}")
 
 
 def _open_store(rank: int, world_size: int) -> TCPStore:
@@ -111,7 +113,7 @@ def _open_store(rank: int, world_size: int) -> TCPStore:
         return ""
 
     if not is_server and (missing := _wait_for(find_missing, RENDEZVOUS_TIMEOUT_SECONDS)):
-        raise _failure(f"no connection to {missing}")
+        raise LostError(_failure(f"no connection to {missing}"))
     timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_SECONDS)
     return TCPStore(address, port, world_size, is_server, timeout, wait_for_workers=False, multi_tenant=is_server)
 
@@ -137,10 +139,9 @@ def _exchange(store: Any, topic: str, rank: int, world_size: int, own: Any) -> l
     store.set(keys[rank], json.dumps(own))
     if not _wait_for_keys(store, keys, RENDEZVOUS_TIMEOUT_SECONDS):
         missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-        raise _failure(
-            f"rank {', '.join(missing[:8])} of {world_size} processes did not join within "
-            f"{RENDEZVOUS_TIMEOUT_SECONDS:.0f} s\nRun the command on every machine, with the same number of processes."
-        )
+        reason = f"rank {', '.join(missing[:8])} of {world_size} processes did not join"
+        hint = "Run the command on every machine, with the same number of processes."
+        raise LostError(_failure(f"{reason} within {RENDEZVOUS_TIMEOUT_SECONDS:.0f} s\n{hint}"))
     values = [json.loads(text) for text in store.multi_get(keys)]
     store.set(f"{keys[rank]}/read", "")
     if rank == 0:  # rank 0 may serve the store, which ends with it
@@ -213,32 +214,23 @@ def _check_routes(store: Any, rank: int, cards: list[Any]) -> None:
 
 
 def _accept_ranks(listener: socket.socket, token: str, hosts: list[str]) -> dict[int, socket.socket]:
-    """Accepts the connection of every other rank. Ignores others, such as those of `_check_routes`."""
+    """Accepts the connection of every other rank. Closes others, such as those of `_check_routes`."""
     connections: dict[int, socket.socket] = {}
     deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
-    with selectors.DefaultSelector() as selector:
-        selector.register(listener, selectors.EVENT_READ)
-        while len(connections) < len(hosts) - 1:
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                missing = next(rank for rank in range(1, len(hosts)) if rank not in connections)
-                raise UserError(
-                    f"rank {missing} on {hosts[missing]} did not connect within {CONNECT_TIMEOUT_SECONDS:.0f} s"
-                )
-            if any(key.fileobj is listener for key, _ in ready):
-                selector.register(listener.accept()[0], selectors.EVENT_READ)
-            for connection in [key.fileobj for key, _ in ready if key.fileobj is not listener]:
-                selector.unregister(connection)
-                connections |= _identify(connection, token)
+    while len(connections) < len(hosts) - 1:
+        listener.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            missing = next(rank for rank in range(1, len(hosts)) if rank not in connections)
+            waited = f"within {CONNECT_TIMEOUT_SECONDS:.0f} s"
+            raise LostError(f"rank {missing} on {hosts[missing]} did not connect {waited}") from None
+        connection.settimeout(HELLO_TIMEOUT_SECONDS)
+        hello = ""
+        with contextlib.suppress(OSError):
+            hello = connection.recv(len(token) + RANK_DIGITS).decode(errors="replace")
+        if hello.startswith(token):
+            connections[int(hello.removeprefix(token))] = connection
+        else:
+            connection.close()
     return connections
-
-
-def _identify(connection: Any, token: str) -> dict[int, socket.socket]:
-    """Reads which rank has connected; closes the connection if it is not one."""
-    hello = ""
-    with contextlib.suppress(OSError):
-        hello = connection.recv(len(token) + 8).decode(errors="replace")
-    if hello.startswith(token):
-        return {int(hello[len(token) :]): connection}
-    connection.close()
-    return {}

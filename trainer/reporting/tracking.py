@@ -65,8 +65,6 @@ class RunLog:
 
     def log_scalars(self, values: Mapping[str, float], step: int, epoch: float) -> None:
         """Logs the values of a step, by tag `group/name`."""
-        if not self.is_main:
-            return
         self._append_record(values, step, epoch)
         self._log(values, step, self._trackers)
 
@@ -87,8 +85,6 @@ class RunLog:
 
         Trackers get them one step after the last. If the run is killed before its end, the next start drops them.
         """
-        if not self.is_main:
-            return
         self._append_record(metrics, step, epoch)
         table_row = _flatten(config), dict(metrics)
         self._write_tensorboard(lambda board: board.add_hparams(*table_row, run_name=".", global_step=step + 1))
@@ -124,6 +120,8 @@ class RunLog:
 
     def _append_record(self, values: Mapping[str, float], step: int, epoch: float) -> None:
         """Appends a line to metrics.jsonl."""
+        if not self.is_main:
+            return
         line, path = {"step": step, "epoch": round(epoch, 6), **values}, self.folder / "metrics.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

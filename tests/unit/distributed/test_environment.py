@@ -118,8 +118,8 @@ def test_every_launcher_is_supported(monkeypatch, variables, group):
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 is not supported"),
         ({"ACCELERATE_TORCH_DEVICE": "cuda:1"}, "ACCELERATE_TORCH_DEVICE=cuda:1 is not supported"),
         ({"PJRT_DEVICE": "TPU"}, "PJRT_DEVICE=TPU is not supported"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION= is not supported.*fsdp.yaml"),
-        ({"ACCELERATE_USE_FSDP": "True", "FSDP_VERSION": "1"}, "FSDP_VERSION=1 is not supported.*fsdp.yaml"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION= is not supported.*launch.sh"),
+        ({"ACCELERATE_USE_FSDP": "True", "FSDP_VERSION": "1"}, "FSDP_VERSION=1 is not supported.*launch.sh"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
             "FSDP_OFFLOAD_PARAMS=true is not supported",
