@@ -20,8 +20,8 @@ import re
 import jsonargparse
 
 from trainer.config.loading import load_finished_run
-from trainer.config.predict_options import Options
-from trainer.config.schema import Config, find_format_problems, resolve
+from trainer.config.predict_options import Options, source_of
+from trainer.config.schema import Config, find_source_problems, resolve
 from trainer.distributed.environment import read_environment, set_environment
 from trainer.errors import UserError, main_guard
 
@@ -52,7 +52,8 @@ def predict(options: Options) -> int:
         UserError: the run is not finished, the input cannot be read, or the output cannot be written.
     """
     config, label_names = load_finished_run(Path(options.run), options.model.name, options.model.revision)
-    if problems := list(find_format_problems("--", options.delimiter, options.encoding)):
+    source = resolve(source_of(options), resolve(config.data.train or "", config.data))
+    if problems := list(find_source_problems("--", source)):
         raise UserError("\n".join(problems))
     from trainer.data.sources import check_paths  # this import and those below take seconds; --help needs none
 

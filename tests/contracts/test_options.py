@@ -78,10 +78,11 @@ def render_page():
 
 def render_group(title, kind, more=""):
     doc = docstring_parser.parse_from_object(kind)
-    help_of = {param.arg_name: " ".join(param.description.split()) for param in doc.params}
+    docs = [docstring_parser.parse_from_object(base) for base in kind.__mro__[:-1]]  # a base declares some options
+    help_of = {param.arg_name: " ".join(param.description.split()) for part in docs for param in part.params}
     rows = [
         [f"`{'NAME' if item.name == 'options' else item.name}`", values_of(item), default_of(item), help_of[item.name]]
-        for item in dataclasses.fields(kind)
+        for item in sorted(dataclasses.fields(kind), key=lambda item: bool(item.kw_only))
     ]
     table = [["option", "values", "default", "meaning"], ["---"] * 4, *rows]
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in table]

@@ -178,11 +178,10 @@ def _parse_command_line(argv: Sequence[str], problems: list[str]) -> dict[str, A
 
 
 def _parse_value(key: str, text: str) -> Any:
-    """Parses a value of the command line: PEFT's options, lists and mappings as YAML. The rest stays text."""
-    kind = _TYPES.get(key, "")
-    opening = ("{",) if "Source" in kind else ("{", "[") if "[" in kind else ()
-    is_yaml = _is_peft_option(key) or (opening and text.startswith(opening))
-    return _parse_yaml(text, keep_text=key.endswith(".label_names")) if is_yaml else text
+    """Parses a value of the command line: PEFT's options and the settings of a split. The rest stays text."""
+    if _is_peft_option(key):
+        return _parse_yaml(text)
+    return _parse_yaml(text, keep_text=True) if key in SPLITS and text.startswith("{") else text
 
 
 def _is_peft_option(key: str) -> bool:
@@ -209,7 +208,8 @@ def _describe_problem(parser: jsonargparse.ArgumentParser, key: str, value: Any)
         return None
     if key not in _TYPES:
         return f"unknown option {key!r}; {_suggest_option(key)}"
-    hint = f"; write [{value}]" if _TYPES[key].startswith("list") and isinstance(value, str) else ""
+    is_word = isinstance(value, str) and not value.startswith(("[", "{"))
+    hint = f"; write [{value}]" if _TYPES[key].startswith("list") and is_word else ""
     return f"{key}: {value!r} is not valid; expected {_describe_type(_TYPES[key])}{hint}"
 
 
@@ -378,20 +378,8 @@ def _parse_yaml(text: str, keep_text: bool = False) -> Any:
 
 def _load_value(text: str) -> Any:
     """Parses a value of the command line. YAML reads '#1', '~' and '&x' as null; here only null is null."""
-    value = _parse_yaml(text)
+    value = _parse_yaml(text, keep_text=True)
     return text if value is None and text.strip().lower() != "null" else value
 
 
 jsonargparse.set_loader("yaml", _load_value, exceptions=(UserError,))  # predict.py uses it too
-
-
-def parse_label_names(text: str) -> list[str] | dict[str, str]:
-    """Parses `--label_names` of predict.py."""
-    try:
-        names = _parse_yaml(text, keep_text=True)
-    except UserError as error:
-        raise UserError(f"--label_names: {error}") from None
-    listed = list(names.values()) if isinstance(names, dict) else names
-    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name.strip() for name in listed):
-        raise UserError(f"--label_names: {text!r} must be [name, ...] or {{label in the input: name, ...}}")
-    return names

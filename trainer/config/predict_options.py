@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from jsonargparse.typing import PositiveInt
+
+from trainer.config.schema import Format, Source
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to score, with what, and how to write it."""
+class Options(Format):
+    """What to score, with what, and how to write it; null = as in the run."""
 
     run: str
     """folder of a finished run"""
@@ -33,22 +35,6 @@ class Options:
     training data, or those of label_names"""
     id_column: str | None = None
     """column with the ids; null = a column called ID, in any case, or else the row; '' = the row, counted from 0"""
-    column_names: list[str] | None = None
-    """column names of an input without a header; [] = the first row is the header; null = as in the run"""
-    delimiter: str | None = None
-    """field separator of csv and tsv files; null = the run's, or else by the name of the input"""
-    encoding: str | None = None
-    """encoding of csv, tsv, json and jsonl files; null = the run's"""
-    quoting: Literal["single_line", "multi_line", "none"] | None = None
-    """meaning of quotes in csv and tsv files (see data.quoting); null = the run's"""
-    text_columns: list[str] | None = None
-    """columns with the text; null = the run's"""
-    text_pair_columns: list[str] | None = None
-    """columns with the second text of a pair; null = the run's"""
-    label_column: str | None = None
-    """column with the labels, if there are any; null = the run's"""
-    label_names: str | None = None
-    """{label in the input: class name}, or [names for numbers counted from 0]; null = the run's"""
     ignore_labels: bool = False
     """true = do not read the label column"""
     model: Copy = field(default_factory=Copy)
@@ -58,3 +44,8 @@ class Options:
     """token budget of one batch on one process, with padding"""
     quiet: bool = False
     """true = print errors only; stdout holds the metrics in any case"""
+
+
+def source_of(options: Options) -> Source:
+    """How to read the input; null fields are the run's."""
+    return Source(path=options.input, **{item.name: getattr(options, item.name) for item in fields(Format)})

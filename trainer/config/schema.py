@@ -50,12 +50,10 @@ class RunConfig:
     """true = print errors only"""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A split with settings of its own; null = the setting of the data group."""
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a file is read; null = another default."""
 
-    path: str
-    """hub id, file or glob"""
     column_names: list[str] | None = None
     """column names of a file without a header; [] = the first row is the header"""
     delimiter: str | None = None
@@ -63,9 +61,7 @@ class Source:
     encoding: str | None = None
     """encoding of csv, tsv, json and jsonl files"""
     quoting: Literal["single_line", "multi_line", "none"] | None = None
-    """meaning of quotes in csv and tsv files"""
-    empty_text: Literal["refuse", "skip", "keep"] | None = None
-    """what to do with rows that have no text"""
+    """meaning of quotes in csv and tsv files (see data.quoting)"""
     text_columns: list[str] | None = None
     """columns with the text, joined by a space"""
     text_pair_columns: list[str] | None = None
@@ -73,7 +69,17 @@ class Source:
     label_column: str | None = None
     """column with the label"""
     label_names: list[str] | dict[str, str] | None = None
-    """class names in order, or {value in the file: class name}"""
+    """class names in order (labels count from 0), or {value in the file: class name}"""
+
+
+@dataclass(frozen=True)
+class Source(Format):
+    """A split with settings of its own; null = the setting of the data group."""
+
+    path: str
+    """hub id, file or glob"""
+    empty_text: Literal["refuse", "skip", "keep"] | None = None
+    """what to do with rows that have no text"""
 
 
 @dataclass(frozen=True)
@@ -337,13 +343,13 @@ def find_problems(config: Config) -> Iterator[str]:
         yield "optim.name sgd with run.precision fp16: small gradients are lost; use bf16 or adamw"
     if not data.train:
         yield "data.train is missing: --data.train FILE (csv, tsv, json, jsonl, parquet) or hub id, or a --recipe"
-    yield from _find_source_problems("data", resolve("", data))
+    yield from find_source_problems("data.", resolve("", data))
     for key in SPLITS:
         source = getattr(data, key.partition(".")[2])
         if source == "" and key != "data.train":
             yield f"{key} is empty; use null for no split"
         if isinstance(source, Source):
-            yield from _find_source_problems(key, resolve(source, data))
+            yield from find_source_problems(f"{key}.", resolve(source, data))
     if data.validation is None and data.validation_fraction == 0 and config.evaluation.patience is not None:
         yield "evaluation.patience needs a validation split, but data.validation_fraction is 0"
     name = run_name(config)
@@ -368,27 +374,24 @@ def _find_values_out_of_range(config: Config) -> Iterator[str]:
                 yield f"{group}.{item.name}: {shown} must be {item.metadata['range']}"
 
 
-def _find_source_problems(key: str, source: ResolvedSource) -> Iterator[str]:
+def find_source_problems(prefix: str, source: ResolvedSource) -> Iterator[str]:
+    """Yields one line for each invalid setting of a source. The prefix begins its options."""
     if source.text_columns == []:
-        yield f"{key}.text_columns is empty: name at least one column"
+        yield f"{prefix}text_columns is empty: name at least one column"
     if source.label_column in [*source.text_columns, *source.text_pair_columns]:
-        yield f"{key}.label_column {source.label_column!r} is also a text column"
-    yield from find_format_problems(f"{key}.", source.delimiter, source.encoding)
-    names = source.label_names
-    listed = list(names.values()) if isinstance(names, dict) else names or []
-    if names is not None and (not listed or not all(str(name).strip() for name in listed)):
-        yield f"{key}.label_names: {names!r} has no name, or an empty one"
-    first: dict[str | None, int] = {}  # 1 and 1.0 are the same label
-    twice = [name for i, name in enumerate(names or ()) if first.setdefault(label_text(name), i) != i]
-    if twice:
-        yield f"{key}.label_names: {twice[0]!r} is given twice"
-
-
-def find_format_problems(prefix: str, delimiter: str | None, encoding: str | None) -> Iterator[str]:
-    """Yields one line for an invalid delimiter and one for an unknown encoding."""
+        yield f"{prefix}label_column {source.label_column!r} is also a text column"
+    delimiter, encoding = source.delimiter, source.encoding
     if delimiter is not None and (len(delimiter.replace("\\t", "\t")) != 1 or delimiter in '"\r\n'):
         yield f"{prefix}delimiter: {delimiter!r} must be one character, such as ';' or '\\t'"
     try:
-        "".encode("utf-8" if encoding is None else encoding)
+        "".encode(encoding)
     except (LookupError, ValueError):  # unknown, or not for text
         yield f"{prefix}encoding: {encoding!r} is unknown; known: utf-8, utf-16, cp1252, latin-1, gb18030, ..."
+    names = source.label_names
+    listed = list(names.values()) if isinstance(names, dict) else names or []
+    if names is not None and (not listed or not all(str(name).strip() for name in listed)):
+        yield f"{prefix}label_names: {names!r} has no name, or an empty one"
+    first: dict[str | None, int] = {}  # 1 and 1.0 are the same label
+    twice = [name for i, name in enumerate(names or ()) if first.setdefault(label_text(name), i) != i]
+    if twice:
+        yield f"{prefix}label_names: {twice[0]!r} is given twice"

@@ -6,7 +6,6 @@ backbone's original weights, so the numbers equal those of plain PEFT.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -16,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.labels import describe_look_alikes, match_labels, quoted
-from trainer.config.loading import parse_label_names
-from trainer.config.predict_options import Options
+from trainer.config.predict_options import Options, source_of
 from trainer.config.schema import Config, Source
 from trainer.data.corpus import find_id_columns, load_for_prediction
 from trainer.data.tokens import Examples, tokenize
@@ -89,13 +87,6 @@ def _score(
         return logits, accelerator.is_main_process
 
 
-def source_of(options: Options) -> Source:
-    """How to read the input; null fields are the run's."""
-    names = parse_label_names(options.label_names) if options.label_names is not None else None
-    same: dict[str, Any] = {item.name: getattr(options, item.name, None) for item in dataclasses.fields(Source)}
-    return Source(**{**same, "path": options.input, "label_names": names})
-
-
 def check_label_names(source: Source, label_names: list[str]) -> None:
     """Refuses `--label_names` that name no class of the run."""
     given = source.label_names or ()
@@ -129,7 +120,7 @@ def choose_labels(
     """The label that the output holds for each class [C], and a sentence about them."""
     if options.layout == "full":
         return label_names, "holds the names of the classes"
-    given, recorded = source_of(options).label_names, summary.get("label_values")
+    given, recorded = options.label_names, summary.get("label_values")
     return task.contest_labels([("--label_names", given), ("the training data", recorded)], label_names)
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.harness.data import write_csv
-from trainer.config.loading import parse_label_names
+from trainer.config.loading import parse_config
 from trainer.config.schema import DataConfig, Source
 from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.errors import UserError
@@ -377,7 +377,8 @@ def test_the_mapping_to_type_is_one_word_and_has_these_names(tmp_path):
     assert said.count("\n") == 1
     *_, option, typed = shlex.split(said)
     assert option == "--data.test.label_names"
-    assert parse_label_names(typed) == {str(i): name for i, name in enumerate(names, start=1)}
+    config = parse_config(["--data.train", "x", "--data.label_names", typed])
+    assert config.data.label_names == {str(i): name for i, name in enumerate(names, start=1)}
 
 
 @pytest.mark.parametrize("names", [None, FROM_1])

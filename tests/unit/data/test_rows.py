@@ -333,7 +333,9 @@ def test_an_input_with_a_header_for_a_run_without(tmp_path):
     """[] says that the first row is the header; null would mean the run's own column names."""
     path = write_csv(tmp_path / "x.csv", ROWS)
     own = {"path": str(path), "text_columns": ["text"], "label_column": "label"}
-    config = DataConfig(train=Source("t.csv", ["body", "topic"], text_columns=["body"], label_column="topic"))
+    config = DataConfig(
+        train=Source("t.csv", column_names=["body", "topic"], text_columns=["body"], label_column="topic")
+    )
     with pytest.raises(UserError, match="--input: "):
         load_for_prediction(Source(**own), config, TASK, ["a", "b", "c"], None)
     split, *_ = load_for_prediction(Source(**own, column_names=[]), config, TASK, ["a", "b", "c"], None)
