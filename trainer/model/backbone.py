@@ -6,7 +6,6 @@ Always holds: no pickled weights are read, and no code from a model folder or an
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import re
 import warnings
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -32,7 +30,7 @@ from transformers import (
 from trainer.compat import use_default_attention
 from trainer.config.schema import ModelConfig
 from trainer.errors import UserError, one_line
-from trainer.model.identity import Identity, hash_files, resolve_commit
+from trainer.model.identity import Identity, download, hash_files, resolve_commit
 from trainer.model.tokenizer import OFFSET_POSITION_FAMILIES, read_special_tokens_as_text, set_padding
 
 # Families that transformers computes only with code that it would download.
@@ -61,15 +59,14 @@ class Backbone:
 
     @cached_property
     def identity(self) -> Identity:
-        """Hashes the weights of a local folder; downloads missing weights of a hub model."""
+        """Hashes the files; downloads those of a hub model that the cache lacks."""
         weights = getattr(self.config, "transformers_weights", None) or "model.safetensors"
-        files = hash_files(self.path, self.commit, weights)
+        try:
+            folder = Path(self.path) if self.commit is None else download(self.path, self.commit, weights)
+            files = hash_files(folder, weights)
+        except Exception as error:  # huggingface_hub raises many kinds
+            raise UserError(f"model.name: the files of {self.path} cannot be read: {one_line(error)}") from None
         return Identity(self.requested.name, self.requested.revision, self.commit, files)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash over all files of the identity."""
-        return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in self.identity.files.values())).hexdigest()
 
     @property
     def max_positions(self) -> int | None:
@@ -153,7 +150,8 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str], list[str]]:
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, huggingface_hub and torch raise many kinds
-        raise UserError(f"model.name: the weights of {backbone.path} cannot be read: {one_line(error)}") from None
+        reason = f"cannot be read; copy them again: {one_line(error)}"
+        raise UserError(f"model.name: the weights of {backbone.path} {reason}") from None
     missing = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     _refuse_partial_weights(backbone.path, model, missing, info["unexpected_keys"])
     notes = []
@@ -184,17 +182,10 @@ def _find_path(name: str) -> str:
         return name
     if not (path / "config.json").is_file():
         raise UserError(f"model.name: {path} has no config.json")
-    weights = list(path.glob("*.safetensors"))
-    if not weights:
-        pickled = next((file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in path.glob(pattern)), None)
-        hint = f"; {pickled} is pickled and could run code, so it is not read" if pickled else ""
-        raise UserError(f"model.name: {path} has no *.safetensors weights{hint}")
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model.name: {file} cannot be read; copy it again: {one_line(error)}") from None
+    if not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"model.name: {path} has no *.safetensors weights; pickled ones are not read, since they run code"
+        )
     return str(path.resolve())
 
 

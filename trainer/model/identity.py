@@ -8,15 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from trainer.config.schema import ModelConfig
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,11 @@ class Identity:
     """the hub's commit; None for a local folder"""
     files: dict[str, str]
     """SHA-256 of config.json and of each weights file; equal for every copy of the backbone"""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over all files."""
+        return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in self.files.values())).hexdigest()
 
     def __str__(self) -> str:
         return f"{self.name} at commit {self.commit}" if self.commit else self.name
@@ -69,48 +72,28 @@ def resolve_commit(config: ModelConfig, recorded: Identity | None) -> str:
     return commit or Path(hf_hub_download(config.name, "config.json", revision=config.revision)).parent.name
 
 
-def hash_files(path: str, commit: str | None, weights: str) -> dict[str, str]:
+def download(name: str, commit: str, weights: str) -> Path:
+    """The folder of a hub model in the cache, with the files that `hash_files` reads."""
+    patterns = ["config.json", "adapter_config.json", f"{weights.partition('.')[0]}*.safetensors*"]
+    return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+
+
+def hash_files(folder: Path, weights: str) -> dict[str, str]:
     """SHA-256 of each file that decides what the backbone computes, by name, config.json first.
 
-    Args:
-        path: local folder, or hub id.
-        commit: of a hub model, whose missing files are downloaded; None for a local folder.
-        weights: name of the weights file.
+    Those are config.json and the weights that transformers reads: one file, or an index and its shards.
     """
-
-    def find(name: str) -> Path | None:
-        if commit is None:
-            return file if (file := Path(path) / name).is_file() else None
-        cached = try_to_load_from_cache(path, name, revision=commit)
-        if cached is not None:  # a path, or a mark that this commit has no such file
-            return Path(cached) if isinstance(cached, str) else None
-        try:
-            return Path(hf_hub_download(path, name, revision=commit))
-        except EntryNotFoundError:
-            return None
-
-    try:
-        return {name: _sha256(file) for name, file in _find_files(find, weights).items()}
-    except Exception as error:  # huggingface_hub raises many kinds
-        raise UserError(f"model.name: the files of {path} cannot be read: {one_line(error)}") from None
-
-
-def _find_files(find: Callable[[str], Path | None], weights: str) -> dict[str, Path]:
-    """config.json and the weights files that transformers reads: one file, or an index and its shards."""
-    if find("adapter_config.json") is not None:
+    if (folder / "adapter_config.json").is_file():
         raise ValueError("transformers would add the adapter beside them (adapter_config.json) to the weights")
     names = [weights]
-    if find(weights) is None:
+    if not (folder / weights).is_file():
         weights = f"{weights}.index.json"
-    if weights.endswith(".index.json") and (index := find(weights)) is not None:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    files = {}
-    for name in ("config.json", *names):
-        file = find(name)
-        if file is None:
-            raise FileNotFoundError(f"{name} is missing, not cached, or not reachable; pickled weights are not read")
-        files[name] = file
-    return files
+    if weights.endswith(".index.json") and (folder / weights).is_file():
+        names = sorted(set(json.loads((folder / weights).read_bytes())["weight_map"].values()))
+    missing = [name for name in ("config.json", *names) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} is missing, not cached, or not reachable; pickled weights are not read")
+    return {name: _sha256(folder / name) for name in ("config.json", *names)}
 
 
 def _sha256(file: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import functools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -44,7 +43,8 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
     """
     if settings.peft_type not in PEFT_TYPES:
         raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported; supported: {', '.join(PEFT_TYPES)}")
-    options, problems = _parse_options(settings)
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(settings.peft_type)]
+    options, problems = _parse_options(settings, kind)
     problems += _find_unsupported(settings, options)
     if problems:
         raise UserError("\n".join(problems))
@@ -52,45 +52,27 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
         # without it, PEFT would fill it in on loading with modules that may not be targets
         options.setdefault("feedforward_modules", [])
     try:
-        kind = _config_class(settings.peft_type)
         return kind(task_type=peft.TaskType.SEQ_CLS, base_model_name_or_path=path, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"peft: {one_line(error)}") from None
 
 
-def _config_class(peft_type: str) -> type[peft.PeftConfig]:
-    return PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
-
-
-def _option_names(peft_type: str) -> set[str]:
-    return {item.name for item in dataclasses.fields(_config_class(peft_type))} - RESERVED_OPTIONS
-
-
-@functools.cache
-def _parser(peft_type: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(_config_class(peft_type), "peft")
-    return parser
-
-
-def _parse_options(settings: PeftConfig) -> tuple[dict[str, Any], list[str]]:
+def _parse_options(settings: PeftConfig, kind: type[peft.PeftConfig]) -> tuple[dict[str, Any], list[str]]:
     """Options with the types of PEFT's class, and a line for each that does not fit it."""
-    known = _option_names(settings.peft_type)
+    types = {item.name: item.type for item in dataclasses.fields(kind) if item.name not in RESERVED_OPTIONS}
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "peft")
     problems, options = [], {}
     for name, value in settings.options.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; nearest: peft.{near[0]}" if near else f"; it has {', '.join(sorted(known))}"
-            if any(name in _option_names(other) for other in PEFT_TYPES):  # perhaps from a recipe for another method
-                hint += f"; --peft.{name} null leaves it out"
-            problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}{hint}")
+        if name not in types:
+            (near,) = difflib.get_close_matches(name, types, n=1, cutoff=0)
+            hint = f"nearest: peft.{near}; --peft.{name} null leaves it out"  # perhaps a recipe's, for another method
+            problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}; {hint}")
             continue
         try:
-            parsed = _parser(settings.peft_type).parse_object({"peft": {name: value}})
-            options[name] = parsed["peft"][name]
+            options[name] = parser.parse_object({"peft": {name: value}})["peft"][name]
         except jsonargparse.ArgumentError:
-            kind = _config_class(settings.peft_type).__annotations__.get(name, "another type")
-            problems.append(f"peft.{name}: {value!r} does not fit; PEFT takes {kind}")
+            problems.append(f"peft.{name}: {value!r} does not fit; PEFT takes {types[name]}")
     return options, problems
 
 
@@ -121,37 +103,30 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
     extra = {*head, *inside, *(config.modules_to_save or [])} - {"classifier", "score"}  # type: ignore[attr-defined]
     config.modules_to_save = sorted(extra) or None  # type: ignore[attr-defined]
     try:
-        _refuse_empty_targets(model, getattr(config, "target_modules", None))
         return peft.get_peft_model(model, config)
-    except UserError:
-        raise
     except re.error as error:
         raise UserError(f"peft: {error.pattern!r} is not a regular expression: {error}") from None
     except Exception as error:  # its methods raise many kinds at modules that they do not support
-        if "No modules were targeted" in str(error) or "not found in the base model" in str(error):
+        reason = f"{type(error).__name__}: {error}"  # StopIteration: of a module without parameters
+        if any(part in reason for part in ("No modules were targeted", "not found in the base model", "StopIteration")):
             raise UserError(
-                f"peft.target_modules: no module gets an adapter; choose from {_linear_layers(model)}. The head "
-                "trains whole, and peft.exclude_modules and peft.layers_to_transform leave modules out"
+                "peft.target_modules: no module gets an adapter, or one without parameters does; choose from "
+                f"{_linear_layers(model)}. The head trains whole, and peft.exclude_modules and "
+                "peft.layers_to_transform leave modules out"
             ) from None
         raise UserError(f"peft: {one_line(error)}") from None
-
-
-def _refuse_empty_targets(model: nn.Module, targets: Any) -> None:
-    is_regex = isinstance(targets, str)
-    wanted = [targets] if is_regex else targets or []
-    for name, module in model.named_modules():
-        is_empty = not any(True for _ in module.parameters())
-        if is_empty and any(_matches("target_modules", target, name, is_regex) for target in wanted):
-            raise UserError(f"peft.target_modules: {name} has no parameters; choose from {_linear_layers(model)}")
 
 
 def check_effects(model: PeftModel, settings: PeftConfig) -> None:
     """Refuses options that name modules, parameters or layers to no effect; PEFT ignores them."""
     tuner: Any = model.base_model
     modules: dict[str, Any] = {path_in_model(name): module for name, module in model.named_modules()}
-    layers: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
-    adapted = [name for name, module in layers.items() if any(p.requires_grad for p in module.parameters())]
-    saved_whole = [n for n, m in modules.items() if isinstance(m, ModulesToSaveWrapper)]
+    adapted = [
+        name
+        for name, module in modules.items()
+        if any(p.requires_grad for p in module.parameters()) and isinstance(module, BaseTunerLayer)
+    ]
+    saved_whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
     names_by_option: dict[str, Iterable[str]] = {
         "target_modules": adapted, "rank_pattern": adapted, "alpha_pattern": adapted, "layers_to_transform": adapted,
         "target_parameters": tuner.targeted_parameter_names, "modules_to_save": saved_whole,
@@ -210,13 +185,14 @@ def check_parameter_budget(model: PeftModel, settings: PeftConfig) -> None:
         return
     lines = [f"peft.max_trainable_parameters: {trainable:,} parameters would train, the budget is {budget:,}:"]
     lines += [f"{row['trainable']:>12,}  {row['module']}" for row in parameter_table(model) if row["trainable"]]
-    rank = settings.options.get("r", getattr(model.peft_config["default"], "r", None))
-    if settings.peft_type == "LORA" and isinstance(rank, int):
+    if settings.peft_type == "LORA":
         adapter = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n)
-        largest = (budget - (trainable - adapter)) * rank // adapter if adapter else 0
+        head = trainable - adapter
+        config: Any = model.peft_config["default"]
+        rank = (budget - head) * config.r // max(1, adapter)
         lines.append(
-            f"largest rank that fits: --peft.r {largest}"
-            if largest >= 1
-            else f"no rank fits: the head alone has {trainable - adapter:,}; choose a smaller backbone"
+            f"largest rank that fits: --peft.r {rank}"
+            if rank >= 1
+            else f"no rank fits: the head alone has {head:,}; choose a smaller backbone"
         )
     raise UserError("\n".join(lines))

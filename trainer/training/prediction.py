@@ -72,7 +72,7 @@ def _score(
 ) -> tuple[np.ndarray, bool]:
     """Scores the examples on all processes; returns the logits [N, C], and whether this is the main process."""
     precision = choose_precision(options.precision)
-    same = {"the input": examples.fingerprint(), "the backbone": backbone.fingerprint}
+    same = {"the input": examples.fingerprint(), "the backbone": backbone.identity.fingerprint}
     with join_processes(precision, same) as (accelerator, _):
         model = load_trained_model(backbone, Path(options.run) / "adapter", COMPUTE_TYPES[options.precision])
         model.to(accelerator.device)

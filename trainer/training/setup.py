@@ -69,7 +69,7 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     }
     fingerprints = {
         "draw format": DRAW_FORMAT,
-        "backbone": backbone.fingerprint,
+        "backbone": backbone.identity.fingerprint,
         **{f"{name} split": split.fingerprint() for name, split in examples.items()},
         **({"adapter to start from": start.fingerprint()} if start is not None else {}),
     }

@@ -185,10 +185,10 @@ def test_the_cards_lines_are_python(path, pairs):
 
 
 def test_ranks_compare_what_the_identity_holds(hub, folder):
-    prints = [find_backbone(ModelConfig(name="acme/tiny", revision=COMMIT), LABELS).fingerprint]
-    prints.append(find_backbone(ModelConfig(name=str(folder)), LABELS).fingerprint)
+    prints = [find_backbone(ModelConfig(name="acme/tiny", revision=COMMIT), LABELS).identity.fingerprint]
+    prints.append(find_backbone(ModelConfig(name=str(folder)), LABELS).identity.fingerprint)
     flip(folder / "model.safetensors")
-    prints.append(find_backbone(ModelConfig(name=str(folder)), LABELS).fingerprint)
+    prints.append(find_backbone(ModelConfig(name=str(folder)), LABELS).identity.fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
