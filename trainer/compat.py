@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 import resource
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,6 @@ def has_fast_bf16() -> bool:
 def gradient_norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """The 2-norm of each tensor, in one kernel on a GPU (torch 2.11, 2.13)."""
     return list(torch._foreach_norm(gradients))
-
-
-def skip_if(condition: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer's next step change nothing if `condition`, bool [], holds (torch 2.11, 2.13).
-
-    The device decides, so the host does not wait. torch's GradScaler skips a step by the same attribute.
-    """
-    optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
 
 
 def softmax_backward(gradient: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -132,21 +124,6 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """The array on the device. The host does not wait until a GPU has copied it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def on_host(tensor: torch.Tensor) -> Callable[[], list[float]]:
-    """A function that returns the numbers [n]. It waits for a GPU when called, and only for these numbers."""
-    if tensor.device.type != "cuda":
-        return tensor.tolist
-    copy, copied = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
-    copied.record()
-
-    def numbers() -> list[float]:
-        copied.synchronize()
-        found: list[float] = copy.tolist()
-        return found
-
-    return numbers
 
 
 def peak_memory_bytes(device: torch.device) -> int:

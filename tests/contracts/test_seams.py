@@ -199,19 +199,10 @@ class Signs(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        keep = 1 - getattr(self, "found_inf", torch.tensor(0.0))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter -= keep * group["lr"] * parameter.grad.sign()
-
-
-class Unskippable(Signs):
-    """The same, but it applies a step that must be skipped."""
-
-    def step(self, closure=None):
-        self.found_inf = torch.tensor(0.0)
-        super().step()
+                    parameter -= group["lr"] * parameter.grad.sign()
 
 
 def test_an_optimizer_and_a_schedule(train, monkeypatch):
@@ -226,12 +217,6 @@ def test_an_optimizer_and_a_schedule(train, monkeypatch):
         if "lora_B" in name:  # it begins at 0
             steps = tensor / (RATE / 4)
             assert np.array_equal(steps, steps.round()) and 0 < np.abs(tensor).max() <= farthest, name
-
-
-def test_an_optimizer_that_cannot_skip_a_step_is_refused(train, monkeypatch):
-    monkeypatch.setitem(OPTIMIZERS, "unskippable", lambda groups, config: Unskippable(groups))
-    with pytest.raises(UserError, match=r"optim\.name: unskippable is not supported"):
-        train(optim={"name": "unskippable"})
 
 
 # --- a family for the forward without padding ---

@@ -11,7 +11,7 @@ from tests.harness.commands import changed, command, on_ranks
 from tests.harness.runs import assert_each_once, checkpoints, distance, trained_ids
 from trainer.training.checkpoint import read_checkpoint
 
-LESS, AHEAD = ("no_figures",), ("in_flight", 2)
+LESS = ("no_figures",)
 SETTINGS = {"optim__learning_rate": "1e-3", "checkpoint__every_steps": 4, "tracking__every_steps": 1}
 BUDGET = 100  # as configured in fixtures.py
 ABOVE = 60  # the longest example has less, the largest micro-batch of every step more
@@ -38,7 +38,6 @@ def _short(small, tmp_path_factory):
     place = tmp_path_factory.mktemp("short")
     points = [
         LESS,
-        AHEAD,
         ("log_ids", str(place / "ids-0")),
         ("out_of_memory", ABOVE),
         ("at_call", "apply_gradient", 7),
@@ -84,7 +83,7 @@ def test_a_smaller_budget_is_kept_by_a_continuation(short, expected):
     (saved,) = checkpoints(folder)
     assert saved_budget(saved) == int(budget)
 
-    ended = command("run", arguments, [LESS, AHEAD, ("log_ids", str(place / "ids-1"))])
+    ended = command("run", arguments, [LESS, ("log_ids", str(place / "ids-1"))])
     assert ended.code == 0, ended.stderr
     assert "continuing after step 4 of 12" in ended.stderr
     assert "out of memory" not in ended.stderr
@@ -105,11 +104,11 @@ def test_another_configured_budget_is_tried(short, expected):
     assert distance(folder, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(("where", "hit", "ahead"), [("forward", (0, 1), 1), ("backward", (1,), 2)])
-def test_on_two_ranks(where, hit, ahead, small, expected, tmp_path):
+@pytest.mark.parametrize(("where", "hit"), [("forward", (0, 1)), ("backward", (1,))])
+def test_on_two_ranks(where, hit, small, expected, tmp_path):
     arguments, log = changed(small, run__output_dir=tmp_path), ("log_ids", str(tmp_path / "ids"))
     short = {rank: [("out_of_memory", ABOVE, where)] for rank in hit}
-    ranks = on_ranks(2, arguments, [LESS, ("in_flight", ahead), log], short)
+    ranks = on_ranks(2, arguments, [LESS, log], short)
     step, budget = assert_went_on(tmp_path / "run", ranks, expected)
     assert budgets(tmp_path / "run") == {number: budget if number > step else BUDGET for number in range(1, 13)}
     assert_each_once(trained_ids([tmp_path / "ids"]), tmp_path / "run")

@@ -284,21 +284,14 @@ def out_of_memory(above, where="forward"):
         replace(work, ending)
 
 
-def in_flight(number):
-    """As many steps are asked for before the first is known, as on a GPU."""
-    from trainer.training import loop
-
-    loop.STEPS_IN_FLIGHT["cpu"] = number
-
-
 def forget_an_example(step):
     """One example of this step does not train."""
 
     def around(train_step):
-        def forgetful(run, number, micro_batches, *others):
+        def forgetful(run, number, micro_batches):
             if number == step:
                 micro_batches[0].weights[0] = 0
-            return train_step(run, number, micro_batches, *others)
+            return train_step(run, number, micro_batches)
 
         return forgetful
 

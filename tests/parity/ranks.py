@@ -1,9 +1,7 @@
 """What each rank does in the parity tests: it trains with a run that is built from a command line."""
 
 import dataclasses
-import itertools
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +62,7 @@ def gradients(arguments, cases, wrong=None, precision=None):
     """
     import torch
 
-    from trainer.training.step import read_result, train_step
+    from trainer.training.step import train_step
 
     run = build(arguments, double=precision is None, precision=precision or "no")
     before = [parameter.detach().clone() for parameter in run.learner.parameters.values()]
@@ -82,7 +80,7 @@ def gradients(arguments, cases, wrong=None, precision=None):
         sizes = [len(part.ids) if part.weights.any() else 0 for part in parts]
         if wrong == "mean of means":
             parts = weigh_parts_alike(now, step, parts)
-        result = read_result(now, train_step(now, step, parts))
+        result = train_step(now, step, parts)
         subtracted = [old - new.detach() for old, new in zip(before, run.learner.parameters.values(), strict=True)]
         with torch.no_grad():
             for old, new in zip(before, run.learner.parameters.values(), strict=True):
@@ -127,91 +125,28 @@ def token_rows(run, ids):
     return [examples.tokens[examples.offsets[i] : examples.offsets[i + 1]].tolist() for i in ids]
 
 
-def fitted(arguments, short_ranks, above):
-    """The token budget that is found where memory of these ranks holds `above` tokens, and what was tried on this one.
-
-    Or the message, where nothing holds.
-    """
-    import torch
-
-    from trainer.errors import UserError
-    from trainer.training import loop
-    from trainer.training.memory import fit_token_budget
-    from trainer.training.state import TrainState
-
-    run = build(arguments)
-    steps, right = [], loop.train_step
-    run = dataclasses.replace(run, total_steps=1)
-    tried, backward = [], run.learner.accelerator.backward
-    collate = type(run.learner.forward).collate
-    torch.manual_seed(5)
-    before = torch.random.get_rng_state()
-
-    def noting(*given):
-        batch = collate(*given)
-        tried.append(sorted(batch.lengths.tolist()))
-        return batch
-
-    def running_out(loss):
-        backward(loss)
-        if run.learner.accelerator.process_index in short_ranks and sum(tried[-1]) > above:
-            raise torch.OutOfMemoryError
-
-    def first_step(*given):
-        assert all(parameter.grad is None for parameter in run.learner.parameters.values())
-        assert torch.equal(torch.random.get_rng_state(), before)
-        steps.append(len(tried))
-        return right(*given)
-
-    type(run.learner.forward).collate = noting
-    run.learner.accelerator.backward, loop.train_step = running_out, first_step
-    try:
-        state, _ = loop.train(run, fit_token_budget(run, TrainState()), None)
-    except UserError as error:
-        return str(error), tried
-    finally:
-        type(run.learner.forward).collate, loop.train_step = collate, right
-    assert state.step == len(steps) == 1, "memory ran out in the first step"
-    return (
-        state.max_tokens,
-        tried[: steps[0]],
-        sorted(run.inputs.examples["train"].lengths.tolist())[-run.plan.batch_size :],
-    )
+# --- steps that fail --------------------------------------------------------------------------------------------------
 
 
-# --- steps in flight --------------------------------------------------------------------------------------------------
-
-
-def flights(arguments, fault=None, hit=0, told=True, scaled=False):
-    """Two steps, the second asked for while the first is in flight; if the first fails, both are asked for again.
-
-    Args:
-        arguments: command line of the run.
-        fault: of the first step on rank `hit`: its "memory" runs out, a "loss" or a "gradient" is not finite.
-        hit: see fault.
-        told: the second step knows of the first.
-        scaled: with a fp16 scaler.
+def broken_step(arguments, fault, hit, scaled=False):
+    """One step with a fault on rank `hit`: its "memory" runs out, a "loss" or a "gradient" is not finite.
 
     Returns:
-        for each attempt what the first step gave, or the message; all parameters and all of the optimizer's state, or
-        0 where it has none yet. First those before any.
+        the result of the step, or the message; all parameters before and after; all of the optimizer's state after.
     """
     import torch
 
     from trainer.errors import UserError
     from trainer.training.optim import set_learning_rate
-    from trainer.training.step import read_result, train_step
+    from trainer.training.step import train_step
 
     run = build(arguments)
-    if scaled:
-        run = with_scaler(run, 64.0)
+    run = with_scaler(run, 64.0) if scaled else run
     rank, world_size = run.learner.accelerator.process_index, run.learner.accelerator.num_processes
     backward, optimizer = run.learner.accelerator.backward, run.learner.optimizer.optimizer
+    parameters, parts = list(run.learner.parameters.values()), run.plan.micro_batches(0, rank, world_size)
     set_learning_rate(optimizer, 0.1)
-
-    def everything():
-        states = [torch.cat([s.flatten() for s in optimizer.state[p].values()] or [torch.zeros(1)]) for p in parameters]
-        return torch.cat([p.detach().flatten() for p in parameters]).numpy(), torch.cat(states).numpy()
+    before = torch.cat([parameter.detach().flatten() for parameter in parameters]).numpy()
 
     def faulty(loss):
         backward(loss)
@@ -219,35 +154,18 @@ def flights(arguments, fault=None, hit=0, told=True, scaled=False):
             raise torch.OutOfMemoryError
         parameters[0].grad[0] = float("nan")
 
-    def asked_for(step, *before):
-        parts = run.plan.micro_batches(step, rank, world_size)
-        if step == 0 and fault and rank == hit:
-            if fault == "loss":
-                parts[0].weights[:] = float("inf")
-            else:
-                run.learner.accelerator.backward = faulty
-        try:
-            return train_step(run, step, parts, *before)
-        finally:
-            run.learner.accelerator.backward = backward
-
-    parameters = list(run.learner.parameters.values())
-    found = [(None, *everything())]
-    while len(found) < 2 or fault:
-        if len(found) > 1:
-            fault = None
-        first = asked_for(0)
-        second = asked_for(1, *[first] * told)
-        try:
-            gave = read_result(run, first)
-        except UserError as error:
-            gave = str(error)
-        if not fault:
-            read_result(run, second)
-        found.append((gave, *everything()))
-        if scaled:
-            assert run.learner.accelerator.scaler.get_scale() == 64
-    return found
+    if rank == hit and fault == "loss":
+        parts[0].weights[:] = float("inf")
+    elif rank == hit:
+        run.learner.accelerator.backward = faulty
+    try:
+        result = train_step(run, 0, parts)
+    except UserError as error:
+        result = str(error)
+    assert not scaled or run.learner.accelerator.scaler.get_scale() == 64
+    state = [tensor.flatten() for values in optimizer.state.values() for tensor in values.values()]
+    after = torch.cat([parameter.detach().flatten() for parameter in parameters]).numpy()
+    return result, before, after, torch.cat([torch.zeros(1), *state]).numpy()
 
 
 def with_scaler(run, scale):
@@ -265,66 +183,38 @@ def with_scaler(run, scale):
     return run
 
 
-def looped(arguments, hit=None, in_flight=1):
+def retried_step(arguments, hit=None):
     """The first steps by the real loop; in the first try of the first one memory runs out on rank `hit`.
 
     Returns:
-        all parameters, and the steps of which micro-batches were tried, one after another.
+        all parameters, and the number of each step that was tried.
     """
     import torch
 
     from trainer.training import loop
     from trainer.training.state import TrainState
 
-    run = build(arguments)
-    run = dataclasses.replace(run, total_steps=3)
-    loop.STEPS_IN_FLIGHT["cpu"], right, backward = in_flight, loop.train_step, run.learner.accelerator.backward
-    steps, tried = [], []
+    run = dataclasses.replace(build(arguments), total_steps=3)
+    right, backward, steps, computed = loop.train_step, run.learner.accelerator.backward, [], []
 
     def noting(run, step, *others):
         steps.append(step)
         return right(run, step, *others)
 
     def running_out(loss):
-        tried.append(steps[-1])
+        computed.append(steps[-1])
         backward(loss)
-        if len(tried) == 1 and run.learner.accelerator.process_index == hit:
+        if len(computed) == 1 and run.learner.accelerator.process_index == hit:
             raise torch.OutOfMemoryError
 
     loop.train_step, run.learner.accelerator.backward = noting, running_out
     loop.train(run, TrainState(), None)
-    return torch.cat([parameter.detach().flatten() for parameter in run.learner.parameters.values()]).numpy(), [
-        step for step, _ in itertools.groupby(tried)
-    ]
-
-
-def stopped(arguments, in_flight):
-    """A signal in step 1, and behind it a step whose loss is not finite: the steps that are saved, and how it ends."""
-    from trainer.training import loop
-    from trainer.training.state import TrainState
-
-    run, saved, right = build(arguments), [], loop.train_step
-
-    def breaking(run, step, parts, *before):
-        if step == 1:
-            run.stop.signal = signal.SIGTERM
-        if step == 2:
-            parts[0].weights[:] = float("inf")
-        return right(run, step, parts, *before)
-
-    loop.STEPS_IN_FLIGHT["cpu"], loop.train_step = in_flight, breaking
-    loop.save_checkpoint = lambda run, state, best: saved.append(state.step)
-    try:
-        loop.train(run, TrainState(), None)
-    except Exception as error:
-        return saved, type(error).__name__
+    return torch.cat([parameter.detach().flatten() for parameter in run.learner.parameters.values()]).numpy(), steps
 
 
 def reads(arguments):
-    """How often the host reads a tensor while it enqueues two steps, and while it asks whether one is void.
-
-    On a GPU the host would wait for each of them.
-    """
+    """How often the host reads one number or all of a tensor in a step."""
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from trainer.training.step import train_step
@@ -336,25 +226,28 @@ def reads(arguments):
             self.number += function.overloadpacket.__name__ == "_local_scalar_dense"
             return function(*arguments, **(settings or {}))
 
-    run = build(arguments)
-    with Reads() as enqueued:
-        first = train_step(run, 0, run.plan.micro_batches(0, 0, 1))
-        train_step(run, 1, run.plan.micro_batches(1, 0, 1), first)
-    with Reads() as asking:
-        assert not bool(first.blocks_next)
-    return enqueued.number, asking.number
+    def read(tensor):
+        nonlocal whole
+        whole += 1
+        return plain(tensor)
+
+    run, whole, plain = build(arguments), 0, torch.Tensor.tolist
+    torch.Tensor.tolist = read
+    with Reads() as single:
+        train_step(run, 0, run.plan.micro_batches(0, 0, 1))
+    torch.Tensor.tolist = plain
+    return whole + single.number
 
 
 # --- a whole run, and scoring -----------------------------------------------------------------------------------------
 
 
-def whole_run(arguments, wrong=None, in_flight=None):
+def whole_run(arguments, wrong=None):
     """Trains from start to end with the real loop.
 
     Args:
         arguments: command line of the run.
         wrong: a mistake to make: "mean of means", or dropout keyed by "rank".
-        in_flight: as `loop.STEPS_IN_FLIGHT`.
 
     Returns:
         adapter, lines of metrics.jsonl, number of first micro-batches.
@@ -365,14 +258,11 @@ def whole_run(arguments, wrong=None, in_flight=None):
     from trainer.training import loop, state
 
     run = build(arguments)
-    loop.STEPS_IN_FLIGHT["cpu"] = in_flight or 1
     before = adapter_tensors(run.learner.model)
-    right, num_behind = loop.train_step, 0
+    right = loop.train_step
 
-    def train_step(run, step, parts, before):
-        nonlocal num_behind
-        num_behind += before is not None
-        return right(run, step, weigh_parts_alike(run, step, parts) if wrong == "mean of means" else parts, before)
+    def train_step(run, step, parts):
+        return right(run, step, weigh_parts_alike(run, step, parts) if wrong == "mean of means" else parts)
 
     loop.train_step = train_step
     if wrong == "rank":
@@ -386,7 +276,6 @@ def whole_run(arguments, wrong=None, in_flight=None):
     lines = (run.folder / "metrics.jsonl").read_text() if run.learner.accelerator.is_main_process else ""
     number = len(run.plan.micro_batches(0, 0, run.learner.accelerator.num_processes))
     adapter = {name: tensor.numpy() for name, tensor in best.items()}
-    assert (num_behind > 0) == (in_flight is not None), "steps asked for while another is in flight"
     return adapter, [json.loads(line) for line in lines.splitlines()], number
 
 
@@ -486,13 +375,13 @@ def scaled_steps(arguments, scale):
     import torch
 
     from trainer.training.optim import set_learning_rate
-    from trainer.training.step import read_result, train_step
+    from trainer.training.step import train_step
 
     def step(run):
         before = torch.cat([parameter.detach().flatten() for parameter in run.learner.parameters.values()])
         parts = run.plan.micro_batches(0, run.learner.accelerator.process_index, run.learner.accelerator.num_processes)
         set_learning_rate(run.learner.optimizer, 0.1)
-        result = read_result(run, train_step(run, 0, parts))
+        result = train_step(run, 0, parts)
         after = torch.cat([parameter.detach().flatten() for parameter in run.learner.parameters.values()])
         scaler = run.learner.accelerator.scaler
         return {

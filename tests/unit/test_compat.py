@@ -5,9 +5,7 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from trainer.compat import on_host
 from trainer.distributed.environment import set_environment
 
 SCRIPT = """
@@ -48,7 +46,7 @@ def test_freed_memory_is_not_asked_for_again():
 PRODUCTS = """
 import ctypes, sys
 from trainer.distributed.environment import set_environment
-from trainer.compat import on_host
+import trainer.compat
 
 if sys.argv[1] == "set":
     set_environment()
@@ -90,33 +88,3 @@ def test_the_environment_a_user_has_set_stays(monkeypatch):
     monkeypatch.setattr(os, "environ", environment := {"LRU_CACHE_CAPACITY": "7"})
     set_environment()
     assert environment["LRU_CACHE_CAPACITY"] == "7" and environment["THP_MEM_ALLOC_ENABLE"] == "1"
-
-
-def test_numbers_are_read_when_they_have_come(monkeypatch):
-    """Else a GPU would be waited for too soon, or what is read would not be there yet."""
-    did = []
-
-    class Event:
-        def record(self):
-            did.append("recorded")
-
-        def synchronize(self):
-            did.append("waited")
-
-    class Numbers:
-        device = torch.device("cuda")
-
-        def to(self, device, non_blocking):
-            assert (device, non_blocking) == ("cpu", True)
-            did.append("sent")
-            return self
-
-        def tolist(self):
-            did.append("read")
-            return [1.0]
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    read = on_host(Numbers())
-    assert did == ["sent", "recorded"]
-    assert read() == [1.0]
-    assert did == ["sent", "recorded", "waited", "read"]

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
 
 import torch
 
 from trainer.compat import peak_memory_bytes
 from trainer.model.adapter import adapter_tensors
 from trainer.training.checkpoint import save_checkpoint
-from trainer.training.memory import current_plan, fit_token_budget, has_open_budget, shrink_token_budget
+from trainer.training.memory import current_plan, shrink_token_budget
 from trainer.training.optim import learning_rate, set_learning_rate
 from trainer.training.records import Run
 from trainer.training.scoring import Stopped, evaluate
 from trainer.training.state import Tally, TrainState
-from trainer.training.step import EnqueuedStep, StepResult, read_result, train_step
-
-STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
-"""steps enqueued before the first one's result is read: so a GPU never waits for the host"""
+from trainer.training.step import StepResult, train_step
 
 
 def train(
@@ -39,10 +35,8 @@ def train(
         Stopped: a signal came; the state is saved.
         UserError: a loss or gradient is not finite, or a checkpoint cannot be written.
     """
-    accelerator, queue, signal = run.learner.accelerator, deque[EnqueuedStep](), 0
-    saved = (state.step, state.evaluated_step)
-    if state.step == 0 and has_open_budget(run):
-        state = fit_token_budget(run, state)
+    rank, world_size = run.learner.accelerator.process_index, run.learner.accelerator.num_processes
+    signal, saved = 0, (state.step, state.evaluated_step)
     while True:
         if not signal and is_evaluation_due(run, state):
             try:
@@ -57,31 +51,17 @@ def train(
             raise Stopped(signal, state.step)
         if is_last:
             return state, best if best is not None else adapter_tensors(run.learner.model)
-        end, read_at = next_due_step(run, state), time.perf_counter()
-        while state.step < end and not signal:
-            plan = current_plan(run, state)
-            while len(queue) < STEPS_IN_FLIGHT[accelerator.device.type] and (step := state.step + len(queue)) < end:
-                set_learning_rate(run.learner.optimizer, learning_rate(run.learner.optim_config, step, run.total_steps))
-                micro_batches = plan.micro_batches(step, accelerator.process_index, accelerator.num_processes)
-                queue.append(train_step(run, step, micro_batches, queue[-1] if queue else None))
-            result = read_result(run, queue.popleft())
-            signal = result.stop
-            if signal or result.out_of_memory:
-                discard(queue)
-            if result.out_of_memory:  # the same step follows, in smaller micro-batches
-                state, read_at = shrink_token_budget(run, state, plan), time.perf_counter()
-                continue
-            read_before, read_at = read_at, time.perf_counter()
-            state = count_step(run, state, result, read_at - read_before)
-            log_step(run, state, result)
-            state = reset_tallies(run, state)
-
-
-def discard(queue: deque[EnqueuedStep]) -> None:
-    """Waits for the enqueued steps, which change nothing, and forgets them."""
-    if queue:
-        queue[-1].numbers()
-    queue.clear()
+        plan, started = current_plan(run, state), time.perf_counter()
+        rate = learning_rate(run.learner.optim_config, state.step, run.total_steps)
+        set_learning_rate(run.learner.optimizer, rate)
+        result = train_step(run, state.step, plan.micro_batches(state.step, rank, world_size))
+        signal = result.stop
+        if result.out_of_memory:  # the same step follows, in smaller micro-batches
+            state = shrink_token_budget(run, state, plan)
+            continue
+        state = count_step(run, state, result, time.perf_counter() - started)
+        log_step(run, state, result, rate)
+        state = reset_tallies(run, state)
 
 
 def is_evaluation_due(run: Run, state: TrainState) -> bool:
@@ -98,18 +78,6 @@ def is_save_due(run: Run, state: TrainState) -> bool:
 def is_due(run: Run, every_steps: int | None, step: int) -> bool:
     """Whether `step` is a multiple of `every_steps`, or of the steps of an epoch if that is None."""
     return step > 0 and step % (every_steps or run.plan.steps_per_epoch) == 0
-
-
-def is_epoch_end(run: Run, step: int) -> bool:
-    """Whether `step` steps are whole epochs."""
-    return is_due(run, None, step)
-
-
-def next_due_step(run: Run, state: TrainState) -> int:
-    """The next step after which an evaluation or a checkpoint may be due, or the training ends."""
-    every = (run.config.evaluation.every_steps, run.config.checkpoint.every_steps)
-    spans = [steps or run.plan.steps_per_epoch for steps in every]
-    return min(run.total_steps, *(span * (state.step // span + 1) for span in spans))
 
 
 def count_step(run: Run, state: TrainState, result: StepResult, seconds: float) -> TrainState:
@@ -132,10 +100,9 @@ def count_step(run: Run, state: TrainState, result: StepResult, seconds: float) 
     )
 
 
-def log_step(run: Run, state: TrainState, result: StepResult) -> None:
-    """Moves the progress bar; writes the values of a log point and of a finished epoch."""
+def log_step(run: Run, state: TrainState, result: StepResult, rate: float) -> None:
+    """Moves the progress bar; writes the values of a log point and of a finished epoch; `rate` is the step's."""
     epoch, window, log = state.step / run.plan.steps_per_epoch, state.window, run.log
-    rate = learning_rate(run.learner.optim_config, state.step - 1, run.total_steps)
     per_second = window.examples / window.seconds
     log.advance_bar(1, loss=f"{result.loss:.3f}", lr=f"{rate:.1e}", examples=f"{per_second:.0f}/s")
     if is_due(run, run.config.tracking.every_steps, state.step):
@@ -152,7 +119,7 @@ def log_step(run: Run, state: TrainState, result: StepResult) -> None:
         if result.loss_scale is not None:
             values["train/loss_scale"] = result.loss_scale
         log.log_scalars(values, state.step, epoch)
-    if is_epoch_end(run, state.step):
+    if is_due(run, None, state.step):
         log.log_scalars({"train/epoch_loss": state.epoch.loss / state.epoch.steps}, state.step, epoch)
 
 
@@ -160,6 +127,6 @@ def reset_tallies(run: Run, state: TrainState) -> TrainState:
     """Starts new tallies after a log point and after an epoch."""
     if is_due(run, run.config.tracking.every_steps, state.step):
         state = dataclasses.replace(state, window=Tally())
-    if is_epoch_end(run, state.step):
+    if is_due(run, None, state.step):
         state = dataclasses.replace(state, epoch=Tally())
     return state

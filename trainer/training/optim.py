@@ -1,24 +1,20 @@
 """Optimizers and schedules, a table each, and the learning rate as a pure function of the step.
 
-Always holds: the learning rate depends on (config, step, total steps) alone, so a checkpoint holds no scheduler. An
-optimizer leaves parameters and state alone in a step that must be skipped; `build_optimizer` tries that. Biases and
-norms have no weight decay, as in BERT (Devlin et al., 2019).
+Always holds: the learning rate depends on (config, step, total steps) alone, so a checkpoint holds no scheduler. Biases
+and norms have no weight decay, as in BERT (Devlin et al., 2019).
 
 To add an optimizer or a schedule: one entry in its table, and its name in `OptimConfig` of config/schema.py.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from trainer.compat import skip_if
 from trainer.config.schema import OptimConfig
-from trainer.errors import UserError
 
 ParameterGroups = list[dict[str, Any]]
 
@@ -27,7 +23,7 @@ OPTIMIZERS: dict[str, Callable[[ParameterGroups, OptimConfig], torch.optim.Optim
     "adam": lambda groups, config: torch.optim.Adam(groups, betas=config.betas, eps=config.eps, fused=True),
     "sgd": lambda groups, config: torch.optim.SGD(groups, fused=True),
 }
-"""Each takes groups with `params`, `lr` and `weight_decay`. Its step must honor `skip_if`, as torch's fused ones do."""
+"""Each takes groups with `params`, `lr` and `weight_decay`."""
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
@@ -60,9 +56,6 @@ def build_optimizer(
 
     Returns:
         the optimizer, and the parameters by name in the order of its state: checkpoints name the state by them.
-
-    Raises:
-        UserError: the optimizer cannot skip a step.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     decayed = [(name, parameter) for name, parameter in trained if parameter.ndim >= 2]
@@ -72,12 +65,6 @@ def build_optimizer(
         for part, decay in ((decayed, config.weight_decay), (others, 0.0))
         if part
     ]
-    if not _can_skip(config, trained[0][1].device):
-        known = ", ".join(name for name in OPTIMIZERS if name != config.name)
-        raise UserError(
-            f"optim.name: {config.name} is not supported: it applies a step that must be skipped (found_inf). "
-            f"Use one of {known}"
-        )
     return OPTIMIZERS[config.name](groups, config), dict(decayed + others)
 
 
@@ -85,24 +72,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Sets the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-def _can_skip(config: OptimConfig, device: torch.device) -> bool:
-    """Tries whether a skipped step of the optimizer leaves a parameter and its state as they are."""
-    parameter = torch.nn.Parameter(torch.ones(2, device=device))
-    optimizer = OPTIMIZERS[config.name]([{"params": [parameter], "weight_decay": 0.1, "lr": 0.1}], config)
-    parameter.grad = torch.ones_like(parameter)
-    before: list[torch.Tensor] = []
-    for skip in (False, True):  # the first step makes the state
-        before = [parameter.detach().clone(), *copy.deepcopy(_state_tensors(optimizer))]
-        skip_if(torch.tensor(skip, device=device), optimizer)
-        try:
-            optimizer.step()
-        except AssertionError:  # torch's optimizers that are not fused assert that there is no found_inf
-            return False
-    after = [parameter.detach(), *_state_tensors(optimizer)]
-    return len(before) == len(after) and all(map(torch.equal, before, after))
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [torch.as_tensor(value) for state in optimizer.state.values() for value in state.values()]

@@ -1,13 +1,12 @@
 """One optimizer step: the only module with `backward` and `optimizer.step`.
 
 Always holds: a step is a function of (configuration, data, step) and of the state (adapter, optimizer, scaler). The
-loss is the weighted mean over the global batch, computed here from logits. The host enqueues a step and waits for
-nothing (fp16's scale aside): the device decides whether the step counts.
+loss is the weighted mean over the global batch, computed here from logits. A step is applied only if no rank ran out
+of memory and every loss and gradient is finite. The host reads the device once a step (twice with fp16's scale).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,33 +16,12 @@ from accelerate.utils import gather_object
 
 from trainer.batching.collate import Batch
 from trainer.batching.plan import MicroBatch
-from trainer.compat import gradient_norms, on_device, on_host, skip_if
+from trainer.compat import gradient_norms, on_device
 from trainer.data.tokens import Examples
 from trainer.distributed.session import STOP_SIGNALS
 from trainer.errors import UserError
 from trainer.tasks import Task
 from trainer.training.records import Learner, Run
-
-
-@dataclass(frozen=True)
-class EnqueuedStep:
-    """An optimizer step that the device may not have finished; `read_result` waits for it."""
-
-    step: int
-    ids: np.ndarray
-    """examples on this rank"""
-    blocks_next: torch.Tensor
-    """whether the next step must change nothing: this one was skipped, or a rank received a signal; bool []"""
-    out_of_memory: bool
-    """memory ran out on this rank, here or in the step before"""
-    numbers: Callable[[], list[float]]
-    """waits for the device; the sums over all ranks, then the gradient norm"""
-    is_broken: torch.Tensor
-    """which losses on this rank are not finite, bool"""
-    norms: torch.Tensor
-    """of each parameter's gradient, [P]"""
-    loss_scale: float | None
-    """fp16 only"""
 
 
 @dataclass(frozen=True)
@@ -62,30 +40,28 @@ class StepResult:
     """memory ran out on some rank, so nothing was applied"""
 
 
-def train_step(
-    run: Run, step: int, micro_batches: list[MicroBatch], previous: EnqueuedStep | None = None
-) -> EnqueuedStep:
-    """Enqueues one optimizer step on this rank's share of the global batch.
+def train_step(run: Run, step: int, micro_batches: list[MicroBatch]) -> StepResult:
+    """Takes one optimizer step with this rank's share of the global batch.
 
     Each rank adds up the gradients of its micro-batches. Then a few numbers and one adapter-sized tensor are summed
     over all ranks. A rank that ran out of memory takes part too, so no rank waits for another. All ranks learn from
-    the sums whether the step counts.
+    the sums whether to apply the gradient.
 
     Args:
         run: its learner is updated.
         step: number of the step, counted from 0.
         micro_batches: this rank's share.
-        previous: the step before, if it is still in flight.
 
     Raises:
-        UserError: a parameter without a gradient, or memory ran out and the weights are sharded.
+        UserError: a loss or gradient is not finite (names step and rows), a parameter has no gradient, or memory ran
+            out and the weights are sharded. Nothing of this step was applied.
     """
     learner, total_weight = run.learner, run.plan.total_weight(step)
+    accelerator, scaler = learner.accelerator, learner.accelerator.scaler
     run.watch.position = f"step {step + 1}"
     seed_unkeyed_operations(learner, step)
-    losses: list[torch.Tensor] = []
-    out_of_memory = previous is not None and previous.out_of_memory  # it would run out again
-    for micro_batch in [] if out_of_memory else micro_batches:
+    losses, out_of_memory = [torch.zeros(0, dtype=torch.float64, device=accelerator.device)], False
+    for micro_batch in micro_batches:
         try:
             weights = micro_batch.weights / total_weight
             losses.append(add_gradient(learner, run.inputs.examples["train"], step, micro_batch.ids, weights).double())
@@ -93,34 +69,24 @@ def train_step(
             if learner.sharded:  # the other ranks wait in a collective of this forward or backward
                 raise UserError(f"step {step + 1}: out of memory; try a lower batch.max_tokens") from None
             out_of_memory = True
-            learner.optimizer.zero_grad(set_to_none=True)  # frees memory that the next step may need
+            learner.optimizer.zero_grad(set_to_none=True)
             break
-    loss = torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64, device=learner.accelerator.device)
+    loss = torch.cat(losses)
     is_broken = ~loss.isfinite()
-    host_numbers = [out_of_memory, *run.stop.counts()]
-    sums = sum_over_ranks(learner.accelerator, [loss.sum(), is_broken.sum()], host_numbers)
+    sums = sum_over_ranks(accelerator, [loss.sum(), is_broken.sum()], [out_of_memory, *run.stop.counts()])
     norms = sum_gradients(learner)
-    norm, skip = torch.linalg.vector_norm(norms), sums[1:3].any()
-    scaler = learner.accelerator.scaler
     loss_scale = scaler.get_scale() if scaler is not None else None
-    if loss_scale is None:
-        skip = skip | ~norm.isfinite()
-    else:  # the scaler itself skips a step whose gradient overflows
-        norm = norm / loss_scale
-    if previous is not None:
-        skip = skip | previous.blocks_next
-    if not out_of_memory:
-        apply_gradient(learner, step, norm, skip)
-    return EnqueuedStep(
-        step=step,
-        ids=np.concatenate([part.ids for part in micro_batches]),
-        blocks_next=skip | sums[3:].any(),
-        out_of_memory=out_of_memory,
-        numbers=on_host(torch.cat([sums, norm.view(1)])),
-        is_broken=is_broken,
-        norms=norms,
-        loss_scale=loss_scale,
-    )
+    norm = torch.linalg.vector_norm(norms) / (loss_scale or 1)
+    mean_loss, num_broken, num_out_of_memory, *signals, grad_norm = torch.cat([sums, norm.view(1)]).tolist()
+    if num_out_of_memory:
+        learner.optimizer.zero_grad(set_to_none=True)
+        return StepResult(mean_loss, 0.0, first_signal(signals), out_of_memory=True)
+    if num_broken:
+        _refuse_broken_loss(run, step, np.concatenate([part.ids for part in micro_batches])[is_broken.cpu().numpy()])
+    if not np.isfinite(grad_norm) and scaler is None:  # the scaler itself skips a step whose gradient overflows
+        _refuse_broken_gradient(learner, step, norms)
+    apply_gradient(learner, step, norm)
+    return StepResult(mean_loss, grad_norm, first_signal(signals), loss_scale)
 
 
 def add_gradient(learner: Learner, examples: Examples, step: int, ids: np.ndarray, weights: np.ndarray) -> torch.Tensor:
@@ -167,54 +133,24 @@ def sum_gradients(learner: Learner) -> torch.Tensor:
     return torch.stack(gradient_norms(gradients))
 
 
-def apply_gradient(learner: Learner, step: int, norm: torch.Tensor, skip: torch.Tensor) -> None:
-    """Clips the summed gradient, which has this norm, and applies it, unless the step is skipped."""
+def apply_gradient(learner: Learner, step: int, norm: torch.Tensor) -> None:
+    """Clips the summed gradient, which has this norm, and applies it."""
     without = [name for name, parameter in learner.parameters.items() if parameter.grad is None]
     if without:
         raise UserError(
             f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(learner.parameters)} tensors); "
             "leave out what the classifier does not use, with peft.target_modules or peft.exclude_modules"
         )
-    # the fp16 scaler would lower its scale for a skipped step, so it must not see one
-    if learner.accelerator.scaler is None or not bool(skip):
-        learner.accelerator.unscale_gradients()
-        if learner.optim_config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.optim_config.max_grad_norm, norm)
-        skip_if(skip, learner.optimizer.optimizer)
-        learner.optimizer.step()
+    learner.accelerator.unscale_gradients()
+    if learner.optim_config.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.optim_config.max_grad_norm, norm)
+    learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-
-
-def read_result(run: Run, enqueued: EnqueuedStep) -> StepResult:
-    """Waits for a step, whose previous step was not skipped, and returns its result.
-
-    Raises:
-        UserError: a loss or gradient is not finite (names step and rows); the weights are unchanged.
-    """
-    mean_loss, num_broken, num_out_of_memory, *signals, grad_norm = enqueued.numbers()
-    if num_out_of_memory:
-        return StepResult(mean_loss, 0.0, first_signal(signals), out_of_memory=True)
-    if num_broken:
-        _refuse_broken_loss(run, enqueued)
-    if not np.isfinite(grad_norm) and enqueued.loss_scale is None:
-        _refuse_broken_gradient(run, enqueued)
-    return StepResult(mean_loss, grad_norm, first_signal(signals), enqueued.loss_scale)
 
 
 def first_signal(counts: list[float]) -> int:
     """The first of `STOP_SIGNALS` that some rank received, given the number of ranks for each; 0 = none."""
     return next((number for number, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0)
-
-
-def exceeds_memory(run: Run, ids: np.ndarray) -> bool:
-    """Whether memory runs out on some rank in forward and backward of its examples; leaves no gradient."""
-    out_of_memory = False
-    try:
-        add_gradient(run.learner, run.inputs.examples["train"], 0, ids, np.zeros(len(ids)))
-    except torch.OutOfMemoryError:
-        out_of_memory = True
-    run.learner.optimizer.zero_grad(set_to_none=True)
-    return bool(sum_over_ranks(run.learner.accelerator, [], [out_of_memory]).item())
 
 
 def seed_unkeyed_operations(learner: Learner, step: int) -> None:
@@ -224,18 +160,17 @@ def seed_unkeyed_operations(learner: Learner, step: int) -> None:
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def _refuse_broken_gradient(run: Run, enqueued: EnqueuedStep) -> None:
-    norms = zip(run.learner.parameters, enqueued.norms.tolist(), strict=True)
-    worst = next((name for name, norm in norms if not np.isfinite(norm)), "all parameters together")
-    raise UserError(f"step {enqueued.step}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
+def _refuse_broken_gradient(learner: Learner, step: int, norms: torch.Tensor) -> None:
+    named = zip(learner.parameters, norms.tolist(), strict=True)
+    worst = next((name for name, norm in named if not np.isfinite(norm)), "all parameters together")
+    raise UserError(f"step {step}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
 
 
-def _refuse_broken_loss(run: Run, enqueued: EnqueuedStep) -> None:
-    broken = enqueued.ids[enqueued.is_broken.cpu().numpy()].tolist()
-    rows = sorted(set(gather_object(run.inputs.corpus.splits["train"].rows[broken].tolist())))
+def _refuse_broken_loss(run: Run, step: int, ids: np.ndarray) -> None:
+    """All ranks call it; `ids` are the broken examples of this one."""
+    rows = sorted(set(gather_object(run.inputs.corpus.splits["train"].rows[ids].tolist())))
     shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
     raise UserError(
-        f"step {enqueued.step}: the loss is not finite for {len(rows)} examples: "
-        f"id {shown} (row of train, counted from 0)\n"
+        f"step {step}: the loss is not finite for {len(rows)} examples: id {shown} (row of train, counted from 0)\n"
         "Nothing of this step was applied. Try a lower optim.learning_rate, or --run.precision no."
     )

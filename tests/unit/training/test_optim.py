@@ -9,7 +9,6 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from trainer.config.schema import OptimConfig
-from trainer.errors import UserError
 from trainer.training import optim
 from trainer.training.checkpoint import DamagedCheckpoint, load_optimizer_tensors, optimizer_tensors
 from trainer.training.optim import build_optimizer, learning_rate, set_learning_rate
@@ -201,44 +200,25 @@ def test_state_of_an_unknown_parameter_is_refused():
 
 
 class SignDescent(torch.optim.Optimizer):
-    """A toy: subtracts the sign of the gradient. It skips a step only if it `honors` found_inf."""
+    """A toy: subtracts the sign of the gradient."""
 
-    def __init__(self, groups, honors):
+    def __init__(self, groups):
         super().__init__(groups, {})
-        self.honors = honors
 
     @torch.no_grad()
     def step(self):
-        applied = 1 - getattr(self, "found_inf", 0) if self.honors else 1
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter -= group["lr"] * parameter.grad.sign() * applied
-                    steps = self.state[parameter].setdefault("step", torch.zeros(()))
-                    steps += applied
+                    parameter -= group["lr"] * parameter.grad.sign()
 
 
 def test_an_optimizer_is_added_by_one_entry(monkeypatch):
-    monkeypatch.setitem(optim.OPTIMIZERS, "sign", lambda groups, config: SignDescent(groups, honors=True))
+    monkeypatch.setitem(optim.OPTIMIZERS, "sign", lambda groups, config: SignDescent(groups))
     model, optimizer, _ = small_and_optimizer(name="sign")
     before = model.last.bias.detach().clone()
     walk(model, optimizer, 0, 1)  # learning rate 0.01
     assert (model.last.bias - before).abs().detach() == pytest.approx(torch.tensor([0.01, 0.01]))
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda groups, config: SignDescent(groups, honors=False),
-        lambda groups, config: torch.optim.AdamW(groups, foreach=True),
-        lambda groups, config: torch.optim.SGD(groups, momentum=0.9),
-        lambda groups, config: torch.optim.Adagrad(groups),
-    ],
-)
-def test_an_optimizer_that_cannot_skip_a_step_is_refused(monkeypatch, build):
-    monkeypatch.setitem(optim.OPTIMIZERS, "unsafe", build)
-    with pytest.raises(UserError, match=r"^optim\.name: unsafe .*skipped.*adamw, adam, sgd$"):
-        small_and_optimizer(name="unsafe")
 
 
 def test_a_schedule_is_added_by_one_entry(monkeypatch):
