@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
 from trainer.errors import UserError
-from trainer.tasks.task import LabelColumn
+from trainer.tasks.task import LabelColumn, Mappings
 
 
 def name_classes(train: LabelColumn) -> tuple[list[str], str | None]:
@@ -63,33 +63,27 @@ def class_values(train: LabelColumn, label_names: list[str]) -> dict[str, str]:
     return {value: label_names[number] for value, number in values.items()}
 
 
-def contest_labels(mappings: Iterable[tuple[str, Any]], label_names: list[str]) -> tuple[list[str], str]:
-    """The label that a contest's file holds for each class [C], and a sentence that says which labels these are.
+def output_labels(mappings: Mappings, label_names: list[str]) -> tuple[list[str], str]:
+    """The label that a file of predictions holds for each class [C], and a sentence that says which labels these are.
 
-    It holds the labels of the data. It holds class names if no mapping has every class, if several labels mean one
-    class, or if only the class names are numbers.
-
-    Args:
-        mappings: (where it is from, {label: class name}); the first one that has every class counts.
-        label_names: [C].
+    It follows the first mapping that has every class. It holds class names if there is none, if several labels mean
+    one class, or if only the class names are numbers.
     """
+    reason = ""
     for origin, given in mappings:
         classes = match_labels(given.values(), label_names) if isinstance(given, dict) else {}
-        if set(classes.values()) == set(label_names):
-            values = {_as_text(value): classes[name] for value, name in given.items() if name in classes}
-            return _labels_or_names(origin, values, label_names)
-    return label_names, f"holds the names of the classes: {quoted(label_names)}"
-
-
-def _labels_or_names(origin: str, values: dict[str, str], label_names: list[str]) -> tuple[list[str], str]:
-    labels_of = {name: [value for value, own in values.items() if own == name] for name in label_names}
-    if several := [name for name, labels in labels_of.items() if len(labels) > 1]:
-        why = f"several labels of {origin} mean {several[0]!r} ({quoted(labels_of[several[0]])})"
-        return label_names, f"holds the names of the classes, since {why}: {quoted(label_names)}"
-    labels = [own[0] for own in labels_of.values()]
-    if all(map(is_number, label_names)) and not all(map(is_number, labels)):
-        return label_names, f"holds the names of the classes, which are numbers: {quoted(label_names)}"
-    return labels, f"holds the labels of {origin}: {quoted(labels)}"
+        if set(classes.values()) != set(label_names):
+            continue
+        values = {_as_text(value): classes[name] for value, name in given.items() if name in classes}
+        labels_of = {name: [value for value, own in values.items() if own == name] for name in label_names}
+        labels = [own[0] for own in labels_of.values()]
+        several = [f"{origin} mean {name!r} ({quoted(own)})" for name, own in labels_of.items() if len(own) > 1]
+        are_names_numbers = all(map(is_number, label_names)) and not all(map(is_number, labels))
+        if not several and not are_names_numbers:
+            return labels, f"holds the labels of {origin}: {quoted(labels)}"
+        reason = f", since several labels of {several[0]}" if several else ", which are numbers"
+        break
+    return label_names, f"holds the names of the classes{reason}: {quoted(label_names)}"
 
 
 def _as_text(value: Any) -> str:

@@ -20,6 +20,8 @@ from trainer.errors import UserError
 Label = str | list[str | None]
 """the label of a row: a text; or a list of texts, from a list in JSON or Parquet, or from several columns"""
 ClassWeights = Literal["balanced"] | Mapping[str, float] | None
+Mappings = Iterable[tuple[str, Any]]
+"""(where it is from, {label: class name}) each"""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,24 @@ class LabelColumn:
         return [value for value in self.values if isinstance(value, str)]
 
 
+def weigh_equally(class_weights: ClassWeights, targets: np.ndarray, label_names: list[str]) -> np.ndarray:
+    """Gives each example the weight 1, for a task whose labels are not classes."""
+    if class_weights is not None:
+        raise UserError("optim.class_weights: the labels of this task are not classes; leave it out")
+    return np.ones(len(targets))
+
+
+def keep_names(mappings: Mappings, label_names: list[str]) -> tuple[list[str], str]:
+    """Writes predictions as they are, for a task whose labels are not classes."""
+    return label_names, "holds the predictions of the model"
+
+
 @dataclass(frozen=True)
 class Task:
     """One kind of label. A model has one logit for each label name: C = len(label_names).
 
     The targets of N examples are an array [N] or [N, C]. Functions that take label names use them in messages and
-    tables.
+    tables. The defaults are those of a task whose labels are not classes.
     """
 
     problem_type: str
@@ -78,35 +92,38 @@ class Task:
     """labels of train -> label names [C], and why the column may be the wrong one"""
     encode: Callable[[LabelColumn, list[str]], tuple[np.ndarray, list[str]]]
     """(labels of a source, label names) -> targets and warnings; a UserError for a label that has no target"""
-    label_values: Callable[[LabelColumn, list[str]], dict[str, str]]
-    """(labels of train, label names) -> {label: class name}, each class at least once; {} if labels are not classes"""
-    contest_labels: Callable[[Iterable[tuple[str, Any]], list[str]], tuple[list[str], str]]
-    """([(origin, label values)], label names) -> what a contest's file holds for each name, and a sentence about it"""
-    count_labels: Callable[[np.ndarray, list[str]], dict[str, int]]
-    """(targets, label names) -> {class: number of examples}; {} if labels are not classes"""
-    find_fault: Callable[[np.ndarray, list[str]], str | None]
-    """(targets of train, label names) -> why they cannot train a model; None if they can"""
-    strata: Callable[[np.ndarray], np.ndarray]
-    """targets -> groups of which the validation split takes equal fractions, int64 [N]"""
     losses: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     """(logits [B, C], targets of B examples, label smoothing) -> loss of each example [B], not yet weighted"""
-    example_weights: Callable[[ClassWeights, np.ndarray, list[str]], np.ndarray]
-    """(optim.class_weights, targets, label names) -> weight of each example in the loss, float64 [N]"""
     metrics: Mapping[str, Metric]
     """by the names that evaluation.metric accepts; the report draws `loss` and `accuracy` as curves"""
-    headline: Sequence[str]
-    """metrics that the console, the report and summary.json show, beside evaluation.metric"""
-    class_scores: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, dict[str, Any]]]
-    """(logits, targets, label names) -> {class: {"precision": ..., "recall": ..., "f1": ..., "support": ...}}; {} if
-    labels are not classes"""
-    confusion: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
-    """(logits, targets) -> counts, rows true and columns predicted [C, C]; None if there is no such matrix"""
-    files: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, str]]
-    """(logits, targets, label names) -> {name of a file in evaluation/<split>: its text}"""
     prediction_columns: Callable[[np.ndarray, list[str]], dict[str, list[Any]]]
     """(logits, label names) -> {column: N values}; the first column is `prediction`"""
     format_targets: Callable[[np.ndarray, list[str]], list[Any]]
     """(targets, label names) -> the `label` column of a predictions table [N]"""
+
+    headline: Sequence[str] = ()
+    """metrics that the console, the report and summary.json show, beside evaluation.metric; () = all"""
+    find_fault: Callable[[np.ndarray, list[str]], str | None] = lambda targets, names: None
+    """(targets of train, label names) -> why they cannot train a model; None if they can"""
+    strata: Callable[[np.ndarray], np.ndarray] = lambda targets: np.zeros(len(targets), dtype=np.int64)
+    """targets -> groups of which the validation split takes equal fractions, int64 [N]"""
+    example_weights: Callable[[ClassWeights, np.ndarray, list[str]], np.ndarray] = weigh_equally
+    """(optim.class_weights, targets, label names) -> weight of each example in the loss, float64 [N]"""
+    files: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, str]] = lambda logits, targets, names: {}
+    """(logits, targets, label names) -> {name of a file in evaluation/<split>: its text}"""
+    output_labels: Callable[[Mappings, list[str]], tuple[list[str], str]] = keep_names
+    """(mappings that a contest's file may follow, label names) -> what the column of predictions holds in place of each
+    name, and a sentence about that column; `predict --layout full` has no mappings"""
+    label_values: Callable[[LabelColumn, list[str]], dict[str, str]] = lambda train, names: {}
+    """(labels of train, label names) -> {label: class name}, each class at least once"""
+    count_labels: Callable[[np.ndarray, list[str]], dict[str, int]] = lambda targets, names: {}
+    """(targets, label names) -> {class: number of examples}"""
+    class_scores: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, dict[str, Any]]] = (
+        lambda logits, targets, names: {}
+    )
+    """(logits, targets, label names) -> {class: {"precision": ..., "recall": ..., "f1": ..., "support": ...}}"""
+    confusion: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    """(logits, targets) -> counts, rows true and columns predicted [C, C]"""
 
 
 def measure(task: Task, logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, Any]:
@@ -128,7 +145,7 @@ def metric_value(measured: Mapping[str, Any], name: str) -> float:
 
 def headline_values(task: Task, measured: Mapping[str, Any], metric: str) -> dict[str, float]:
     """The task's headline metrics, and the metric that chooses the best adapter."""
-    return {name: metric_value(measured, name) for name in dict.fromkeys((*task.headline, metric))}
+    return {name: metric_value(measured, name) for name in dict.fromkeys((*(task.headline or task.metrics), metric))}
 
 
 def is_better(task: Task, name: str, value: float, best: float | None) -> bool:

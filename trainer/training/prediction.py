@@ -118,10 +118,9 @@ def choose_labels(
     options: Options, task: Task, summary: dict[str, Any], label_names: list[str]
 ) -> tuple[list[str], str]:
     """The label that the output holds for each class [C], and a sentence about them."""
-    if options.layout == "full":
-        return label_names, "holds the names of the classes"
     given, recorded = options.label_names, summary.get("label_values")
-    return task.contest_labels([("--label_names", given), ("the training data", recorded)], label_names)
+    mappings = [("--label_names", given), ("the training data", recorded)] if options.layout == "contest" else []
+    return task.output_labels(mappings, label_names)
 
 
 def render_predictions(options: Options, ids: list[str], columns: dict[str, list[Any]], labels: dict[str, Any]) -> str:
