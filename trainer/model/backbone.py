@@ -183,9 +183,7 @@ def _find_path(name: str) -> str:
     if not (path / "config.json").is_file():
         raise UserError(f"model.name: {path} has no config.json")
     if not any(path.glob("*.safetensors")):
-        raise UserError(
-            f"model.name: {path} has no *.safetensors weights; pickled ones are not read, since they run code"
-        )
+        raise UserError(f"model.name: {path} has no *.safetensors weights; pickled ones are not read: they run code")
     return str(path.resolve())
 
 

@@ -6,6 +6,7 @@ as loaded.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
     config = adapter_config(settings, backbone.path)
     with torch.device("meta"):
         try:
-            model = AutoModelForSequenceClassification.from_config(backbone.config)
+            # a copy, since PEFT's layer_replication changes the configuration
+            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(backbone.config))
         except Exception as error:  # a family's code raises many kinds at sizes that do not fit together
             raise UserError(f"model.name: {backbone.path} cannot be built: {one_line(error)}") from None
         model = add_adapter(model, config, set())
