@@ -291,9 +291,8 @@ def predict(finished, unchanged, tmp_path, capfd, monkeypatch):
 
 def test_predict_pickled_input(predict, tmp_path):
     (tmp_path / "x.pkl").write_bytes(b"cos\nsystem\n(S'touch /tmp/isotrain-was-run'\ntR.")
-    assert predict("--input", tmp_path / "x.pkl") == (
-        f"--input: {tmp_path}/x.pkl is a pickled file, which can run code when read; refused. Save it as csv"
-    )
+    said = predict("--input", tmp_path / "x.pkl")
+    assert said.startswith(f"--input: {tmp_path}/x.pkl: has an unsupported type (supported: .csv, ")
 
 
 def test_predict_missing_input(predict, tmp_path):

@@ -164,13 +164,8 @@ def _parse_command_line(argv: Sequence[str], problems: list[str]) -> dict[str, A
                 continue
             value = words.pop(0)
         key = key.removeprefix("--")
-        if key == "recipe" and "recipe" in given:
-            problems.append("--recipe is given twice")
         try:
-            value.encode()
             given[key] = _parse_value(key, value)
-        except UnicodeEncodeError:
-            problems.append(f"{key}: {value!r} is not UTF-8")
         except UserError as error:
             problems.append(f"{key}: {error}")
     # the path of a split goes first, so that `--data.test.label_column y --data.test x.csv` works in either order

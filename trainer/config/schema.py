@@ -7,6 +7,7 @@ from it. `peft` also takes PEFT's own names, checked in model/build.py. Imports 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -353,13 +354,8 @@ def find_problems(config: Config) -> Iterator[str]:
     if data.validation is None and data.validation_fraction == 0 and config.evaluation.patience is not None:
         yield "evaluation.patience needs a validation split, but data.validation_fraction is 0"
     name = run_name(config)
-    if (
-        name in {".", ".."}
-        or config.run.name == ""
-        or set(name) & set("/\\")
-        or not name.isprintable()
-        or len(name.encode()) > 200
-    ):
+    is_folder_name = re.fullmatch(r"(?!\.\.?$)[^/\\]+", name) and name.isprintable() and len(name.encode()) <= 200
+    if config.run.name == "" or not is_folder_name:
         yield f"run.name: {config.run.name!r} must be a folder name, not a path (see run.output_dir)"
 
 

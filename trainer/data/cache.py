@@ -7,10 +7,8 @@ costs time, and stops no run. It lies in the cache folder of `datasets`.
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +50,6 @@ def load_or_create(name: str, create: Callable[[Path], dict[str, Any]], quiet: b
         for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
             path.mkdir(exist_ok=True)
             share(path)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with lock_cache_entry(folder / name, quiet) as unfinished:
             return _load(folder / name) or _create(folder / name, unfinished, create)
     except OSError as error:

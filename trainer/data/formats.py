@@ -18,7 +18,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
@@ -41,8 +40,6 @@ DELIMITERS = {",": ",", ";": ";", "|": "|", "\t": "\\t"}
 """{delimiter: how it is typed}"""
 TRAILING_TEXT = "text behind the last named column"
 """key in the columns of a chunk: whether each row has such text"""
-EXACT_BELOW = {pa.float16(): 2**11, pa.float32(): 2**24}
-"""whole numbers below are exact in these types"""
 UNREADABLE = (
     *(OSError, ValueError, EOFError, RuntimeError, OverflowError),
     *(zlib.error, zipfile.BadZipFile, pa.ArrowException),
@@ -377,24 +374,23 @@ def _refuse_header(row: list[Any], names: list[str], place: str, prefix: str) ->
 def _read_json(path: str, request: Request) -> Iterator[Chunk]:
     """Reads one object a line, or in a .json file also a list of objects."""
     lines: Iterable[str] = _lines(path, request)
-    parse = json.JSONDecoder(object_pairs_hook=partial(_make_object, request.wanted)).decode
     text = "".join(lines) if file_type(path) == ".json" else ""
-    records = _parse_lines(text.split("\n") if text else lines, parse)
+    records = _parse_lines(text.split("\n") if text else lines)
     if text.lstrip().startswith("["):
-        records = (_checked_object(item, f"row {row}") for row, item in enumerate(parse(text), start=1))
+        records = (_checked_object(item, f"row {row}") for row, item in enumerate(json.loads(text), start=1))
     for chunk in _in_chunks(records):
         names = dict.fromkeys(name for record in chunk for name in record)
         yield len(chunk), {n: [r.get(n) for r in chunk] if n in request.wanted else [] for n in names}
 
 
-def _parse_lines(lines: Iterable[str], parse: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                value = parse(line)
+                value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg} (character {error.pos + 1})") from None
-            except ValueError as error:  # a number with too many digits, or a repeated name
+            except ValueError as error:  # a number with too many digits
                 raise ValueError(f"line {number}: {error}") from None
             yield _checked_object(value, f"line {number}")
 
@@ -403,13 +399,6 @@ def _checked_object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{place} is a {type(value).__name__}, not an object")
     return value
-
-
-def _make_object(wanted: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        _refuse_repeated([name for name, _ in pairs if name in wanted])
-    return made
 
 
 # --- arrow ------------------------------------------------------------------------------------------------------------
@@ -445,16 +434,13 @@ def _open_arrow(path: str) -> Iterator[Any]:
 
 def _values(column: Any, name: str, first: int) -> list[Any]:
     """Converts a column whose first value is that of row `first`, counted from 0."""
-    values, limit = [], EXACT_BELOW.get(column.type)
+    values = []
     for row, scalar in enumerate(column, start=first + 1):
         try:
-            value = scalar.as_py()
+            values.append(scalar.as_py())
         except UnicodeDecodeError as error:
             bad = error.object[error.start : error.start + 1].hex()
             raise ValueError(f"row {row}: column {name!r} has a byte that is not UTF-8 (0x{bad})") from None
-        if limit and value is not None and abs(value) >= limit and value.is_integer():
-            raise ValueError(f"row {row}: column {name!r} is {column.type}, in which {value:.0f} may have lost digits")
-        values.append(value)
     return values
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,11 +53,7 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return str(self.column[int(self.rows[index])])
         rows = self.rows[index]
@@ -137,7 +133,7 @@ def read_table(
     roles = {role: columns for role, columns in roles.items() if columns}
     roles["label"] = [source.label_column] if source.label_column is not None else []
     roles |= {"id": [id_column]} if id_column is not None else {}
-    if origin.num_bytes >= MIN_CACHED_BYTES:
+    if sum(Path(path).stat().st_size for path in origin.paths) >= MIN_CACHED_BYTES:
         contents = origin.hash_files()
         entry = load_or_create(
             _cache_name(origin, roles, labels_required, contents),
@@ -149,7 +145,7 @@ def read_table(
             return _make_table(
                 Reading(origin, roles, **entry.facts), pa.ipc.open_file(pa.py_buffer(file)).read_all(), file
             )
-    reading = Reading(origin, roles, [0] * origin.num_files, [])
+    reading = Reading(origin, roles, [0] * len(origin.paths), [])
     rows = pa.Table.from_batches(_read_batches(reading, quiet), _schema(roles))
     _refuse_incomplete(reading, labels_required)
     return _make_table(reading, rows, None)
@@ -185,8 +181,7 @@ def _schema(roles: dict[str, list[str]]) -> pa.Schema:
 
 def _cache_name(origin: Origin, roles: dict[str, list[str]], labels_required: bool, contents: list[str]) -> str:
     settings = asdict(replace(origin.source, path="", label_names=None))
-    place = list(map(file_type, origin.paths)) if origin.hub is None else origin.source.path
-    key = [ROWS_FORMAT, settings, place, roles, labels_required, contents]
+    key = [ROWS_FORMAT, settings, list(map(file_type, origin.paths)), roles, labels_required, contents]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8", "surrogatepass"))
     return f"{digest.hexdigest()[:32]}.rows"
 
@@ -195,7 +190,7 @@ def _write(
     folder: Path, origin: Origin, roles: dict[str, list[str]], labels_required: bool, contents: list[str], quiet: bool
 ) -> dict[str, Any]:
     """Reads a source into a file; returns what the cache keeps with it."""
-    reading = Reading(origin, roles, [0] * origin.num_files, [])
+    reading = Reading(origin, roles, [0] * len(origin.paths), [])
     with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, _schema(roles)) as writer:
         for batch in _read_batches(reading, quiet):
             writer.write_batch(batch)

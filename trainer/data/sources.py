@@ -15,74 +15,71 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from trainer.config.schema import ResolvedSource, Source
 from trainer.data import formats
 from trainer.data.formats import Chunk, Request, file_type
 from trainer.errors import UserError, one_line
 
-if TYPE_CHECKING:  # its import takes most of a second, and files do not need it
-    import datasets
-
-PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
 LFS_POINTER = b"version https://git-lfs.github.com"
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/\w[\w.-]*(/\w[^/\\:]*)?(:\w[\w.+-]*)?")
-_FILE_NAME = re.compile(r".*\.[A-Za-z]{3,7}")  # a hub name like this needs its split: owner/name.abc:train
+# a hub name like this needs its split: owner/name.abc:train
+_FILE_NAME = re.compile(r".*\.([a-z]{3,7}|gz|pq)", re.IGNORECASE)
 _PART = re.compile(r"part[-_.]?\d.*")  # written by Spark, Dask and others
 _Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The files or the hub data set of a split. They exist; only the names of classes were read."""
+    """The files of a split. They exist; only the names of classes were read."""
 
     name: str
     """train, validation, test, or input when predicting"""
     source: ResolvedSource
     paths: list[str]
     """its files in order; for a hub data set those of its cache"""
-    hub: datasets.Dataset | None = None
-    class_names: list[str] | None = None
-    """names that the data set stores for its class numbers"""
+    class_names: list[str] | None
+    """names that the files store for their class numbers"""
 
     @property
     def option(self) -> str:
         """The option that named it."""
         return option_name(self.name)
 
-    @property
-    def num_files(self) -> int:
-        """Files whose rows are counted separately; a hub data set counts as one."""
-        return len(self.paths) if self.hub is None else 1
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of its files."""
-        return sum(Path(path).stat().st_size for path in self.paths)
-
     def hash_files(self) -> list[str]:
         """SHA-256 of each file."""
-        return [_hash_file(path) for path in self.paths]
+        hashes = []
+        for path in self.paths:
+            with open(path, "rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return hashes
 
     def read_chunks(self, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
-        """Reads all rows in order, each chunk with the position of its file in `paths` (0 for a hub data set).
+        """Reads all rows in order, each chunk with the position of its file in `paths`.
 
         Columns that are not wanted may be empty or absent, but are named once.
 
         Raises:
             UserError: what cannot be read.
         """
-        if self.hub is None:
-            yield from _read_files(self, wanted)
-            return
-        hub = self.hub
-        with _refusals(self.option, self.source.path):
-            for chunk in formats.read_batches(
-                hub.column_names, wanted, lambda used: hub.select_columns(used).with_format("arrow").iter(formats.CHUNK)
-            ):
-                yield 0, chunk
+        request = Request(self.source, wanted, option_prefix(self.name))
+        first: tuple[str, set[str]] | None = None
+        for index, path in enumerate(self.paths):
+            columns: set[str] = set()
+            with _refusals(self.option, path):
+                may_lack_columns = file_type(path) in (".json", *formats.LINES)
+                for count, chunk in formats.read_file(path, request):
+                    columns.update(set(chunk) & set(wanted))
+                    if (
+                        chunk and not may_lack_columns
+                    ):  # also without rows: its header may be a row of a file without one
+                        first = first or (path, columns)
+                        for column in sorted(columns ^ first[1]):
+                            lacks, has = (path, first[0]) if column in first[1] else (first[0], path)
+                            raise ValueError(f"column {column!r} is in {has}, and not in {lacks}")
+                    yield index, (count, chunk)
 
 
 def option_name(name: str) -> str:
@@ -118,7 +115,7 @@ def is_hub_id(path: str) -> bool:
     match = _HUB_ID.fullmatch(path)
     if match is None or os.path.exists(path) or os.path.exists(match[1]):
         return False
-    return match[3] is not None or not (_FILE_NAME.fullmatch(path) or _has_file_type(path))
+    return match[3] is not None or not _FILE_NAME.fullmatch(path)
 
 
 def check_paths(sources: dict[str, str | Source | None]) -> None:
@@ -138,7 +135,7 @@ def list_files(path: str, name: str = "input") -> list[str]:
     """Lists the files that a path, a glob or a folder of part files names, in the order of their names.
 
     Raises:
-        ValueError: a folder that is not a single table, or a file that is named twice.
+        ValueError: a folder that is not a single table.
     """
     if os.path.isdir(path):  # Path.is_dir raises if a name is too long
         return _files_in(Path(path), name)
@@ -151,10 +148,6 @@ def list_files(path: str, name: str = "input") -> list[str]:
                 found.append(match)
         elif "**" not in path:  # ** matches the files in the folder too
             found += _files_in(Path(match), name)
-    same = {os.path.realpath(file): file for file in found}
-    if len(same) < len(found):
-        twice = next(file for file in found if same[os.path.realpath(file)] != file)
-        raise ValueError(f"{path!r} matches the same file as {twice} and {same[os.path.realpath(twice)]}")
     return found
 
 
@@ -164,61 +157,44 @@ def find_files(name: str, path: str) -> list[str]:
     Raises:
         UserError: there is no file, or one of a type that is not supported.
     """
-    with _refusals(option_name(name)):
+    option = option_name(name)
+    with _refusals(option):
         paths = list_files(path, name)
     if not paths:
-        raise UserError(f"{option_name(name)}: {_describe_no_files(path)}")
+        hint = (
+            f"; a hub data set whose name ends like a file is written {path}:train" if _HUB_ID.fullmatch(path) else ""
+        )
+        raise UserError(f"{option}: no file {path!r}{hint}")
     for file in paths:
-        with _refusals(option_name(name), file):
-            reason = _why_unsupported(file)
-        if reason is not None:
-            raise UserError(f"{option_name(name)}: {file} {reason}")
+        with _refusals(option, file):
+            _check_file(file)
     return paths
 
 
 def find_origin(name: str, source: ResolvedSource) -> Origin:
-    """Finds the files or the hub data set of a source.
+    """Finds the files of a source, and the class names in them.
 
     Raises:
-        UserError: it does not exist, or cannot be read.
+        UserError: they do not exist, or cannot be read.
     """
-    if is_hub_id(source.path):
-        return _find_hub(name, source)
-    paths = find_files(name, source.path)
+    paths = _fetch_hub(name, source.path) if is_hub_id(source.path) else find_files(name, source.path)
     stored: list[list[str] | None] = []
     for path in paths:
         with _refusals(option_name(name), path):
             stored.append(formats.read_class_names(path, source.label_column))
             if stored[-1] != stored[0]:
                 raise ValueError(f"the stored class names of {source.label_column!r} are not those of {paths[0]}")
-    return Origin(name, source, paths, class_names=stored[0])
+    return Origin(name, source, paths, stored[0])
 
 
-def _has_file_type(path: str) -> bool:
-    return Path(path).suffix.lower() in (*formats.FILE_TYPES, *formats.PACKED, *PICKLED)
-
-
-def _describe_no_files(path: str) -> str:
-    if glob.has_magic(path):
-        return f"no file matches {path!r}"
-    if _has_file_type(path) or Path(path).is_absolute():
-        return f"no file {path!r}"
-    hub = "owner/name"
-    if _HUB_ID.fullmatch(path) and _FILE_NAME.fullmatch(path):
-        hub += f", with its split if the name ends like a file: {path}:train"
-    return f"no file {path!r}; a hub data set is written {hub}"
-
-
-def _why_unsupported(file: str) -> str | None:
-    if Path(file).suffix.lower() in PICKLED:
-        return "is a pickled file, which can run code when read; refused. Save it as csv"
+def _check_file(file: str) -> None:
     if file_type(file) not in formats.FILE_TYPES:
-        return f"has an unsupported type (supported: {', '.join((*formats.FILE_TYPES, *formats.PACKED))})"
+        raise ValueError(f"has an unsupported type (supported: {', '.join((*formats.FILE_TYPES, *formats.PACKED))})")
     if not Path(file).is_file():
-        return "is not a file"
+        raise ValueError("is not a file")
     with open(file, "rb") as content:
-        is_pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
-    return "is a Git LFS pointer, not the data; fetch it with git lfs pull" if is_pointer else None
+        if content.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError("is a Git LFS pointer, not the data; fetch it with git lfs pull")
 
 
 def _files_in(folder: Path, name: str) -> list[str]:
@@ -248,11 +224,6 @@ def _saved_names(path: Path) -> list[str]:
         raise ValueError(f"{path} was not written by save_to_disk") from None
 
 
-def _hash_file(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def _refusals(option: str, path: str | None = None) -> Iterator[None]:
     """Names the option and the path in errors of files."""
@@ -263,38 +234,19 @@ def _refusals(option: str, path: str | None = None) -> Iterator[None]:
         raise UserError(f"{place}: {one_line(error)}") from None
 
 
-def _read_files(origin: Origin, wanted: list[str]) -> Iterator[tuple[int, Chunk]]:
-    request = Request(origin.source, wanted, option_prefix(origin.name))
-    first: tuple[str, set[str]] | None = None
-    for index, path in enumerate(origin.paths):
-        columns: set[str] = set()
-        with _refusals(origin.option, path):
-            may_lack_columns = file_type(path) in (".json", *formats.LINES)
-            for count, chunk in formats.read_file(path, request):
-                columns.update(set(chunk) & set(wanted))
-                if chunk and not may_lack_columns:  # also without rows: its header may be a row of a file without one
-                    first = first or (path, columns)
-                    for column in sorted(columns ^ first[1]):
-                        lacks, has = (path, first[0]) if column in first[1] else (first[0], path)
-                        raise ValueError(f"column {column!r} is in {has}, and not in {lacks}")
-                yield index, (count, chunk)
+def _fetch_hub(name: str, path: str) -> list[str]:
+    """Fetches `owner/name[/config][:split]` from the hub or its cache; returns the files of the cache."""
+    import datasets  # this takes most of a second, and local files do not need it
 
-
-def _find_hub(name: str, source: ResolvedSource) -> Origin:
-    """Loads `owner/name[/config][:split]` from the hub or its cache."""
-    import datasets
-
-    path, _, split = source.path.partition(":")
+    path, _, split = path.partition(":")
     owner, repository, *settings = path.split("/")
     try:
         table = datasets.load_dataset(f"{owner}/{repository}", *settings, split=split or name)
     except Exception as error:  # its loaders raise anything
         option, reason = option_name(name), one_line(error.__cause__ or error)[:160]
         raise UserError(
-            f"{option}: {source.path!r} was not found as a local file, in the cache, or on the hub ({reason})\n"
+            f"{option}: {path!r} was not found as a local file, in the cache, or on the hub ({reason})\n"
             f"Use local files: --{option.removeprefix('--')} FILE.csv (csv, tsv, json, jsonl, parquet), "
             "or run once where the hub answers."
         ) from None
-    feature = table.features.get(source.label_column)
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    return Origin(name, source, [file["filename"] for file in table.cache_files], table, names)
+    return [file["filename"] for file in table.cache_files]

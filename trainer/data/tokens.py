@@ -12,9 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -162,15 +161,11 @@ def _encode(
         }
         return {name: np.fromiter(values[name], TYPES[name]) for name in names}
 
-    waiting: deque[Future[Arrays]] = deque()
-    with (
-        progress_bar(f"tokenizing {split.name}", "texts", len(split), quiet) as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        for start in range(0, len(split), TEXTS_PER_TASK):
-            waiting.append(pool.submit(encode, start))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        with progress_bar(f"tokenizing {split.name}", "texts", len(split), quiet) as bar:
+            for arrays in pool.map(encode, range(0, len(split), TEXTS_PER_TASK)):
+                yield arrays
                 bar.update(TEXTS_PER_TASK)
-        while waiting:
-            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

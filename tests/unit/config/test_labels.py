@@ -478,20 +478,6 @@ def test_no_row_is_lost_between_reader_and_output(tmp_path):
     assert len(warnings) == 1 and "row 3" in warnings[0]
 
 
-def test_numbers_of_narrow_floats_are_refused_where_they_lose_digits(tmp_path):
-    for kind, exact in ((pa.float32(), 2**24), (pa.float16(), 2**11)):
-        for last in (exact - 1, exact):
-            ids = pa.array([1.0, float(last)], kind)
-            pq.write_table(pa.table({"id": ids, "text": ["a", "b"]}), tmp_path / "x.parquet")
-            if last < exact:
-                assert ids_of(tmp_path / "x.parquet")[0] == ["1", str(last)]
-            else:
-                with pytest.raises(
-                    UserError, match=rf"row 2: column 'id' is .*, in which {exact} may have lost digits"
-                ):
-                    ids_of(tmp_path / "x.parquet")
-
-
 def test_class_names_that_a_file_stores_and_a_submission(tmp_path):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=FOUR)})
     rows = {"text": [f"text {i}" for i in range(8)], "label": [i % 4 for i in range(8)]}

@@ -401,7 +401,7 @@ def test_stored_class_names_are_used(name):
 @pytest.mark.parametrize("name", ["x.csv", "x.parquet", "x.json", "x.arrow", "x.csv.gz", "x.xlsx"])
 def test_a_git_lfs_pointer_is_named(name):
     path = write(name, "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
-    assert refused(path) == f"{path} is a Git LFS pointer, not the data; fetch it with git lfs pull"
+    assert refused(path) == f"{path}: is a Git LFS pointer, not the data; fetch it with git lfs pull"
 
 
 def test_a_date_that_python_has_not_is_refused():
@@ -469,19 +469,19 @@ def test_a_spreadsheet_without_its_library(monkeypatch):
     ["/usr/no/such/train.txt", "./corpus/default", "corpus/default", "corpus/v2/default", "csv", "json", "text",
      "parquet", "imagefolder", "./x", "../x/y", "~/x", "a/b/c/d", "dta/train.txt", "dta/x.cvs", "x.csv", "no/x.csv",
      "a//b", "a/b/", "C:\\x\\y", "https://x.org/a.csv", "a b/c", "*.csv", "no/**/*.parquet", "corpus/[x]",
-     "x" * 300, "no/x.pq", "no/x.gz", "no/x/y.zip", "no/x.pt"],
+     "x" * 300, "no/x.pq", "no/x.GZ", "no/x/y.zip"],
 )  # fmt: skip
 def test_a_path_that_does_not_exist_is_an_error_at_once(path, monkeypatch):
     write("corpus/v2/train.csv", CSV)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub, or searched the disk"))
-    assert refused(path).startswith(("no file ", f"no file matches {path!r}"))
+    assert refused(path).startswith(f"no file {path!r}")
     with pytest.raises(UserError, match=r"^--input: no file "):
         check_paths({"input": path})
 
 
 @pytest.mark.parametrize("path", ["owner/name", "owner/name:test", "owner/na.me-1.0/20231101.en", "owner/x.abc:train"])
 def test_what_is_looked_up_on_the_hub(path):
-    assert refused("owner/x.abc").endswith("with its split if the name ends like a file: owner/x.abc:train")
+    assert refused("owner/x.abc").endswith("whose name ends like a file is written owner/x.abc:train")
     assert is_hub_id(path)
     check_paths({"train": path})
     write("owner/x", "")
@@ -508,8 +508,6 @@ def test_globs_are_recursive_and_in_order():
     wanted = [("c", "x"), ("b", "y"), ("a", "x")]
     assert rows("deep/**/*.csv") == rows("deep/**") == rows("deep/**/**/*.csv") == wanted
     assert "deep/a is a folder; name the files" in refused("deep/*")
-    Path("deep/z.csv").symlink_to("b.csv")
-    assert refused("deep/**/*.csv") == "'deep/**/*.csv' matches the same file as deep/b.csv and deep/z.csv"
 
 
 def test_folders_of_part_files():
@@ -562,12 +560,6 @@ def test_shards_may_differ_in_what_is_not_asked_for():
     write("e/1.csv", "")
     write("e/2.jsonl", "")
     assert refused("e/*") == "e/* has no rows"
-
-
-def test_a_key_that_an_object_has_twice_is_refused_where_it_is_asked_for():
-    two = '{"text": "a", "label": "x", "n": 1, "n": 2}\n{"text": "b", "label": "y", "text": "c"}\n'
-    assert refused(write("x.jsonl", two)) == "x.jsonl: line 2: two columns have the same name 'text'"
-    assert rows(write("y.jsonl", two.replace(', "text": "c"', ""))) == ROWS
 
 
 def test_an_optional_key_may_be_missing_from_a_whole_shard():

@@ -305,12 +305,13 @@ def test_hub_data_set(tmp_path, cache, monkeypatch):
     assert asked[0] == ("owner/name", "part", "all")
 
 
-def test_hub_names_are_those_of_the_label_column_and_count_from_0(cache, monkeypatch):
+def test_hub_names_are_those_of_the_label_column_and_count_from_0(tmp_path, cache, monkeypatch):
     """Also where they are numbers themselves, and not the only column of classes."""
     classes = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2", "3"])}
     features = datasets.Features({**classes, "topic": datasets.ClassLabel(names=["war", "peace"])})
     rows = {"text": [f"t {i}" for i in range(30)], "label": [1, 2, 1] * 10, "topic": [0, 1, 0] * 10}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows, features))
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved", num_shards=2)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(tmp_path / "saved"))
     corpus = load("owner/name")
     assert corpus.label_names == ["1", "2", "3"]
     assert corpus.splits["train"].targets.tolist() == rows["label"]
