@@ -16,8 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-LOG_INTERVAL_SECONDS = 30
-"""time between two lines of a progress bar in a log file"""
+LOG_INTERVAL_SECONDS = 30  # time between two lines of a progress bar in a log file
 
 
 class UserError(Exception):
@@ -57,13 +56,12 @@ def main_guard(main: Callable[[], int | None], result_on_stdout: bool = False) -
 
 def is_first_on_machine() -> bool:
     """Whether this process is the only one or the first of its run on this machine, so that it prints messages."""
-    environment = os.environ
-    if environment.get("WORLD_SIZE", "1") in {"", "0", "1"}:
+    read = os.environ.get
+    if read("WORLD_SIZE", "1") in {"", "0", "1"}:
         return True
     # with `srun ./launch.sh`, each task counts as a node, even if tasks share a machine
-    is_slurm_task = environment.get("GROUP_RANK") == environment.get("SLURM_PROCID")
-    ranks = {environment.get("LOCAL_RANK", "0"), environment.get("SLURM_LOCALID", "0") if is_slurm_task else "0"}
-    return ranks == {"0"}
+    is_later_task = read("GROUP_RANK") == read("SLURM_PROCID") and read("SLURM_LOCALID", "0") != "0"
+    return read("LOCAL_RANK", "0") == "0" and not is_later_task
 
 
 @cache

@@ -23,17 +23,14 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from trainer.errors import UserError, print_once, quote_path
 
-UNFINISHED = ".unfinished-"
-"""prefix of a temporary name"""
+UNFINISHED = ".unfinished-"  # prefix of a temporary name
 RUN_LOCKS = (".lock", ".lock-file")
 """in a run folder: the file that the system locks; the file whose existence is the lock if the system cannot"""
 NO_LOCK_ERRORS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 """errors of flock on file systems without locks: Lustre, NFS without its lock service"""
 WRITE_BY_OTHERS = 0o022
-MESSAGE_SECONDS = 10
-"""time after which a process says that it waits for the cache lock of another"""
-LOCK_TIMEOUT_SECONDS = 600
-"""time after which it prepares the data without the lock"""
+MESSAGE_SECONDS = 10  # time after which a process says that it waits for the cache lock of another
+LOCK_TIMEOUT_SECONDS = 600  # time after which it prepares the data without the lock
 
 
 @contextlib.contextmanager

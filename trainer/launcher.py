@@ -217,10 +217,8 @@ def install_backbone(python: str, options: argparse.Namespace) -> None:
 def _begin_installation(what: str) -> None:
     """Says so, and waits until no other start installs. The lock ends with this program."""
     _say(f"installing {what}")
-    try:
+    with contextlib.suppress(OSError):  # a file system without locks, or read-only
         fcntl.flock(os.open(f"{VENV}.lock", os.O_WRONLY | os.O_CREAT, 0o666), fcntl.LOCK_EX)
-    except OSError as error:  # a file system without locks, or read-only
-        _say(f"installing without a lock: {error.strerror}")
 
 
 def _install(python: str, *what: str) -> None:
@@ -343,14 +341,14 @@ def _read_step(environment: Mapping[str, str], nodes: Mapping[str, Choice]) -> d
     """The same of a step of srun."""
     number = _first_set(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     step = {"NNODES": Choice(number.value, "tasks of srun"), "NODE_RANK": _first_set(environment, "SLURM_PROCID")}
-    if not nodes["MASTER_ADDR"].value:
+    if not nodes["MASTER_ADDR"].value and environment.get("SLURM_STEP_NUM_NODES") == "1":
+        step["MASTER_ADDR"] = Choice("127.0.0.1", "one host")
+    elif not nodes["MASTER_ADDR"].value:
         hosts = _output_of("scontrol", "show", "hostnames", environment.get("SLURM_STEP_NODELIST", ""))
-        is_one_host = environment.get("SLURM_STEP_NUM_NODES") == "1"
-        first = "127.0.0.1" if is_one_host else hosts.partition("\n")[0]
-        step["MASTER_ADDR"] = Choice(first, "the first of SLURM_STEP_NODELIST")
+        step["MASTER_ADDR"] = Choice(hosts.partition("\n")[0], "the first of SLURM_STEP_NODELIST")
     if not nodes["MASTER_PORT"].value:  # the same for all tasks, rarely that of another job
-        seed = int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"])
-        port = 20000 + seed % 12000  # below the ports of outgoing connections
+        job, number_of_step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+        port = 20000 + (job * 16 + number_of_step) % 12000  # below the ports of outgoing connections
         step["MASTER_PORT"] = Choice(str(port), "a port by job and step")
     return step
 
@@ -499,7 +497,7 @@ def run_ranks(max_restarts: int, command: Sequence[str]) -> int:
 def start_ranks(command: Sequence[str], ranks: list[subprocess.Popen[bytes]]) -> None:
     """Starts the ranks of this machine and adds them to the list."""
     num_here, node = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_RANK"])
-    group = {"ISOTRAIN_LAUNCHER": str(os.getpid())}
+    group = {"ISOTRAIN_LAUNCHER": str(os.getpid()), "TORCHELASTIC_USE_AGENT_STORE": "False"}  # rank 0 serves it
     if os.environ["MASTER_PORT"] == "0":
         with socket.create_server((os.environ["MASTER_ADDR"], 0)) as server:
             group["MASTER_PORT"] = str(server.getsockname()[1])

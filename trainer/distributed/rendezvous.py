@@ -25,15 +25,12 @@ from torch.distributed import PrefixStore, TCPStore
 
 from trainer.errors import LostError, UserError, is_first_on_machine
 
-RENDEZVOUS_TIMEOUT_SECONDS = 300.0
-"""how long the ranks wait for each other at the start"""
-STATUS_INTERVAL_SECONDS = 10.0
-"""how often a waiting rank says what it waits for"""
+RENDEZVOUS_TIMEOUT_SECONDS = 300.0  # how long the ranks wait for each other at the start
+STATUS_INTERVAL_SECONDS = 10.0  # how often a waiting rank says what it waits for
 CONNECT_TIMEOUT_SECONDS = 10.0
 """how long a connection within the network may take; less than the heartbeat timeout, as rank 0 sends none meanwhile"""
 RANK_DIGITS = 8
-HELLO_TIMEOUT_SECONDS = 2.0
-"""how long a new connection may take to name its rank"""
+HELLO_TIMEOUT_SECONDS = 2.0  # how long a new connection may take to name its rank
 
 
 @dataclass(frozen=True)
