@@ -7,7 +7,6 @@ optimizer's state and a few numbers. It never has the frozen backbone or a pickl
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -46,7 +45,7 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]
     """optimizer state as "parameter name/state name" """
     state: dict[str, Any]
-    """trainer_state.json: `TrainState`, fp16 scaler, fingerprints"""
+    """trainer_state.json: `TrainState`, fp16 scaler, fingerprints, backbone"""
     adapter_config: str
     """adapter_config.json"""
 
@@ -86,13 +85,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> TrainState:
     learner, values, fingerprints = run.learner, checkpoint.state, run.inputs.fingerprints
     for name in dict.fromkeys([*fingerprints, *values["fingerprints"]]):
         recorded = values["fingerprints"].get(name)
-        if name == "draw format" and recorded != fingerprints[name]:
-            raise UserError(
-                f"{run.folder} was started by a version that draws other dropout masks; finish it with that version, "
-                "or start a new run: --run.name NAME"
-            )
         if recorded != fingerprints.get(name):
             hint = " (texts, labels, or tokens of another tokenizer)" if name.endswith(" split") else ""
+            hint = " (dropout masks of another version; finish it with that version)" if name == "draw format" else hint
             raise UserError(
                 f"{run.folder} was started with another {name}{hint}; restore that, or start a new run: --run.name NAME"
             )
@@ -171,16 +166,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"manifest.json: {type(error).__name__} {error}") from None
 
 
-def recorded_backbone(folder: Path) -> dict[str, Any] | None:
-    """The backbone that the newest readable checkpoint was trained on; None if there is none."""
-    for path in reversed(_numbered(folder)):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DamagedCheckpoint):
-            entry = json.loads((path / "manifest.json").read_bytes())["files"]["trainer_state.json"]
-            backbone: dict[str, Any] | None = json.loads(_verified(path / "trainer_state.json", entry)).get("backbone")
-            return backbone
-    return None
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
     """The optimizer's state as tensors on the CPU, named "parameter name/state name"."""
     state = optimizer.state_dict()["state"]
@@ -224,8 +209,6 @@ def _verified(path: Path, entry: dict[str, Any]) -> bytes:
     if not path.is_file():
         raise DamagedCheckpoint(f"{path.name} is missing")
     data = path.read_bytes()
-    if len(data) != entry["bytes"]:
-        raise DamagedCheckpoint(f"{path.name} has {len(data)} bytes, was written with {entry['bytes']}")
     if _sha256(data) != entry["sha256"]:
         raise DamagedCheckpoint(f"{path.name} was altered: its SHA-256 is another")
     return data

@@ -47,7 +47,7 @@ from trainer.model.identity import Identity
 from trainer.model.peft_options import parameter_table
 from trainer.packed.forward import PaddedForward
 from trainer.tasks.task import headline_values
-from trainer.training.checkpoint import load_newest, recorded_backbone, restore
+from trainer.training.checkpoint import Checkpoint, load_newest, restore
 from trainer.training.loop import train
 from trainer.training.memory import current_plan
 from trainer.training.records import Run
@@ -61,15 +61,9 @@ LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy",
 
 
 def train_and_report(config: Config, folder: Path, check_folder: Callable[[], bool] | None = None) -> int:
-    """Trains, tests and reports.
+    """Trains, tests and reports; returns the exit code: 0, or 128 + signal.
 
-    Args:
-        config: of the run.
-        folder: of the run.
-        check_folder: rank 0 calls it after the rendezvous. If it returns True, the run is finished and all ranks end.
-
-    Returns:
-        the exit code: 0, or 128 + signal.
+    Rank 0 calls `check_folder` after the rendezvous. If it returns True, the run is finished and all ranks end.
     """
     stop = StopRequest()
     can_stop = stop.listen()
@@ -85,13 +79,16 @@ def train_and_report(config: Config, folder: Path, check_folder: Callable[[], bo
             sys.exit(0)  # on all ranks: see `join_processes`
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=accelerator.mixed_precision))
         with hold_run_folder(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            checkpoint, damage = _read_newest(accelerator, folder / "checkpoints")
             watch.position = "the preparation of the data"
-            known = _read_on_main(accelerator, lambda: recorded_backbone(folder / "checkpoints"))
+            known = checkpoint.state.get("backbone") if checkpoint is not None else None
             inputs = prepare(config, folder, Identity(**known) if known else None)
             watch.position = "the setup of the model"
             run = build(config, folder, inputs, accelerator, stop, watch)
             check_agreement(inputs.fingerprints)
-            state, best = _resume_or_start(run)
+            for line in damage:
+                run.log.print_line(f"warning: {line}")
+            state, best = _resume_or_start(run, checkpoint)
             state = record_start(run, state, notes)
             stop.deferred = True
             try:
@@ -129,23 +126,21 @@ def _check_trackers(backends: list[str]) -> None:
         raise UserError(f"tracking.backends: {missing[0]!r} is not installed; installed: {', '.join(installed)}")
 
 
-def _read_on_main(accelerator: Accelerator, read: Callable[[], Any]) -> Any:
-    """Reads on the main process for all ranks: the others may be on machines that do not see the folder."""
-    (value,) = broadcast_object_list([read() if accelerator.is_main_process else None])
-    return value
-
-
-def _resume_or_start(run: Run) -> tuple[TrainState, dict[str, torch.Tensor] | None]:
-    """Loads the newest checkpoint, or the adapter to start from; returns the state and the best adapter so far."""
-    accelerator, checkpoints, say = run.learner.accelerator, run.folder / "checkpoints", run.log.print_line
+def _read_newest(accelerator: Accelerator, checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Reads the newest checkpoint on the main process for all ranks: the others may not see the folder."""
+    found = None
     if accelerator.is_main_process:
         remove_unfinished(checkpoints)
-    checkpoint, damage = _read_on_main(accelerator, lambda: load_newest(checkpoints))
-    for line in damage:
-        say(f"warning: {line}")
+        found = load_newest(checkpoints)
+    (found,) = broadcast_object_list([found])
+    return found
+
+
+def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> tuple[TrainState, dict[str, torch.Tensor] | None]:
+    """Loads the checkpoint, or the adapter to start from; returns the state and the best adapter so far."""
     if checkpoint is not None:
         state = restore(run, checkpoint)
-        say(f"continuing after step {state.step} of {run.total_steps}")
+        run.log.print_line(f"continuing after step {state.step} of {run.total_steps}")
         return state, checkpoint.best_adapter
     if run.inputs.start is not None:
         _load_start(run, run.inputs.start)

@@ -66,9 +66,9 @@ def score_split(
     """Logits of every example, float32 [N, C], in the order of the split, on every rank.
 
     Args:
-        forward: of a prepared or plain model; its training mode is restored afterwards.
+        forward: its model's training mode is restored afterwards.
         examples: N examples.
-        accelerator: has device, autocast and collectives.
+        accelerator: of the run.
         max_tokens: token budget of one micro-batch.
         num_labels: C.
         check: called after every round with whether memory ran out on this rank; raises on all ranks or on none.
@@ -196,16 +196,7 @@ def evaluate(
 def write_evaluation(
     folder: Path, task: Task, logits: np.ndarray, targets: np.ndarray, label_names: list[str], split: TextSplit
 ) -> dict[str, Any]:
-    """Writes predictions.csv, metrics.json and the task's own files; returns the metrics.
-
-    Args:
-        folder: evaluation/<split>.
-        task: of the run.
-        logits: [N, C].
-        targets: of N examples.
-        label_names: [C].
-        split: texts and rows of the N examples.
-    """
+    """Writes predictions.csv, metrics.json and the task's own files to evaluation/<split>; returns the metrics."""
     columns: dict[str, Iterable[Any]] = {
         "id": split.rows,
         "label": task.format_targets(targets, label_names),

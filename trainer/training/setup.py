@@ -41,10 +41,7 @@ DRAW_FORMAT = "3"  # changes with the batches or masks of a (seed, step): a run 
 def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> Inputs:
     """Reads the data, finds the backbone, and checks that they fit the configuration; loads no weights.
 
-    Args:
-        config: its run.precision is no, bf16 or fp16.
-        folder: of the run, for messages.
-        recorded: the backbone of the run's checkpoints, which must be found again.
+    `recorded` is the backbone of the run's checkpoints, which must be found again.
     """
     start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, TASKS[config.task.type], config.run.seed, config.run.quiet)

@@ -38,13 +38,7 @@ def check_start(
 ) -> tuple[DropoutKeys, Padding]:
     """Installs keyed dropout, then computes two examples in every way that training may.
 
-    Args:
-        model: in fp32 on the CPU; its dropout is replaced in place.
-        seed: of the run.
-        split: real texts.
-        tokenizer: of the model.
-        max_length: longest example in tokens.
-        name: of the backbone, for messages.
+    The model is in fp32 on the CPU. Its dropout is replaced in place. `name` is the backbone's, for messages.
 
     Returns:
         the keys of its dropout, and how its examples may share a batch.
@@ -110,10 +104,7 @@ class _Trial:
     def find_padding(self, unequal: Examples, equal: Examples, max_length: int) -> Padding:
         """The first kind of padding that leaves an example's logits alone.
 
-        Args:
-            unequal: two examples, the second shorter.
-            equal: two examples of one length.
-            max_length: longest example in tokens.
+        `unequal` has two examples, the second shorter. `equal` has two of one length.
 
         Raises:
             Refused: no kind does, or training computes other logits.
