@@ -112,7 +112,7 @@ def scores_of(run, examples):
 
 def computed_positions(run, step):
     """Positions that a step computes, padding included."""
-    return run.plan.num_padded_tokens(step, 1)
+    return sum(tokens for tokens, _ in run.plan.sizes(step, 1))
 
 
 def scored_positions(run, lengths):

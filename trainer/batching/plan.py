@@ -78,16 +78,10 @@ class Plan:
         mine = [MicroBatch(ids, self.weights[ids]) for ids in shares[rank]]
         return mine + [filler] * (max(map(len, shares)) - len(mine))
 
-    def largest(self, step: int, world_size: int) -> tuple[int, int]:
-        """Examples and tokens, padding included, of the largest micro-batch of a step, over all ranks."""
+    def sizes(self, step: int, world_size: int) -> list[tuple[int, int]]:
+        """Tokens, padding included, and examples of each micro-batch of a step, over all ranks."""
         parts = [ids for share in self._shares(self.global_batch(step), world_size) for ids in share]
-        tokens, examples = max((num_positions(self.lengths[ids], self.packed), len(ids)) for ids in parts)
-        return examples, tokens
-
-    def num_padded_tokens(self, step: int, world_size: int) -> int:
-        """Tokens that all ranks compute in a step, padding included."""
-        parts = [self.lengths[ids] for share in self._shares(self.global_batch(step), world_size) for ids in share]
-        return sum(num_positions(lengths, self.packed) for lengths in parts)
+        return [(num_positions(self.lengths[ids], self.packed), len(ids)) for ids in parts]
 
     def _shares(self, batch: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
         """Per rank, the example ids of each of its micro-batches."""

@@ -88,7 +88,7 @@ def count_step(run: Run, state: TrainState, result: StepResult, seconds: float) 
         steps=1,
         examples=len(run.plan.global_batch(state.step)),
         tokens=run.plan.num_tokens(state.step),
-        padded_tokens=current_plan(run, state).num_padded_tokens(state.step, num_processes),
+        padded_tokens=sum(tokens for tokens, _ in current_plan(run, state).sizes(state.step, num_processes)),
         seconds=seconds,
     )
     return dataclasses.replace(

@@ -26,7 +26,7 @@ def shrink_token_budget(run: Run, state: TrainState, plan: Plan) -> TrainState:
     Raises:
         UserError: that micro-batch has a single example.
     """
-    num_examples, num_tokens = plan.largest(state.step, run.learner.accelerator.num_processes)
+    num_tokens, num_examples = max(plan.sizes(state.step, run.learner.accelerator.num_processes))
     if num_examples == 1:
         raise UserError(
             f"step {state.step + 1}: out of memory with a single example of {num_tokens} tokens; a lower "

@@ -7,8 +7,6 @@ in training, with nothing dropped. The check runs in fp32 on a twin of the model
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from trainer.data.tokens import Examples
 from trainer.dropout.sites import DropoutKeys, dropping_nothing, install, twin_of
 from trainer.errors import UserError, one_line
 from trainer.packed.families import why_not_packed
-from trainer.packed.forward import PackedForward, PaddedForward, Padding
+from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding
 
 MIN_TOKENS, MAX_TOKENS = 16, 512
 """limits of the longer example's length"""
@@ -54,9 +52,13 @@ def check_start(
     try:
         keys = install(model, seed)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            trial = _Trial(twin_of(model).eval(), keys, tokenizer.pad_token_id)
             unequal, equal = (make_examples(split, tokenizer, (first, short)) for first in (long, short))
-            return keys, trial.find_padding(unequal, equal, max_length)
+            trials = [(Padding(), unequal), (Padding(left=True), unequal), (Padding(one_length=True), equal)]
+            if keys.sites and not keys.unreached:
+                del trials[1]  # keyed masks begin at an example's first token, so padding cannot come before it
+            if depends_on_longest(model.config, max_length):
+                del trials[:-1]
+            return keys, find_padding(twin_of(model).eval(), keys, tokenizer.pad_token_id, trials)
     except Refused as reason:
         raise UserError(f"model.name: {name} is not supported: {reason}") from None
     except torch.OutOfMemoryError:
@@ -93,61 +95,39 @@ class Refused(Exception):
     """Why a model cannot train here."""
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A twin of the model in evaluation mode. Of two examples the second is compared, since it is padded."""
+def find_padding(
+    twin: PeftModel, keys: DropoutKeys, pad_token_id: int, trials: list[tuple[Padding, Examples]]
+) -> Padding:
+    """The first padding that leaves an example's logits alone. Of two examples the second is compared: it is padded.
 
-    model: PeftModel
-    keys: DropoutKeys
-    pad_token_id: int
+    Raises:
+        Refused: no padding does, or training computes other logits.
+    """
+    for padding, rows in trials:
+        forward = PaddedForward(twin, pad_token_id, padding)
+        alone = last_logits(forward, rows, [1])
+        if not alone.isfinite().all():
+            raise Refused("its logits are not finite")
+        if is_same(last_logits(forward, rows, [0, 1]), alone):
+            break
+    else:
+        raise Refused("the logits of an example depend on the other examples of its batch")
+    if padding.left:
+        keys.sites = dict.fromkeys(keys.sites)
+    twin.train()
+    with dropping_nothing():
+        in_training = last_logits(forward, rows, [0, 1])
+    twin.eval()
+    if not is_same(in_training, alone):
+        raise Refused("with nothing dropped, its logits in training differ from those in evaluation")
+    packs = why_not_packed(twin) is not None or is_same(last_logits(PackedForward(twin), rows, [0, 1]), alone)
+    return dataclasses.replace(padding, packs=packs)
 
-    def find_padding(self, unequal: Examples, equal: Examples, max_length: int) -> Padding:
-        """The first kind of padding that leaves an example's logits alone.
 
-        `unequal` has two examples, the second shorter. `equal` has two of one length.
-
-        Raises:
-            Refused: no kind does, or training computes other logits.
-        """
-        candidates = [(Padding(), unequal), (Padding(left=True), unequal), (Padding(one_length=True), equal)]
-        if self.keys.sites and not self.keys.unreached:
-            del candidates[1]  # keyed masks begin at an example's first token, so padding cannot come before it
-        if depends_on_longest(self.model.config, max_length):
-            del candidates[:-1]
-        for padding, rows in candidates:
-            alone = self.logits(rows, [1])
-            if not alone.isfinite().all():
-                raise Refused("its logits are not finite")
-            if is_same(self.logits(rows, left=padding.left), alone):
-                break
-        else:
-            raise Refused("the logits of an example depend on the other examples of its batch")
-        if padding.left:
-            self.keys.sites = dict.fromkeys(self.keys.sites)
-        if not is_same(self.logits_in_training(rows, padding.left), alone):
-            raise Refused("with nothing dropped, its logits in training differ from those in evaluation")
-        packs = why_not_packed(self.model) is not None or is_same(self.packed_logits(rows), alone)
-        return dataclasses.replace(padding, packs=packs)
-
-    def logits(self, rows: Examples, ids: Sequence[int] = (0, 1), left: bool = False) -> torch.Tensor:
-        """Logits [C] of the last of these rows, computed in one batch."""
-        forward = PaddedForward(self.model, self.pad_token_id, Padding(left=left))
-        batch = forward.collate(rows, np.array(ids), np.ones(len(ids)), torch.device("cpu"))
-        return forward(batch.inputs, batch.lengths)[-1]
-
-    def logits_in_training(self, rows: Examples, left: bool) -> torch.Tensor:
-        """Logits [C] of the second row in training mode."""
-        self.model.train()
-        with dropping_nothing():
-            logits = self.logits(rows, left=left)
-        self.model.eval()
-        return logits
-
-    def packed_logits(self, rows: Examples) -> torch.Tensor:
-        """Logits [C] of the second row, packed behind the first."""
-        forward = PackedForward(self.model)
-        batch = forward.collate(rows, np.arange(2), np.ones(2), torch.device("cpu"))
-        return forward(batch.inputs, batch.lengths)[-1]
+def last_logits(forward: Forward, rows: Examples, ids: list[int]) -> torch.Tensor:
+    """Logits [C] of the last of these rows, computed in one batch."""
+    batch = forward.collate(rows, np.array(ids), np.ones(len(ids)), torch.device("cpu"))
+    return forward(batch.inputs, batch.lengths)[-1]
 
 
 def depends_on_longest(config: Any, max_length: int) -> bool:

@@ -41,16 +41,11 @@ class StepResult:
 
 
 def train_step(run: Run, step: int, micro_batches: list[MicroBatch]) -> StepResult:
-    """Takes one optimizer step with this rank's share of the global batch.
+    """Takes optimizer step `step`, counted from 0, with this rank's share of the global batch.
 
     Each rank adds up the gradients of its micro-batches. Then a few numbers and one adapter-sized tensor are summed
     over all ranks. A rank that ran out of memory takes part too, so no rank waits for another. All ranks learn from
     the sums whether to apply the gradient.
-
-    Args:
-        run: its learner is updated.
-        step: number of the step, counted from 0.
-        micro_batches: this rank's share.
 
     Raises:
         UserError: a loss or gradient is not finite (names step and rows), a parameter has no gradient, or memory ran

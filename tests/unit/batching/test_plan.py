@@ -34,6 +34,10 @@ def plan_of(num_examples, batch_size, seed=3, max_tokens=64, longest=40):
     )
 
 
+def num_padded(plan, step, world_size):
+    return sum(tokens for tokens, _ in plan.sizes(step, world_size))
+
+
 def news_like_lengths(count, seed=0):
     """Token counts shaped as AG News' under the roberta-base tokenizer: median 52, mean 54, p95 82, max 279."""
     drawn = np.random.default_rng(seed).lognormal(np.log(52), 0.28, count)
@@ -175,7 +179,7 @@ def test_all_ranks_together_compute_the_global_batch_once(num_examples, batch_si
         shortest = plan.lengths[plan.global_batch(step)].min()
         assert all(len(part.ids) == 1 and plan.lengths[part.ids[0]] == shortest for part in fillers)
         padded = sum(len(part.ids) * plan.lengths[part.ids].max() for part in working)
-        assert plan.num_padded_tokens(step, world_size) == padded >= plan.num_tokens(step)
+        assert num_padded(plan, step, world_size) == padded >= plan.num_tokens(step)
         assert all(len(p.ids) == 1 or len(p.ids) * plan.lengths[p.ids].max() <= max_tokens for p in working)
 
 
@@ -194,7 +198,7 @@ def test_a_batch_of_weightless_examples_divides_by_one():
 def test_examples_of_one_micro_batch_are_of_like_length():
     lengths = news_like_lengths(640)
     plan = Plan(lengths, np.ones(640), 64, seed=0, max_tokens=512)
-    fraction = 1 - sum(map(plan.num_tokens, range(10))) / sum(plan.num_padded_tokens(s, 1) for s in range(10))
+    fraction = 1 - sum(map(plan.num_tokens, range(10))) / sum(num_padded(plan, s, 1) for s in range(10))
     naive = 1 - sum(map(plan.num_tokens, range(10))) / sum(64 * lengths[plan.global_batch(s)].max() for s in range(10))
     assert fraction < 0.1 < 0.3 < naive
 
@@ -317,9 +321,9 @@ def test_a_packed_plan_counts_no_padding():
     plan = plan_of(101, batch_size=32)
     packed = dataclasses.replace(plan, packed=True)
     for step in range(plan.steps_per_epoch):
-        assert packed.num_padded_tokens(step, 2) == plan.num_tokens(step) < plan.num_padded_tokens(step, 2)
+        assert num_padded(packed, step, 2) == plan.num_tokens(step) < num_padded(plan, step, 2)
         parts = [part.ids for rank in range(2) for part in packed.micro_batches(step, rank, 2) if part.weights.any()]
-        assert packed.largest(step, 2)[1] == max(int(plan.lengths[part].sum()) for part in parts)
+        assert max(packed.sizes(step, 2))[0] == max(int(plan.lengths[part].sum()) for part in parts)
         assert sorted(np.concatenate(parts).tolist()) == sorted(plan.global_batch(step).tolist())
 
 
@@ -332,7 +336,7 @@ def test_the_largest_micro_batch_is_over_all_ranks(world_size):
     for step in range(plan.steps_per_epoch):
         parts = [part for rank in range(world_size) for part in plan.micro_batches(step, rank, world_size)]
         padded = {len(part.ids) * int(plan.lengths[part.ids].max()): len(part.ids) for part in parts}
-        examples, tokens = plan.largest(step, world_size)
+        tokens, examples = max(plan.sizes(step, world_size))
         assert tokens == max(padded)
         assert examples >= padded[tokens]
 
@@ -340,9 +344,9 @@ def test_the_largest_micro_batch_is_over_all_ranks(world_size):
 def test_halving_the_largest_ends_in_single_examples():
     plan = plan_of(40, batch_size=40, max_tokens=10**6)
     budgets = []
-    while (largest := plan.largest(0, 1))[0] > 1:
-        budgets.append(largest[1] // 2)
+    while (largest := max(plan.sizes(0, 1)))[1] > 1:
+        budgets.append(largest[0] // 2)
         plan = Plan(plan.lengths, plan.weights, plan.batch_size, plan.seed, max_tokens=budgets[-1])
     assert len(budgets) <= 12
     assert budgets == sorted(set(budgets), reverse=True), "each attempt is smaller than the one before"
-    assert largest[1] == plan.lengths.max()
+    assert largest[0] == plan.lengths.max()
