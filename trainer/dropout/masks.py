@@ -64,8 +64,10 @@ def masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:
 
 
 def dropped(x: torch.Tensor, mask: Mask | None, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """x with the dropped units 0 and the others scaled, plus the residual; x itself where there is no mask."""
-    result: torch.Tensor = x if mask is None else _Drop.apply(x, mask, residual)
+    """x with the dropped units 0 and the others scaled, or x itself without a mask; plus the residual."""
+    if mask is None:
+        return x if residual is None else x + residual
+    result: torch.Tensor = _Drop.apply(x, mask, residual)
     return result
 
 

@@ -121,16 +121,7 @@ class KeyedDropout(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and type as `x`."""
-        return dropped(x, self.mask(x))
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """self(x) + residual, in fewer passes."""
-        mask = self.mask(x)
-        return x + residual if mask is None else dropped(x, mask, residual)
-
-    def mask(self, x: torch.Tensor) -> Mask | None:
-        """Which units of `x` to drop; None for no unit."""
-        return draw_mask(x, self.p, self)
+        return dropped(x, draw_mask(x, self.p, self))
 
 
 def install(model: nn.Module, seed: int) -> DropoutKeys:

@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from trainer.compat import adapter_state
@@ -30,7 +30,7 @@ from trainer.model.build import set_precision
 from trainer.model.identity import Identity, check_same_backbone, read_identity
 from trainer.model.tokenizer import save_tokenizer
 
-IDENTITY = "backbone/identity.json"
+IDENTITY, WEIGHTS = "backbone/identity.json", "adapter_model.safetensors"
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -44,19 +44,18 @@ def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], sou
     Raises:
         UserError: a tensor is missing, unexpected, or of another shape.
     """
-    expected = adapter_state(model)
-    _check_names(set(tensors), set(expected), source)
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = list(tensor.shape), list(expected[name].shape)
-            raise UserError(f"{source}: {name} has shape {shapes[0]}, the model needs {shapes[1]}")
+    _check_tensors(model, tensors, source)
     set_peft_model_state_dict(model, tensors)
 
 
-def _check_names(saved: set[str], expected: set[str], source: str) -> None:
-    for problem, names in (("lacks", expected - saved), ("has an unexpected", saved - expected)):
+def _check_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
+    expected = adapter_state(model)
+    for problem, names in (("lacks", {*expected} - {*tensors}), ("has an unexpected", {*tensors} - {*expected})):
         if names:
             raise UserError(f"{source}: the adapter {problem} tensor {min(names)} ({len(names)} in all)")
+    for name, tensor in tensors.items():
+        if tensor.shape != (shape := expected[name].shape):
+            raise UserError(f"{source}: {name} has shape {list(tensor.shape)}, the model needs {list(shape)}")
 
 
 def adapter_config_json(model: PeftModel) -> str:
@@ -87,7 +86,7 @@ class SavedAdapter:
 def read_adapter(folder: Path) -> SavedAdapter:
     """Reads a folder that `save_adapter` wrote."""
     try:
-        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
         label_names = [str(name) for name in json.loads((folder / "labels.json").read_text(encoding="utf-8"))]
         backbone = read_identity(folder / IDENTITY)
         peft = dict(json.loads((folder / "adapter_config.json").read_bytes()))
@@ -115,7 +114,7 @@ def save_adapter(
     with writing(temporary):
         save_tokenizer(backbone.tokenizer, max_length, temporary)
         files = {path.name: path.read_bytes() for path in temporary.iterdir() if path.is_file()}
-    files["adapter_model.safetensors"] = safetensors.torch.save(tensors, {"format": "pt"})
+    files[WEIGHTS] = safetensors.torch.save(tensors, {"format": "pt"})
     files["adapter_config.json"] = adapter_config_json(model).encode()
     # in its own folder: beside adapter_config.json, transformers would read the adapter as a whole model
     files["backbone/config.json"] = backbone.config.to_json_string().encode()
@@ -150,8 +149,7 @@ def load_trained_model(backbone: Backbone, folder: Path, compute_type: torch.dty
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter does not fit: {' '.join(str(error).split())[:240]}") from None
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        _check_names(set(file.keys()), set(adapter_state(model)), str(folder))
+    _check_tensors(model, safetensors.torch.load_file(folder / WEIGHTS), str(folder))
     set_precision(model, compute_type)
     return model.requires_grad_(False).eval()
 
@@ -164,15 +162,10 @@ def check_adapter(
     compute_type: torch.dtype,
     tolerance: float,
 ) -> None:
-    """Loads the folder into a fresh model and compares logits, so no run ends with an adapter that does not work.
+    """Loads a folder of `save_adapter` into a fresh model, so no run ends with an adapter that does not work.
 
-    Args:
-        folder: as `save_adapter` wrote it.
-        backbone: the backbone it was trained on.
-        inputs: input_ids and attention_mask of some examples, [B, L].
-        expected: logits of the trained model with the saved tensors, [B, C].
-        compute_type: of the trained model's frozen matrices.
-        tolerance: of a logit; weights, types and kernels are equal, so only the order of sums may differ.
+    `inputs` are input_ids and attention_mask of some examples, [B, L]. `expected` are the trained model's logits of
+    them, [B, C]. Weights, types and kernels are equal, so only the order of sums may differ by the tolerance.
 
     Raises:
         RuntimeError: the logits differ.

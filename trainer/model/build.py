@@ -38,14 +38,13 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
         UserError: an impossible max_length, targets that match nothing, or too many trained parameters.
     """
     _check_max_length(backbone, max_length, pairs)
-    config = adapter_config(settings, backbone.path)
     with torch.device("meta"):
         try:
             # a copy, since PEFT's layer_replication changes the configuration
             model = AutoModelForSequenceClassification.from_config(copy.deepcopy(backbone.config))
         except Exception as error:  # a family's code raises many kinds at sizes that do not fit together
             raise UserError(f"model.name: {backbone.path} cannot be built: {one_line(error)}") from None
-        model = add_adapter(model, config, set())
+        model = add_adapter(model, adapter_config(settings, backbone.path), set())
     check_effects(model, settings)
     check_parameter_budget(model, settings)
     return model

@@ -6,7 +6,6 @@ whatever the weights file lacks, so no new layer stays untrained or unsaved.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import re
@@ -96,7 +95,6 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
     """Wraps the model by PEFT; the head and `new_modules`, which no weights file filled, train and are saved whole."""
     prefix = str(model.base_model_prefix)
     head = {name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())}
-    config = copy.deepcopy(config)
     # a new module inside the backbone (BERT's pooler) is named by its path below the model, a head by its name
     inside = {name for name in new_modules if name.split(".")[0] == prefix}
     # PEFT itself adds "classifier" and "score" for sequence classification
@@ -121,11 +119,8 @@ def check_effects(model: PeftModel, settings: PeftConfig) -> None:
     """Refuses options that name modules, parameters or layers to no effect; PEFT ignores them."""
     tuner: Any = model.base_model
     modules: dict[str, Any] = {path_in_model(name): module for name, module in model.named_modules()}
-    adapted = [
-        name
-        for name, module in modules.items()
-        if any(p.requires_grad for p in module.parameters()) and isinstance(module, BaseTunerLayer)
-    ]
+    layers: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    adapted = [name for name, module in layers.items() if any(p.requires_grad for p in module.parameters())]
     saved_whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
     names_by_option: dict[str, Iterable[str]] = {
         "target_modules": adapted, "rank_pattern": adapted, "alpha_pattern": adapted, "layers_to_transform": adapted,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,40 +56,12 @@ class Layout:
     positions: torch.Tensor
     """position of each token in its example, int64 [T]"""
     num_heads: int
-    tokens: torch.Tensor
-    """the token at each place of the groups, T at padding; int64 [places]"""
-
-    @cached_property
-    def projected(self) -> Rows:
-        """Queries, keys and values: [T, 3, heads, D] to [3, G, heads, N, D] of each group; padding takes any row."""
-        rows = self._rows(3, self.num_heads)
-        return Rows(rows.take.where(rows.take < len(rows.back), 0), rows.back)
-
-    @cached_property
-    def attended(self) -> Rows:
-        """[T, heads, D] to [G, heads, N, D] of each group; padding takes the row behind the last, which is 0."""
-        return self._rows(1, self.num_heads)
-
-    @cached_property
-    def whole(self) -> Rows:
-        """[T, W] to [G, N, W] of each group; padding takes any row."""
-        return Rows(self.tokens.where(self.tokens < len(self.positions), 0), self._rows(1, 1).back)
-
-    def _rows(self, components: int, num_heads: int) -> Rows:
-        """[T, C, heads] to [C, G, heads, N] of each group; padding takes the row behind the last."""
-        per_token = components * num_heads
-        num_rows = len(self.positions) * per_token
-        rows = self.tokens[:, None] * per_token + torch.arange(per_token, device=self.tokens.device)
-        parts = rows.clamp(max=num_rows).split([group.size * group.longest for group in self.groups])
-        take = torch.cat(
-            [
-                part.view(group.size, group.longest, components, num_heads).permute(2, 0, 3, 1).flatten()
-                for group, part in zip(self.groups, parts, strict=True)
-            ]
-        )
-        back = torch.empty(num_rows + 1, dtype=torch.int64, device=take.device)
-        back[take] = torch.arange(len(take), device=take.device)
-        return Rows(take, back[:num_rows])
+    projected: Rows
+    """queries, keys and values: [T, 3, heads, D] to [3, G, heads, N, D] of each group; padding takes any row"""
+    attended: Rows
+    """[T, heads, D] to [G, heads, N, D] of each group; padding takes the row behind the last, which is 0"""
+    whole: Rows
+    """[T, W] to [G, N, W] of each group; padding takes any row"""
 
 
 def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype) -> Layout:
@@ -99,19 +70,36 @@ def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: to
     groups, tokens, first = [], [], 0
     for size in group_sizes(lengths, GROUP_COST / num_heads):
         own = lengths[first : first + size]
-        width = int(own.max())
-        real = np.arange(width) < own[:, None]
-        tokens.append(np.where(real, starts[first : first + size, None] + np.arange(width), num_tokens).ravel())
+        real = np.arange(own.max()) < own[:, None]
+        tokens.append(np.where(real, starts[first : first + size, None] + np.arange(own.max()), num_tokens))
         bias = on_device(np.where(real, np.float32(0), np.float32(-np.inf)), device).to(dtype)
-        groups.append(Group(first, size, width, bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
+        groups.append(Group(first, size, int(own.max()), bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
         first += size
+    places = [on_device(each, device) for each in tokens]
+    projected, whole = (_rows(places, num_tokens, *sizes) for sizes in ((3, num_heads), (1, 1)))
     return Layout(
         groups=tuple(groups),
         starts=on_device(starts, device),
         positions=on_device(np.arange(num_tokens) - np.repeat(starts, lengths), device),
         num_heads=num_heads,
-        tokens=on_device(np.concatenate(tokens), device),
+        projected=Rows(projected.take % len(projected.back), projected.back),
+        attended=_rows(places, num_tokens, 1, num_heads),
+        whole=Rows(whole.take % num_tokens, whole.back),
     )
+
+
+def _rows(tokens: list[torch.Tensor], num_tokens: int, components: int, num_heads: int) -> Rows:
+    """[T, C, heads] to [C, G, heads, N] of each group; padding takes the row behind the last.
+
+    `tokens` are the tokens at the places of each group, [G, N], and T at padding.
+    """
+    per_token = components * num_heads
+    num_rows, of_token = num_tokens * per_token, torch.arange(per_token, device=tokens[0].device)
+    rows = [(group[..., None] * per_token + of_token).clamp(max=num_rows) for group in tokens]
+    take = torch.cat([group.unflatten(-1, (components, num_heads)).permute(2, 0, 3, 1).flatten() for group in rows])
+    back = torch.empty(num_rows + 1, dtype=torch.int64, device=take.device)
+    back[take] = torch.arange(len(take), device=take.device)
+    return Rows(take, back[:num_rows])
 
 
 def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:

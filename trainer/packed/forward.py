@@ -19,8 +19,8 @@ from peft import PeftModel
 from trainer.batching.collate import Batch, collate_packed, collate_padded
 from trainer.compat import trained_module
 from trainer.data.tokens import Examples
-from trainer.dropout.masks import Mask
-from trainer.dropout.sites import KeyedDropout, draw_mask
+from trainer.dropout.masks import Mask, dropped
+from trainer.dropout.sites import draw_mask
 from trainer.errors import UserError
 from trainer.packed.attention import Attention, Layout, lay_out
 from trainer.packed.families import FAMILIES, why_not_packed
@@ -173,7 +173,6 @@ class _Layer:
 
 def _add_and_norm(module: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """LayerNorm(residual + dropout(x))"""
-    dropout = module.dropout
-    total = dropout.add(x, residual) if isinstance(dropout, KeyedDropout) else dropout(x) + residual
-    normed: torch.Tensor = module.LayerNorm(total)
+    mask = draw_mask(x, module.dropout.p, module.dropout)
+    normed: torch.Tensor = module.LayerNorm(dropped(x, mask, residual))
     return normed

@@ -16,7 +16,7 @@ from torch import nn
 
 from trainer.compat import has_fast_bf16, has_reordered_weights, reorder_weight, reordered_linear
 from trainer.dropout.masks import Mask, masked
-from trainer.dropout.sites import KeyedDropout
+from trainer.dropout.sites import draw_mask
 
 PREPACKED_FOR = 1024  # rows of a product; oneDNN packs alike for most numbers
 
@@ -32,7 +32,8 @@ class FrozenWeight:
         """`trains`: whether `multiply_back` is called."""
         self.weight, self.bias = weight, bias
         self._forward = self._back = None
-        if _can_prepack(weight):
+        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and has_reordered_weights
+        if on_cpu and weight.dtype == torch.bfloat16 and has_fast_bf16():
             self._forward = reorder_weight(weight, PREPACKED_FOR)
             if trains:
                 self._back = reorder_weight(weight.t().contiguous(), PREPACKED_FOR)
@@ -48,12 +49,6 @@ class FrozenWeight:
         if self._back is None:
             return gradient @ self.weight
         return reordered_linear(gradient, self._back, None)
-
-
-def _can_prepack(weight: torch.Tensor) -> bool:
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return has_reordered_weights and has_fast_bf16()
 
 
 def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -80,7 +75,7 @@ class Projection:
             self.frozen = FrozenWeight(weight, bias, trains)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The outputs of all modules side by side: [..., H] -> [..., outputs of all]."""
+        """Computes the outputs of all modules side by side: [..., H] -> [..., outputs of all]."""
         if not self.joined:
             return torch.cat([module(x) for module in self.modules], dim=-1)
         if torch.is_autocast_enabled(x.device.type):  # once, not for each product
@@ -89,12 +84,11 @@ class Projection:
         for module, size in zip(self.modules, self.sizes, strict=True):
             end += size
             if isinstance(module, LoraLinear):
-                adapter: Any = module
-                dropout = adapter.lora_dropout["default"]
-                mask = dropout.mask(x) if isinstance(dropout, KeyedDropout) else None
-                scale = adapter.scaling["default"] * (mask.scale if mask is not None else 1)
+                dropout = module.lora_dropout["default"]
+                mask = draw_mask(x, getattr(dropout, "p", 0.0), dropout)
+                scale = module.scaling["default"] * (mask.scale if mask is not None else 1)
                 parts.append(_Part(slice(end - size, end), scale, mask))
-                weights += [adapter.lora_A["default"].weight, adapter.lora_B["default"].weight]
+                weights += [module.lora_A["default"].weight, module.lora_B["default"].weight]
         product: torch.Tensor = _Product.apply(x, self.frozen, parts, *weights)
         return product
 
@@ -112,24 +106,21 @@ def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(_base(modules[0]).weight.dtype)
-    lows: dict[Any, torch.Tensor] = {}
-    for module in modules:
-        if isinstance(module, LoraLinear):
-            adapter: Any = module
-            lows[module] = adapter.lora_A["default"](adapter.lora_dropout["default"](x))
-    num_ones = 8 - sum(low.shape[-1] for low in (x, *lows.values())) % 8  # other widths are slower on a GPU
+    adapters: list[Any] = [module for module in modules if isinstance(module, LoraLinear)]
+    lows = [each.lora_A["default"](each.lora_dropout["default"](x)) for each in adapters]
+    num_ones = 8 - sum(low.shape[-1] for low in (x, *lows)) % 8  # other widths are slower on a GPU
     weights = []
     for module in modules:
         weight, bias = _base(module).weight, _base(module).bias
-        parts = [weight]
-        for reader, low in lows.items():
-            if reader is module:
-                b = reader.lora_B["default"].weight * reader.scaling["default"]
-                parts.append(b.to(weight.dtype))
-            else:
-                parts.append(weight.new_zeros(len(weight), low.shape[-1]))
-        weights.append(torch.cat([*parts, bias.unsqueeze(1), weight.new_zeros(len(weight), num_ones - 1)], dim=1))
-    return torch.cat([x, *lows.values(), x.new_ones(*x.shape[:-1], num_ones)], dim=-1), weights
+        parts = [
+            (each.lora_B["default"].weight * each.scaling["default"]).to(weight.dtype)
+            if each is module
+            else weight.new_zeros(len(weight), low.shape[-1])
+            for each, low in zip(adapters, lows, strict=True)
+        ]
+        ones = [bias.unsqueeze(1), weight.new_zeros(len(weight), num_ones - 1)]
+        weights.append(torch.cat([weight, *parts, *ones], dim=1))
+    return torch.cat([x, *lows, x.new_ones(*x.shape[:-1], num_ones)], dim=-1), weights
 
 
 def is_joinable(module: Any) -> bool:
