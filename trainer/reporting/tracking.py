@@ -21,9 +21,9 @@ from trainer.errors import bar_settings, one_line
 from trainer.files import read_json_lines, write_atomic, writing
 
 PROJECT = "isotrain"  # project or experiment in a tracker, unless the tracker's environment variable names another
-MAX_FAILURES = 3  # failures in a row after which a tracker is skipped, because each may wait minutes for a server
-# The id of a tracker's run, with which a later start resumes it.
+MAX_FAILURES = 3  # in a row: then a tracker is skipped, because each may wait minutes for a server
 _RUN_IDS: dict[str, Callable[[Any], str]] = {"wandb": lambda run: run.id, "mlflow": lambda run: run.info.run_id}
+"""the id of a tracker's run, with which a later start resumes it"""
 
 
 class RunLog:
