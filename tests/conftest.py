@@ -8,33 +8,13 @@ import pytest
 import torch
 
 from tests.harness.commands import changed, command
-from tests.harness.data import AGNEWS, make_tokenizer, save_backbone, topic_rows, write_csv
+from tests.harness.data import AGNEWS, OPTIONS, make_tokenizer, save_backbone, topic_rows, write_csv
 from tests.harness.runs import outcome
 
 # before any import of the hub's libraries, which read this once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
-OPTIONS = {
-    "data__max_length": 48,
-    "data__validation_fraction": 0.3,
-    "batch__size": 8,
-    "batch__max_tokens": 100,
-    "batch__eval_max_tokens": 120,
-    "model__dropout": 0.1,
-    "peft__r": 4,
-    "peft__lora_dropout": 0.1,
-    "peft__target_modules": "[query,value]",
-    "optim__learning_rate": "2e-2",
-    "optim__epochs": 2,
-    "optim__label_smoothing": 0.1,
-    "evaluation__every_steps": 4,
-    "evaluation__metric": "loss",
-    "run__name": "run",
-    "run__precision": "no",
-    "checkpoint__every_steps": 3,
-    "tracking__every_steps": 2,
-}
 
 
 def pytest_configure(config):
@@ -56,26 +36,17 @@ def tiny_backbone(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny_data(tmp_path):
-    """Folder with train.csv (61 rows) and test.csv (23 rows): sizes that divide by nothing."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write_csv(folder / "train.csv", topic_rows(61, seed=1))
-    write_csv(folder / "test.csv", topic_rows(23, seed=2))
-    return folder
+def tiny_data(fault_data, tmp_path):
+    """Folder with train.csv (61 rows) and test.csv (23 rows), for a test to change."""
+    return shutil.copytree(fault_data, tmp_path / "data")
 
 
 @pytest.fixture
 def tiny_arguments(tiny_backbone, tiny_data, tmp_path):
-    """Command line of a complete small run (dropout on, several micro-batches a step), about 5 s as a process."""
-    return [
-        "--model.name", str(tiny_backbone), "--data.train", str(tiny_data / "train.csv"),
-        "--data.test", str(tiny_data / "test.csv"), "--data.max_length", "48", "--batch.size", "8",
-        "--batch.max_tokens", "100", "--peft.r", "4", "--peft.lora_dropout", "0.1",
-        "--peft.target_modules", "[query,value]", "--optim.learning_rate", "1e-3", "--optim.epochs", "2",
-        "--run.output_dir", str(tmp_path / "runs"), "--run.name", "tiny", "--run.precision", "no",
-        "--checkpoint.every_steps", "3", "--tracking.every_steps", "2",
-    ]  # fmt: skip
+    """Command line of a complete small run, about 5 s as a process."""
+    places = {"data__train": tiny_data / "train.csv", "data__test": tiny_data / "test.csv"}
+    places |= {"model__name": tiny_backbone, "run__output_dir": tmp_path / "runs"}
+    return changed([], **places, **OPTIONS | {"run__name": "tiny"})
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +59,7 @@ def agnews():
 
 @pytest.fixture(scope="session")
 def fault_data(tmp_path_factory):
+    """Folder with train.csv (61 rows) and test.csv (23 rows): sizes that divide by nothing."""
     folder = tmp_path_factory.mktemp("data")
     write_csv(folder / "train.csv", topic_rows(61, seed=1))
     write_csv(folder / "test.csv", topic_rows(23, seed=2))

@@ -18,28 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness.commands import changed, on_ranks
-from tests.harness.data import save_backbone, topic_rows, write_csv
+from tests.harness.data import OPTIONS, save_backbone, topic_rows, write_csv
 from tests.harness.runs import assert_same, checkpoints, outcome
 
-OPTIONS = {
-    "data__max_length": 48,
-    "data__validation_fraction": 0.3,
-    "batch__size": 8,
-    "batch__max_tokens": 150,
-    "batch__eval_max_tokens": 300,
-    "model__dropout": 0.1,
-    "peft__r": 4,
-    "peft__lora_dropout": 0.1,
-    "peft__target_modules": "[query,value]",
-    "optim__learning_rate": "2e-2",
-    "optim__epochs": 2,
-    "evaluation__every_steps": 4,
-    "evaluation__metric": "loss",
-    "run__name": "run",
-    "run__precision": "no",
-    "checkpoint__every_steps": 2,
-    "tracking__every_steps": 2,
-}
 LOST, STOPPED = 75, 128 + signal.SIGTERM
 ENDS_AT_ONCE = 10  # seconds in which the others follow a rank that fails
 
@@ -197,7 +178,8 @@ def soak(backbone, place, rounds, seed):
     write_csv(place / "train.csv", topic_rows(40, seed=1))
     write_csv(place / "test.csv", topic_rows(9, seed=2))
     data = {"data__train": place / "train.csv", "data__test": place / "test.csv"}
-    options = changed([], model__name=backbone, **data, **OPTIONS)
+    few = {"batch__max_tokens": 150, "batch__eval_max_tokens": 300, "checkpoint__every_steps": 2}
+    options = changed([], model__name=backbone, **data, **OPTIONS | few)
     for name in ("reference", "again"):  # the second time is timed, with caches filled as in all that follow
         ranks = on_ranks(2, changed(options, run__output_dir=place / name), [("no_figures",), ("say_when_met",)])
         assert [rank.code for rank in ranks] == [0, 0], ranks[0].stderr

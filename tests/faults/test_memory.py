@@ -13,7 +13,7 @@ from trainer.training.checkpoint import read_checkpoint
 
 LESS = ("no_figures",)
 SETTINGS = {"optim__learning_rate": "1e-3", "checkpoint__every_steps": 4, "tracking__every_steps": 1}
-BUDGET = 100  # as configured in fixtures.py
+BUDGET = 100  # of OPTIONS
 ABOVE = 60  # the longest example has less, the largest micro-batch of every step more
 SAYS = re.compile(r"step (\d+): out of memory; continuing with at most (\d+) tokens at a time")
 TOLERANCE = 1e-6

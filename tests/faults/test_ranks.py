@@ -17,15 +17,12 @@ AT_ONCE = 10  # seconds; a collective would wait for half an hour
 # the one that tells it is. One fault after another befalls the same run, so that a fault costs one start.
 CHAIN = [
     (1, ("at_call", "tokenize"), [LOST, -9], "rank 1 on HOST was lost in the (preparation|setup)"),
-    (1, ("error_at_call", "build_model", "UserError", "a mistake"), [2, 2], "rank 1 on HOST: a mistake"),
     (1, ("error_at_call", "example_losses", "OSError", "a disk", 7), [2, 2], "rank 1 on HOST: a disk"),
     # after the vote: the other one waits for this one's gradient
     (1, ("at_call", "sum_gradients", 2), [LOST, -9], "rank 1 on HOST was lost in step 5"),
     (1, SURPRISE, [1, 1], "rank 1 on HOST: ValueError: a surprise"),
-    (0, SURPRISE, [1, 1], "ValueError: a surprise"),
     (0, ("in_save", 1, 3), [-9, LOST], "rank 0 on HOST was lost in the checkpoint of step 6"),
     (1, ("at_call", "score_micro_batch", 3), [LOST, -9], "rank 1 on HOST was lost in the scoring of"),
-    (1, ("at_call", "probe"), [LOST, -9], "rank 1 on HOST was lost in the (scoring of test after step 12|end)"),
     (0, ("at_call", "save_adapter"), [-9, LOST], "rank 0 on HOST was lost in the end"),
 ]  # fmt: skip
 

@@ -13,19 +13,18 @@ SETTINGS = {"optim__learning_rate": "1e-3", "checkpoint__every_steps": 4, "track
 TOLERANCE = 1e-5
 
 
+def trained_alone(options, place, **changes):
+    """Trains on one process without faults, with some options changed; gives its command line and its run folder."""
+    arguments = changed(options, **SETTINGS, **changes)
+    log = ("log_ids", str(place / "ids"))
+    (ended,) = on_ranks(1, changed(arguments, run__output_dir=place), [LESS, log])
+    assert ended.code == 0, ended.stderr
+    return arguments, place / "run"
+
+
 @pytest.fixture(scope="module")
 def alone(options, tmp_path_factory):
-    """Runs on one process without faults, with some options changed; gives its command line and its run folder."""
-
-    def run(**changes):
-        place = tmp_path_factory.mktemp("alone")
-        arguments = changed(options, **SETTINGS, **changes)
-        log = ("log_ids", str(place / "ids"))
-        (ended,) = on_ranks(1, changed(arguments, run__output_dir=place), [LESS, log])
-        assert ended.code == 0, ended.stderr
-        return arguments, place / "run"
-
-    return run
+    return trained_alone(options, tmp_path_factory.mktemp("alone"))
 
 
 def rates(folder):
@@ -33,9 +32,8 @@ def rates(folder):
     return [(line["step"], line["train/learning_rate"]) for line in records(folder) if "train/learning_rate" in line]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_two_ranks_then_one_then_four(dropout, alone, tmp_path):
-    arguments, expected = alone(model__dropout=dropout, peft__lora_dropout=dropout)
+def test_two_ranks_then_one_then_four(alone, tmp_path):
+    arguments, expected = alone
     arguments, folder = changed(arguments, run__output_dir=tmp_path), tmp_path / "run"
     logs = [tmp_path / f"ids-{start}" for start in range(3)]
 
@@ -66,8 +64,8 @@ def test_two_ranks_then_one_then_four(dropout, alone, tmp_path):
     assert distance(folder, expected) < TOLERANCE
 
 
-def test_another_seed_and_an_example_twice_are_noticed(alone):
-    (_, one), (_, other) = alone(), alone(run__seed=43)
+def test_another_seed_and_an_example_twice_are_noticed(alone, options, tmp_path):
+    (_, one), (_, other) = alone, trained_alone(options, tmp_path, run__seed=43)
     assert distance(one, other) > 100 * TOLERANCE
 
     ids = trained_ids([one.parent / "ids"])

@@ -1,4 +1,4 @@
-"""Tiny inputs: rows whose words follow their label, a word-level tokenizer, and a backbone of random weights."""
+"""Tiny inputs: rows whose words follow their label, a tokenizer, a random backbone, and the options of a small run."""
 
 import csv
 import random
@@ -12,6 +12,27 @@ WORDS = (
     "vote government chip software robot planet cell gene phone network code orbit laser"
 ).split(" ")
 TOPICS = {"World": WORDS[31:41], "Sports": WORDS[10:21], "Business": WORDS[21:31], "Sci/Tech": WORDS[41:]}
+# A small run: dropout on, several micro-batches a step; a__b stands for --a.b.
+OPTIONS = {
+    "data__max_length": 48,
+    "data__validation_fraction": 0.3,
+    "batch__size": 8,
+    "batch__max_tokens": 100,
+    "batch__eval_max_tokens": 120,
+    "model__dropout": 0.1,
+    "peft__r": 4,
+    "peft__lora_dropout": 0.1,
+    "peft__target_modules": "[query,value]",
+    "optim__learning_rate": "2e-2",
+    "optim__epochs": 2,
+    "optim__label_smoothing": 0.1,
+    "evaluation__every_steps": 4,
+    "evaluation__metric": "loss",
+    "run__name": "run",
+    "run__precision": "no",
+    "checkpoint__every_steps": 3,
+    "tracking__every_steps": 2,
+}
 
 
 def write_csv(path, rows, header=("text", "label")):

@@ -9,7 +9,6 @@ from tests.harness.ranks import call_on_ranks
 from tests.parity.ranks import gradients, plain_gradient
 
 WORLDS = (1, 2, 3, 4)
-DROPOUT = (0.0, 0.1)
 BATCHES = ((8, 0), (7, 2), (3, 1), (8, 7))  # global batch and step; the last is the tail of an epoch: 5 of 61 examples
 WHOLE = 10**6
 BUDGETS = (WHOLE, 170, 70, 48, 1)
@@ -40,9 +39,10 @@ def distance(one, other):
     return float(np.abs(one["gradient"] - other["gradient"]).max())
 
 
-@pytest.mark.parametrize("packed", ["true", "false"])
-@pytest.mark.parametrize("dropout", DROPOUT)
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(
+    ("world_size", "dropout", "packed"),
+    [*((world_size, 0.1, packed) for world_size in WORLDS for packed in ("true", "false")), (2, 0.0, "true")],
+)
 def test_every_factorisation_gives_one_gradient(found, world_size, dropout, packed):
     ranks = found(world_size, dropout, packed=packed)
     for case in CASES:
@@ -76,7 +76,7 @@ def test_in_bf16_it_is_the_same_up_to_rounding(found, packed):
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_cuts_are_as_various_as_they_should_be(found, world_size):
-    ranks = found(world_size, 0.0)
+    ranks = found(world_size, 0.1)
     cuts = [[rank[case]["sizes"] for rank in ranks] for case in CASES]
     assert all(len({len(sizes) for sizes in cut}) == 1 for cut in cuts)
     assert {1, 2} <= {len(cut[0]) for cut in cuts}
