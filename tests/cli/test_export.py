@@ -126,7 +126,6 @@ def test_a_damaged_adapter_is_refused(run, tmp_path):
 KINDS = {
     "IA3": {"peft__feedforward_modules": "[]"},
     "LN_TUNING": {"peft__target_modules": "[LayerNorm]"},
-    "LOKR": {"peft__r": 4},
     "VERA": {"peft__r": 8},
 }
 

@@ -30,12 +30,12 @@ def test_a_tracker_that_is_not_there_is_found_before_any_data_is_read(options, t
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["a file", "in a file", "in use", "another configuration"])
+@pytest.mark.parametrize("place", ["in a file", "in use", "another configuration"])
 def test_what_is_wrong_with_the_folder_is_found_before_any_data_is_read(place, killed, tmp_path):
     folder, arguments = killed
-    if place in {"a file", "in a file"}:
+    if place == "in a file":
         (tmp_path / "file").touch()
-        output = tmp_path / "file" if place == "a file" else tmp_path / "file" / "runs"
+        output = tmp_path / "file" / "runs"
         ended = command("run", changed(arguments, run__output_dir=output), [UNREAD])
         assert str(output) in error_of(ended)
     elif place == "in use":
@@ -112,7 +112,6 @@ def test_a_new_run_starts_from_an_adapter(uninterrupted, options, tmp_path):
     [
         ({"model__adapter": "none"}, "model.adapter: none is not the adapter of a finished run"),
         ({"peft__lora_alpha": 64}, "was trained with peft.lora_alpha 8, and here it is 64"),
-        ({"peft__use_rslora": "true"}, "was trained with peft.use_rslora False, and here it is True"),
         ({"peft__target_modules": "[query]"}, "was trained with peft.target_modules ['query', 'value'], and here it"),
         ({"data__label_names": "[Sports, World, Business, Sci/Tech]"}, "the classes of"),
     ],

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,9 +10,8 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-from tests.harness.commands import command
+from tests.harness.commands import command, run_script
 from tests.harness.data import topic_rows, write_csv
-from tests.harness.processes import ROOT
 from tests.harness.runs import read_csv
 
 CLASSES = ["Business", "Sci/Tech", "Sports", "World"]
@@ -97,16 +94,6 @@ def test_jsonl_in_and_out_without_labels(run, wanted, tmp_path):
     assert probabilities.sum(axis=1) == pytest.approx(np.ones(len(ROWS)))
 
 
-def test_contest_layout_with_ids(run, wanted, tmp_path):
-    rows = [(f"x{i * 7}", text) for i, (text, _) in enumerate(ROWS)]
-    source = write_csv(tmp_path / "input.csv", rows, header=["number", "text"])
-    ended = predict(run, source, tmp_path / "out.csv", "--layout", "contest", "--id_column", "number")
-    assert ended.code == 0, ended.stderr
-    header, *found = read_csv(tmp_path / "out.csv")
-    assert header == ["ID", "Label"]
-    assert found == [[number, CLASSES[i]] for (number, _), i in zip(rows, wanted.argmax(axis=1), strict=True)]
-
-
 def test_another_layout_of_columns_and_labels_counted_from_1(run, wanted, tmp_path):
     table = [(CLASSES.index(label) + 1, text) for text, label in ROWS]
     source = write_csv(tmp_path / "input.csv", table, header=None)
@@ -119,14 +106,6 @@ def test_another_layout_of_columns_and_labels_counted_from_1(run, wanted, tmp_pa
     assert ended.code == 0, ended.stderr
     right = [CLASSES[i] == label for i, (_, label) in zip(wanted.argmax(axis=1), ROWS, strict=True)]
     assert json.loads(ended.stdout)["accuracy"] == pytest.approx(sum(right) / len(right))
-
-
-def test_rows_without_text_are_predicted_and_told(run, tmp_path):
-    source = write_csv(tmp_path / "input.csv", [[7, "match"], [8, " "], [9, ""]], header=["number", "text"])
-    ended = predict(run, source, tmp_path / "out.csv", "--layout", "contest", "--id_column", "number")
-    assert ended.code == 0, ended.stderr
-    assert f"{source}: 2 rows have an empty or missing text (text): row 2, 3; they are kept" in ended.stderr
-    assert [row[0] for row in read_csv(tmp_path / "out.csv")] == ["ID", "7", "8", "9"]
 
 
 def test_an_existing_output_is_replaced_whole(run, labelled, tmp_path):
@@ -168,19 +147,9 @@ def test_neither_the_run_nor_its_data_is_written_over(run, labelled, tmp_path, f
 def test_two_processes_write_the_same_file(run, labelled, tmp_path):
     """By the real command. Without the "--", torchrun takes --run for an option of its own."""
     assert predict(run, labelled, tmp_path / "one.csv", "--max_tokens", "200").code == 0
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--",
-        ROOT / "trainer" / "predict.py",
-    ]
-    line += ["--run", run, "--input", labelled, "--output", tmp_path / "two.csv", "--max_tokens", "200"]
-    line += ["--quoting", "multi_line"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, timeout=240)
+    arguments = ["--run", run, "--input", labelled, "--output", tmp_path / "two.csv", "--max_tokens", "200"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--"]
+    process = run_script("predict.py", [*arguments, "--quoting", "multi_line"], torchrun)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
     assert json.loads(process.stdout)["num_examples"] == len(ROWS)

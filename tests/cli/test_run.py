@@ -1,20 +1,15 @@
 """The training command from end to end: what it leaves, what it says, and each of its larger options once."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.harness.commands import changed, command
+from tests.harness.commands import changed, command, run_script
 from tests.harness.data import topic_rows, write_csv
 from tests.harness.processes import ROOT
 from tests.harness.runs import checkpoints, read_csv, records, tensorboard, tensors
-from trainer.config.loading import parse_config
-from trainer.training.optim import learning_rate
 
 LESS = ("no_figures",)
 SCORES = {"accuracy", "f1_macro", "loss", "num_examples"}
@@ -48,13 +43,6 @@ def trained(arguments, tmp_path, points=(LESS,), **options):
 # --- the real commands ------------------------------------------------------------------------------------------------
 
 
-def real(command_line, **settings):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        list(map(str, command_line)), capture_output=True, text=True, env=environment, timeout=240, **settings
-    )
-
-
 @pytest.fixture(scope="module")
 def elsewhere(options, tiny_backbone, fault_data, tmp_path_factory):
     """A run by the real command, from another folder, all paths relative: (that folder, the finished process)."""
@@ -63,7 +51,7 @@ def elsewhere(options, tiny_backbone, fault_data, tmp_path_factory):
     (place / "backbone").symlink_to(tiny_backbone)
     relative = {"data__train": "data/train.csv", "data__test": "./data/test.csv", "model__name": "./backbone"}
     arguments = changed(options, **relative, run__output_dir="runs", optim__epochs=1)
-    return place, arguments, real([sys.executable, ROOT / "trainer" / "run.py", *arguments], cwd=place)
+    return place, arguments, run_script("run.py", arguments, cwd=place)
 
 
 def test_the_run_folder(elsewhere):
@@ -144,7 +132,7 @@ def test_the_same_command_again_and_the_run_used_from_another_folder(elsewhere, 
 def test_accelerate_launch(options, tmp_path):
     arguments = changed(options, run__output_dir=tmp_path, optim__max_steps=2, run__quiet="true")
     launch = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml"]
-    process = real([sys.executable, *launch, ROOT / "trainer" / "run.py", *arguments], cwd=tmp_path)
+    process = run_script("run.py", arguments, launch, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert summary_of(tmp_path / "run")["steps"] == 2
     assert (tmp_path / "run" / "report.html").is_file()
@@ -172,14 +160,6 @@ def test_the_best_adapter_is_that_of_the_best_evaluation(options, tmp_path):
     assert any(not np.array_equal(adapter[name], last[name]) for name in best)
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "f1/Sports"])  # and the loss, in the run above
-def test_a_metric_can_choose_the_best(metric, options, tmp_path):
-    few = {"evaluation__every_steps": 1, "optim__max_steps": 2, "tracking__backends": "[]"}
-    folder, _ = trained(options, tmp_path, evaluation__metric=metric, **few)
-    values = {line["step"]: line[f"validation/{metric}"] for line in records(folder) if f"validation/{metric}" in line}
-    assert summary_of(folder)["best_step"] == max(values, key=values.get)  # the earlier one of two equals
-
-
 def test_patience_and_its_state_over_a_kill(options, tmp_path):
     # the accuracy of this backbone stands still, so no evaluation is better than the first
     stops = {"evaluation__metric": "accuracy", "evaluation__every_steps": 2, "evaluation__patience": 3}
@@ -199,24 +179,6 @@ def test_patience_and_its_state_over_a_kill(options, tmp_path):
     assert tensors(folder / "adapter" / "adapter_model.safetensors").keys()
     one, other = (place / "adapter" / "adapter_model.safetensors" for place in (folder, tmp_path / "run"))
     assert one.read_bytes() == other.read_bytes()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"optim__schedule": "cosine", "optim__name": "sgd", "optim__warmup_fraction": 0.5},
-        {"optim__schedule": "constant", "optim__name": "adamw", "optim__max_grad_norm": "null"},
-    ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
-)
-def test_schedules_and_optimizers(settings, options, tmp_path):
-    settings = {**settings, "optim__max_steps": 4, "tracking__every_steps": 1, "tracking__backends": "[]"}
-    folder, _ = trained(options, tmp_path, **settings)
-    config = parse_config(changed(options, **settings)).optim
-    rates = [line["train/learning_rate"] for line in records(folder) if "train/learning_rate" in line]
-    assert rates == [learning_rate(config, step, 4) for step in range(4)]
-    first, last = (tensors(place / "adapter_model.safetensors") for place in checkpoints(folder))
-    assert any(not np.array_equal(first[name], last[name]) for name in first)
 
 
 def test_no_validation_and_no_test(options, tmp_path):
@@ -251,8 +213,3 @@ def test_text_pairs(options, tmp_path):
     ended = command("predict", ["--run", folder, "--input", data, "--output", output])
     assert ended.code == 0, ended.stderr
     assert [row[1] for row in read_csv(output)[1:]] == [row[2] for row in table[1:]]
-
-
-def test_quiet_says_nothing(options, tmp_path):
-    _, ended = trained(options, tmp_path, run__quiet="true", optim__max_steps=2)
-    assert (ended.stdout, ended.stderr) == ("", "")

@@ -97,18 +97,10 @@ def place(tmp_path_factory, tiny_backbone):
         "--checkpoint.every_steps", 2, "--run.output_dir", place / "runs", "--run.precision", "no",
         "--tracking.backends", "[]", "--peft.target_modules",
     ]  # fmt: skip
+    names = json.dumps(NAMES)
     commands = [
         [*common, "[query,value]", "--run.name", "hub", "--model.name", "acme/tiny"],
-        [
-            *common,
-            "[query]",
-            "--run.name",
-            "nli",
-            "--model.name",
-            place / "nli",
-            "--data.label_names",
-            json.dumps(NAMES),
-        ],
+        [*common, "[query]", "--run.name", "nli", "--model.name", place / "nli", "--data.label_names", names],
         [*common, "[query]", "--run.name", "package", "--model.name", "package:isotrain_fake/model"],
         [*common, "[c_attn]", "--run.name", "decoder", "--model.name", place / "decoder"],
     ]

@@ -75,7 +75,7 @@ def test_scale_measures_everything(tiny_backbone, tmp_path):
     options = {"--min": 100, "--max": 100, "--tokenize-max": 10, "--model": tiny_backbone, "--folder": tmp_path}
     arguments = [*(str(word) for pair in options.items() for word in pair), "--output", output]
     done = subprocess.run(
-        [sys.executable, "benchmarks/scale.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
+        [sys.executable, "-m", "benchmarks.scale", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]
@@ -90,13 +90,6 @@ def test_scale_tokenizes(tiny_backbone, tmp_path, monkeypatch):
     scale.write_rows(tmp_path / "rows.csv", 50)
     found = scale.measure_tokenize({"file": str(tmp_path / "rows.csv"), "model": str(tiny_backbone), "workers": 2})
     assert found["tokens"] > 50 * 20 and found["seconds"] > 0
-
-
-def test_scale_is_found_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "--tokenize-max" in done.stdout
 
 
 def test_scale_refuses_what_grows_too_much():

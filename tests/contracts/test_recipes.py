@@ -30,25 +30,11 @@ def parsed(path):
     return parse_config(["--recipe", path.stem, *data(path)])
 
 
-def test_there_are_at_most_six():
-    assert 1 <= len(FILES) <= 6
-
-
 @recipes
-def test_parses_under_its_name(path):
+def test_parses_runs_on_every_device_and_is_saved_whole(path, tmp_path):
     config = parsed(path)
-    assert config.recipe == path.stem
+    assert (config.recipe, config.run.precision) == (path.stem, "auto")
     assert config == parse_config([*data(path), "--recipe", str(path)])
-
-
-@recipes
-def test_runs_on_every_kind_of_device(path):
-    assert parsed(path).run.precision == "auto"
-
-
-@recipes
-def test_round_trip(path, tmp_path):
-    config = parsed(path)
     (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml") == config
 

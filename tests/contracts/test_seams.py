@@ -172,11 +172,6 @@ def test_a_task_without_classes_has_no_metric_of_a_class(train, tmp_path, monkey
         train(*data, "--evaluation.metric", "f1/stars", task={"type": "amount"})
 
 
-def test_an_unknown_metric_is_refused(train):
-    with pytest.raises(UserError, match=r"evaluation\.metric: 'spread' is unknown; known: accuracy, "):
-        train("--evaluation.metric", "spread")
-
-
 # --- an optimizer and a schedule ---
 
 

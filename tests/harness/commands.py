@@ -74,11 +74,13 @@ def on_ranks(*request, **settings):
     return wait_all(start_ranks(*request, **settings))
 
 
-def run_script(script, arguments, **settings):
-    """Runs `python trainer/<script>` as a user would; returns the finished process with its output as text."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **settings.pop("env", {})}
-    line = [sys.executable, str(ROOT / "trainer" / script), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=240, **settings)
+def run_script(script, arguments, launcher=(), **settings):
+    """Runs `python [launcher] trainer/<script>` as a user would; returns the finished process with its output."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, *launcher, ROOT / "trainer" / script, *arguments]
+    return subprocess.run(
+        list(map(str, line)), capture_output=True, text=True, env=environment, timeout=240, **settings
+    )
 
 
 def changed(arguments, **options):

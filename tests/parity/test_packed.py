@@ -12,8 +12,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
-    ElectraConfig,
-    ElectraForSequenceClassification,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -23,7 +21,7 @@ from trainer.compat import has_fast_bf16
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
 from trainer.model.build import set_precision
-from trainer.packed import attention, families
+from trainer.packed import attention
 from trainer.packed import forward as packed
 from trainer.packed import projections as products
 from trainer.packed.attention import group_sizes, lay_out
@@ -141,18 +139,6 @@ def test_packed_is_padded_is_one_by_one(family, p, segments):
     assert (difference(padded, expected) > 1e-3) == (p > 0), "dropout did not drop"
 
 
-def test_a_new_family_is_one_entry(monkeypatch):
-    """ELECTRA has BERT's layers, and a head that reads the first token."""
-    like_bert = families.Family(lambda config: 0, lambda model, first_tokens: model.classifier(first_tokens))
-    monkeypatch.setitem(FAMILIES, "electra", ElectraConfig)
-    model, keys = build("electra", embedding_size=SIZE["hidden_size"])
-    assert "electra is not among" in why_not_packed(model)
-    monkeypatch.setitem(families.FAMILIES, ElectraForSequenceClassification, like_bert)
-    assert why_not_packed(model) is None
-    expected = results(PaddedForward(model, 1), keys, segments=True)
-    assert difference(expected, results(PackedForward(model), keys, CUTS["in two"], segments=True)) < 1e-12
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_peft_method(method):
     model, keys = build(method=method.split(" ")[0], options=METHODS[method])
@@ -196,12 +182,6 @@ def projections(forward):
     return [layer.projection for layer in forward._layers]
 
 
-def test_query_key_and_value_are_one_product_where_they_can_be():
-    assert [projection.joined for projection in projections(PackedForward(build()[0]))] == [True] * 3
-    dora, _ = build(options={**LORA, "use_dora": True})
-    assert not any(projection.joined for projection in projections(PackedForward(dora)))
-
-
 def test_joining_takes_no_memory_and_changes_no_weight():
     model, _ = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -211,12 +191,6 @@ def test_joining_takes_no_memory_and_changes_no_weight():
     kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in after.values()}
     assert sum(kept.values()) == sum(tensor.untyped_storage().nbytes() for tensor in before.values())
     assert all(joined.frozen.weight.untyped_storage().data_ptr() in kept for joined in projections(forward))
-
-
-def test_in_fp32():
-    model, keys = build(dtype=torch.float32)
-    padded = results(PaddedForward(model, 1), keys)
-    assert difference(padded, results(PackedForward(model), keys, CUTS["in two"])) < 1e-5
 
 
 IN_BF16 = {name: (name.split(" ")[0], options) for name, options in METHODS.items()} | {
@@ -377,26 +351,6 @@ def test_groups_cost_the_least_that_groups_can(seed):
     assert cost_of(sizes) == min(map(cost_of, every))
 
 
-@pytest.mark.parametrize(("name", "components", "heads"), [("projected", 3, 3), ("attended", 1, 3), ("whole", 1, 1)])
-def test_rows_go_to_groups_and_back(name, components, heads):
-    lengths = np.array([5, 5, 4, 2])
-    layout = lay_out(lengths, 3, torch.device("cpu"), torch.float32)
-    rows = getattr(layout, name)
-    values = torch.arange(lengths.sum() * components * heads).view(-1, components, heads)
-    assert (int(rows.take.max()) < values.numel()) == (name != "attended")
-    places = values.flatten()[rows.take.clamp(max=values.numel() - 1)]
-    assert torch.equal(places[rows.back], values.flatten())
-    before = 0
-    for group in layout.groups:
-        number = components * group.size * heads * group.longest
-        block = places[before : before + number].view(components, group.size, heads, group.longest)
-        for example in range(group.size):
-            start, length = int(layout.starts[group.first + example]), lengths[group.first + example]
-            own = block[:, example, :, :length].permute(2, 0, 1)
-            assert torch.equal(own, values[start : start + length])
-        before += number
-
-
 def test_what_cannot_be_packed_says_why():
     model, _ = build()
     decoder = copy.deepcopy(model)
@@ -405,16 +359,3 @@ def test_what_cannot_be_packed_says_why():
     other = copy.deepcopy(model)
     other.get_base_model().config.position_embedding_type = "relative_key"
     assert "relative_key" in why_not_packed(other)
-
-
-@pytest.mark.parametrize("family", ["electra", "distilbert", "modernbert", "deberta-v2", "albert"])
-def test_other_families_are_padded(family):
-    from transformers import CONFIG_MAPPING
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    distil = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
-    config = CONFIG_MAPPING[family](vocab_size=60, pad_token_id=1, **(distil if family == "distilbert" else sizes))
-    model = AutoModelForSequenceClassification.from_config(config)
-    targets = {"distilbert": ["q_lin"], "modernbert": ["Wqkv"], "deberta-v2": ["query_proj"]}.get(family, ["query"])
-    lora = peft.LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=targets)
-    assert family in why_not_packed(get_peft_model(model, lora))

@@ -59,7 +59,7 @@ TINY = {
     "checkpoint.every_steps": 2,
     "tracking.every_steps": 2,
 }
-"""the soak's run: its tiny model, data and options"""
+"""a small run; its options stay as recorded"""
 PACKED, PADDED = TINY | {"model.packed": "true"}, TINY | {"model.packed": "false"}
 NO_DROPOUT = {"model.dropout": 0, "peft.lora_dropout": 0}
 QUICKSTART = {"recipe": "quickstart", "data.test": "null", "optim.max_steps": 20}  # its test split takes 3 s a run

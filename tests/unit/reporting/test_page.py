@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -16,11 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.harness.commands import run_script
 from trainer.files import read_json_lines
 from trainer.reporting.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, select_values, smooth
 from trainer.reporting.page import build_report, find_confident_errors
 
-ROOT = Path(__file__).resolve().parents[3]
 NEWS = ["World", "Sports", "Business", "Sci/Tech"]
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -323,14 +321,9 @@ def test_smoothing_keeps_a_constant_and_a_short_series() -> None:
     assert np.isclose(smooth(values)[200], values[190:211].mean())
 
 
-def run_command(folder: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "trainer" / "report.py"), "--run", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-
-
 def test_the_command_works_from_any_folder(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    done = run_command(Path("run"), cwd=tmp_path)
+    done = run_script("report.py", ["--run", "run"], cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "run/report.html\n", "")
     assert (run / "report.html").exists()
 
@@ -342,7 +335,7 @@ def test_a_bad_folder_exits_with_one_line_and_code_2(tmp_path: Path, kind: str) 
         folder.mkdir()
     if kind == "torn":
         (folder / "config.yaml").write_text("run: [1,\nname: {")
-    done = run_command(folder, cwd=tmp_path)
+    done = run_script("report.py", ["--run", folder], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(rf"error: {re.escape(str(folder))}[^\n]+\n", done.stderr)

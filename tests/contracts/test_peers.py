@@ -1,6 +1,5 @@
 """The comparison with its peers compares what it says: same examples, same weights that train, right verdicts."""
 
-import csv
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ from accelerate.state import GradientState
 from transformers import RobertaConfig
 
 from benchmarks import compare, ours, overhead, peers, workload
-from tests.harness.data import AGNEWS
 from tests.harness.processes import ROOT
 
 LENGTHS = {0: 5, 0.5: 12, 0.9: 20, 1: 45}
@@ -81,13 +79,6 @@ def test_group_by_length_draws_its_steps_from_the_whole_pool(task):
     assert int(np.argmax(grouped.lengths)) in grouped.collator.ids
 
 
-def test_a_spread_is_even_over_the_sizes():
-    sizes = np.array([9, 3, 7, 5])
-    assert peers.spread(sizes, 2, 0.0).tolist() == [0, 3]
-    assert peers.spread(sizes, 2, 0.99).tolist() == [1, 2]
-    assert peers.spread(sizes, 4, 0.618).tolist() == [0, 1, 2, 3]
-
-
 def test_the_same_tensors_train_from_the_same_start(task, isotrain):
     for kind in peers.PEERS.values():
         peer = kind(task)
@@ -102,14 +93,6 @@ def test_the_same_tensors_train_from_the_same_start(task, isotrain):
     before = {name: parameter.detach().clone() for name, parameter in isotrain.run.learner.parameters.items()}
     isotrain.train(STEPS)
     assert all(not torch.equal(before[name], parameter) for name, parameter in isotrain.run.learner.parameters.items())
-
-
-def test_everyone_scores_the_same_examples(task, isotrain):
-    loop = peers.AcceleratePeer(task)
-    found, other = isotrain.evaluate(range(40)), loop.evaluate(range(40))
-    assert loop.collator.ids == list(range(40))
-    assert (found.examples, found.tokens) == (other.examples, other.tokens) == (40, int(loop.lengths[:40].sum()))
-    assert isotrain.run.learner.model.training
 
 
 # --- nothing wrong is timed -------------------------------------------------------------------------------------------
@@ -194,20 +177,6 @@ def test_the_weights_that_count():
     assert workload.num_layer_weights(workload.backbone_config("minilm")) == 10_646_784
 
 
-def test_labels_of_any_name_are_numbered(tmp_path):
-    with (tmp_path / "texts.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("label", "text"), ("sports", "a b "), ("business", "c, d")])
-    assert workload.read_rows(tmp_path / "texts.csv") == [("a b", 1), ("c, d", 0)]
-
-
-@pytest.mark.skipif(not AGNEWS.is_dir(), reason="../shared is not there")
-def test_real_texts_come_with_the_tokenizer_beside_them():
-    options = compare.parsed(["--texts", str(AGNEWS / "test.csv")])
-    tokenizer = workload.read_tokenizer(compare.default_tokenizer(options))
-    lengths = list(map(len, tokenizer([text for text, _ in workload.read_rows(options.texts)])["input_ids"]))
-    assert (len(tokenizer), tokenizer.pad_token_id, max(lengths)) == (50265, 1, 184)
-
-
 def test_the_peak_of_a_process_is_its_own_and_what_it_holds():
     """In a process of its own: this one may have held far more than it does."""
     import_it = "import numpy; from benchmarks.workload import peak_of_process as peak; before = peak(); "
@@ -285,28 +254,3 @@ def test_check_decides_the_exit_code(result, monkeypatch, tmp_path, capsys, ours
     assert compare.main() == code
     assert "useful FLOP/s = 4 N x real tokens/s" in capsys.readouterr().out
     assert output.is_file()
-
-
-def test_the_tables_have_a_row_for_everyone(result):
-    training, evaluation = compare.markdown(compare.summarised(result), result["memory"]).split("\n\n")
-    for table, number, columns in ((training, 4, 8), (evaluation, 2, 7)):
-        lines = table.splitlines()
-        assert len(lines) == 2 + number
-        assert {line.count("|") for line in lines} == {columns + 1}
-    assert "| Isotrain | 16.00 [12.80–21.33] | 1.00 [1.00–1.00] | 25 [20–33] | 0.0% |" in training
-    assert training.endswith("| 2.00 GiB (1.50 above the libraries) |")
-
-
-def test_contenders_alternate_and_each_begins_once():
-    order = []
-    calls = {name: lambda i, name=name: (order.append((i, name)), {"examples": 1, "seconds": 1})[1] for name in "abc"}
-    passes = compare.alternate(calls, 3)
-    assert "".join(name for _, name in order) == "abcbcacab"
-    assert [len(each) for each in passes.values()] == [3, 3, 3]
-
-
-@pytest.mark.parametrize("line", ["--batch 24", "--batch 0", "--passes 0", "--steps 0", "--backbone bert"])
-def test_options_that_cannot_work_are_refused(line, capsys):
-    with pytest.raises(SystemExit):
-        compare.parsed(line.split())
-    assert capsys.readouterr().err
