@@ -1,12 +1,8 @@
-import dataclasses
 import errno
 import fcntl
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.harness.data import write_csv
-from tests.harness.processes import ROOT
 from trainer.config.schema import DataConfig, Source
-from trainer.data.corpus import _number_texts, load_corpus, load_for_prediction
+from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.data.rows import Texts, hash_texts
 from trainer.data.sources import Origin
 from trainer.errors import UserError
@@ -106,14 +101,6 @@ def test_awkward_texts(tmp_path, kind):
         split = load(path, quoting="multi_line").splits["train"]
         assert split.texts == [text.strip() for text in AWKWARD]
         assert [split.texts[i] for i in range(len(AWKWARD))] == list(split.texts)
-
-
-def test_pairs_some_of_them_awkward(tmp_path):
-    pairs = ["y", "\U0001f600", "a\0b", "z " * 50_000, "y"] * 5
-    rows = [(f"text {i}", pair, i % 2) for i, pair in enumerate(pairs)]
-    path = write_csv(tmp_path / "x.csv", rows, ("p", "q", "label"))
-    layout = {"text_columns": ["p"], "text_pair_columns": ["q"]}
-    assert content(load(path, **layout)) == content(load(path, **layout)) == content(in_memory(path, **layout))
 
 
 def test_text_that_spills_behind_the_named_columns_is_told_again(tmp_path, cache):
@@ -227,17 +214,6 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
         assert (said, len(kept_rows(cache))) == ([], 1)
     else:
         assert len(said) == 1 and said[0].endswith(os.strerror(error))
-
-
-def test_what_a_killed_process_left_is_overwritten(tmp_path, cache):
-    path = write_csv(tmp_path / "x.csv", ROWS)
-    before = content(load(path))
-    (entry,) = kept_rows(cache)
-    entry.rename(entry.with_suffix(".part"))
-    (entry.with_suffix(".part") / "rows.arrow").unlink()
-    (entry.with_suffix(".part") / "rows.arrow").write_bytes(b"half")
-    assert content(load(path)) == before
-    assert kept_rows(cache) == [entry] and not entry.with_suffix(".part").exists()
 
 
 @pytest.mark.parametrize(
@@ -402,67 +378,3 @@ def test_duplicates_are_those_of_a_naive_count(tmp_path, seed):
         }
         assert summary["train"]["num_duplicates"] == len(rows["train"]) - len(set(rows["train"])) > 0
         assert summary["test"]["num_in_train"] == sum(row in set(rows["train"]) for row in rows["test"]) > 0
-
-
-def test_half_a_digest_is_no_duplicate(tmp_path):
-    split = load(write_csv(tmp_path / "x.csv", ROWS)).splits["train"]
-    same = split.digests.copy()
-    same[:, 0] = 7
-    numbers = _number_texts({"train": dataclasses.replace(split, digests=same)})["train"].tolist()
-    assert len(set(numbers)) == len(split), "two texts that differ are never equal"
-
-
-# --- what it costs ----------------------------------------------------------------------------------------------------
-
-
-PEAK = """
-import sys, threading, datasets
-from pathlib import Path
-from trainer.data import rows
-from trainer.config.schema import DataConfig
-from trainer.data.corpus import load_corpus
-from trainer.tasks.single_label import TASK
-
-def held():  # without mapped files: how much of those is resident is the kernel's choice
-    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
-
-def load(path):
-    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.1), TASK, 1, quiet=True)
-    for text in corpus.splits["train"].texts:
-        assert text
-
-path, cache, limit = sys.argv[1:]
-datasets.config.HF_DATASETS_CACHE, rows.MIN_CACHED_BYTES = Path(cache), int(limit)
-before, most, done = held(), [0], threading.Event()
-
-def watch():
-    while not done.wait(0.002):
-        most[0] = max(most[0], held())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-for _ in range(2):
-    load(path)
-done.set()
-watcher.join()
-print(most[0] - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
-def test_memory_does_not_grow_with_the_texts(tmp_path):
-    """30 MB more of text are read, held out and gone through, cold and warm, in less than half of that."""
-    counts = {"few": 60_000, "many": 160_000}
-    paths = {
-        name: write_csv(tmp_path / f"{name}.csv", ((f"row {i} " + "goal " * 60, i % 4) for i in range(count)))
-        for name, count in counts.items()
-    }
-
-    def growth(name, limit):
-        command = [sys.executable, "-c", PEAK, *map(str, (paths[name], tmp_path / "cache", limit))]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    assert growth("many", 0) - growth("few", 0) < 15e6
-    assert growth("many", 2**40) - growth("few", 2**40) > 30e6, "what is read whole would be seen"

@@ -87,11 +87,6 @@ def test_tokenize_pairs_with_types(bert_tokenizer):
     assert tokenize(split_of(left), bert_tokenizer, 20, quiet=True).token_types is None
 
 
-def test_tokenize_unlabelled(tiny_tokenizer):
-    split = dataclasses.replace(split_of(["goal", "win"]), targets=None)
-    assert tokenize(split, tiny_tokenizer, 16, quiet=True).targets.tolist() == [0, 0]
-
-
 def kept_arrays(cache):
     return sorted(cache.glob("*.tokens"))
 
@@ -176,16 +171,6 @@ def test_arrays_of_other_texts_are_made_again(tiny_tokenizer, cache):
     assert tokenize(split, tiny_tokenizer, 16, quiet=True).fingerprint() == before
 
 
-def test_what_a_killed_process_left_is_removed(tiny_tokenizer, cache):
-    split = split_of(words(50))
-    tokenize(split, tiny_tokenizer, 16, quiet=True)
-    (folder,) = kept_arrays(cache)
-    folder.rename(folder.with_suffix(".part"))
-    (folder.with_suffix(".part") / "tokens").write_bytes(b"half")
-    examples = tokenize(split, tiny_tokenizer, 16, quiet=True)
-    assert kept_arrays(cache) == [folder] and len(examples) == 50
-
-
 def test_a_full_disk_leaves_nothing_in_the_cache_and_stops_nothing(tiny_tokenizer, cache, monkeypatch, capsys):
     expected = tokenize(split_of(words(50)), tiny_tokenizer, 16, quiet=True).fingerprint()
     shutil.rmtree(cache)
@@ -241,13 +226,6 @@ def test_fingerprint_is_that_of_the_whole_arrays(tiny_tokenizer, cache, monkeypa
     examples = tokenize(split_of(words(100)), tiny_tokenizer, 16, quiet=True)
     arrays = (examples.tokens, examples.offsets, examples.targets)
     assert examples.fingerprint() == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-
-
-def test_cache_that_cannot_be_written(tiny_tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "below")
-    examples = tokenize(split_of(["goal", "win"]), tiny_tokenizer, 16, quiet=True)
-    assert examples.lengths.tolist() == [3, 3]
 
 
 def test_fingerprint_sees_everything_that_trains():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
@@ -123,29 +122,6 @@ CUTS = {
 }
 
 
-class Reads(TorchDispatchMode):
-    """Counts how often a tensor's value decides what the host does: a GPU would be waited for."""
-
-    number = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
-        self.number += function.overloadpacket.__name__ == "_local_scalar_dense"
-        return function(*arguments, **(settings or {}))
-
-
-@pytest.mark.parametrize("family", REACHED)
-@pytest.mark.parametrize("ids", [[0, 1, 2], [3]], ids=["padded", "whole"])
-def test_no_value_is_read(family, ids, texts):
-    model, keys = build(family)
-    with Reads() as reads:
-        logits_of(model, keys, texts, ids).sum().backward()
-    assert reads.number == 0
-    model.get_base_model().set_attn_implementation("sdpa")
-    with Reads() as reads:
-        logits_of(model, keys, texts, ids)
-    assert reads.number > 0
-
-
 # --- the same units whatever the batch ---
 
 
@@ -175,27 +151,6 @@ def test_masks_keyed_by_the_place_in_the_batch_would_fail(cut, texts, monkeypatc
         assert changed < 1e-12
     else:
         assert changed > 1e-4
-
-
-@pytest.mark.parametrize("where", ["hidden", "attention", "pooled", "lora"])
-def test_each_kind_of_site_alone(where, texts):
-    """With the others off, so that an error in one is not hidden, and that each drops at all."""
-    torch.manual_seed(0)
-    rate = {kind: 0.3 if kind == where else 0.0 for kind in ("hidden", "attention", "pooled", "lora")}
-    config = RobertaConfig(
-        **SIZE, **SHAPE, hidden_dropout_prob=rate["hidden"], attention_probs_dropout_prob=rate["attention"],
-        classifier_dropout=rate["pooled"],
-    )  # fmt: skip
-    lora = LoraConfig(TaskType.SEQ_CLS, lora_dropout=rate["lora"], init_lora_weights=False, target_modules=["key"], r=2)
-    model = get_peft_model(AutoModelForSequenceClassification.from_config(config), lora).double().train()
-    keys = install(model, SEED)
-    expected = {"hidden": "tokens", "attention": "attention", "pooled": "pooled", "lora": "tokens"}
-    assert {site.kind for site in keys.sites.values()} == {expected[where]}
-    whole = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
-    for cut, how in CUTS.items():
-        assert difference(whole, logits_and_gradients(model, keys, texts, **how)) < 1e-12, cut
-    model.eval()
-    assert difference(whole, logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])) > 1e-6
 
 
 def test_masks_differ_by_step_seed_and_example(texts):
@@ -283,18 +238,6 @@ def test_a_mask_is_a_function_of_seed_step_example_site_and_position(kind, seed)
 
 
 # --- evaluation, and outside of a keyed micro-batch ---
-
-
-@pytest.mark.parametrize("family", REACHED)
-def test_evaluation_drops_nothing_and_gives_the_models_own_logits(family, texts):
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(REACHED[family]()).double().eval()
-    batch = {"input_ids": torch.stack([texts[0]] * 2), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
-    own = model(**batch).logits
-    keys = install(model, SEED)
-    assert torch.allclose(model(**batch).logits, own, rtol=0, atol=1e-12)
-    with keys.micro_batch(0, np.arange(2), np.array([9, 9])):
-        assert torch.allclose(model(**batch).logits, own, rtol=0, atol=1e-12)
 
 
 def test_replicated_layers_have_keys_too():
@@ -442,22 +385,6 @@ def test_sites_examples_steps_and_seeds_are_independent(p):
     bound = 5 / np.sqrt(by_site[0].size) + 0.25 / 256**2 / (p * (1 - p))
     for (name, one), (other_name, other) in itertools.combinations(found.items(), 2):
         assert correlation(one, other) < bound, (name, other_name)
-
-
-def test_masks_of_two_steps_of_one_example_agree_as_often_as_by_chance():
-    agreeing = (keep_masks(0.3, 1000)[0] == keep_masks(0.3, 1000, step=1)[0]).mean()
-    assert abs(agreeing - (0.49 + 0.09)) < 5 * np.sqrt(0.25 / 500_000) + 1e-3
-
-
-def test_no_word_of_a_step_is_drawn_twice():
-    """Neither within an example nor of another example, step or site."""
-    wide = {}
-    for step, site in itertools.product(range(3), range(3)):
-        sites = [Site("pooled", 8000, 0.5)] * (site + 1)
-        drawn = Masks(sites, SEED, step, np.arange(4), np.full(4, 4))
-        wide[step, site] = drawn.keep(site, (4, 8000), 0, CPU).reshape(-1, 80).numpy()
-    rows = np.concatenate(list(wide.values()))
-    assert len(np.unique(rows, axis=0)) == len(rows)
 
 
 def test_masks_stay_what_they_were():

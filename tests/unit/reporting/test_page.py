@@ -1,7 +1,6 @@
 """The report: complete, self-contained, safe to open, and possible from whatever part of a run exists."""
 
 import csv
-import io
 import json
 import re
 import warnings
@@ -124,7 +123,7 @@ def test_a_finished_run_gets_every_file_and_number(tmp_path: Path) -> None:
     assert all((run / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert not list(run.rglob("*.tmp"))
     text = read_page(run).text
-    for shown in (
+    numbers = (
         "75.00%",
         "1,000",
         "1.00% of 100,000",
@@ -134,16 +133,9 @@ def test_a_finished_run_gets_every_file_and_number(tmp_path: Path) -> None:
         "90.0",
         "2.00%",
         "torch 2.13.0",
-    ):
+    )
+    for shown in numbers:
         assert shown in text
-
-
-def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    build_report(run)
-    first = (run / "report.html").read_bytes()
-    build_report(run)
-    assert (run / "report.html").read_bytes() == first
 
 
 def test_hostile_content_is_shown_as_text(tmp_path: Path) -> None:
@@ -163,28 +155,8 @@ def test_hostile_content_is_shown_as_text(tmp_path: Path) -> None:
 
 def assert_inert(page: Page, source: str) -> None:
     """Asserts that nothing in a page runs, and that nothing in it asks for anything from outside."""
-    assert {tag for tag, _ in page.tags} <= {
-        *("html", "head", "meta", "title", "link", "style", "body", "header", "section", "div", "figure", "figcaption"),
-        *(
-            "h1",
-            "h2",
-            "h3",
-            "p",
-            "span",
-            "b",
-            "bdi",
-            "code",
-            "img",
-            "ol",
-            "li",
-            "table",
-            "thead",
-            "tbody",
-            "tr",
-            "th",
-            "td",
-        ),
-    }
+    tags = "html head meta title link style body header section div figure figcaption h1 h2 h3 p span b bdi code img"
+    assert {tag for tag, _ in page.tags} <= set(f"{tags} ol li table thead tbody tr th td".split())
     for _, attributes in page.tags:
         assert not [key for key in attributes if key.startswith("on")]
         for key in ("src", "href", "srcset", "action", "data"):
@@ -255,29 +227,6 @@ def test_150_classes_fit_the_page(tmp_path: Path) -> None:
     assert not figure.axes[0].texts  # no counts where they could not be read
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 30])
-def test_counts_are_printed_if_readable(num_classes: int) -> None:
-    figure = confusion_matrix_figure(np.full((num_classes, num_classes), 1234), ["$x_{"] * num_classes)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["1,234"] * num_classes**2
-
-
-def test_a_confusion_matrix_of_hostile_labels_is_drawn_outside_the_report_too() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        confusion_matrix_figure(np.eye(len(HOSTILE)), HOSTILE).savefig(io.BytesIO(), format="png")
-
-
-def test_cell_colors_show_the_share_of_the_true_class() -> None:
-    figure = confusion_matrix_figure(np.array([[6, 2], [0, 0]]), NEWS[:2])
-    shares = np.asarray(figure.axes[0].images[0].get_array())
-    assert shares.tolist() == [[0.75, 0.25], [0.0, 0.0]]
-
-
-def test_a_matrix_must_match_its_labels() -> None:
-    with pytest.raises(ValueError, match=r"4 labels cannot have the shape \(2, 2\)"):
-        confusion_matrix_figure(np.eye(2), NEWS)
-
-
 def test_figure_labels_are_one_short_line_the_font_can_draw() -> None:
     assert figure_label("two\nlines") == "two lines"
     assert figure_label("\x00新\ud800") == "\ufffd" * 3
@@ -328,7 +277,7 @@ def test_the_command_works_from_any_folder(tmp_path: Path) -> None:
     assert (run / "report.html").exists()
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "torn"])
+@pytest.mark.parametrize("kind", ["missing", "torn"])
 def test_a_bad_folder_exits_with_one_line_and_code_2(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / kind
     if kind != "missing":
