@@ -9,6 +9,7 @@ import os
 
 import docstring_parser
 
+from tests.harness.commands import run_script
 from tests.harness.processes import ROOT
 from trainer.config import loading as options
 from trainer.config.loading import option_names
@@ -35,6 +36,12 @@ tracking.every_steps tracking.backends
 
 def test_options_are_exactly_these():
     assert option_names() == OPTIONS.split()
+
+
+def test_help_names_every_option():
+    done = run_script("run.py", ["--help"])
+    assert done.returncode == 0, done.stderr
+    assert [name for name in option_names() if f"--{name}" not in done.stdout] == []
 
 
 # --- docs/options.md ---

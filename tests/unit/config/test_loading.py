@@ -1,9 +1,4 @@
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,10 +9,9 @@ from trainer.config.loading import (
     option_names,
     parse_config,
 )
-from trainer.config.schema import Config, DataConfig, Source, as_dict, identity, run_name
+from trainer.config.schema import Config, DataConfig, Source, identity
 from trainer.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[3]
 TRAIN = ["--data.train", "train.csv"]
 
 
@@ -39,19 +33,6 @@ def recipe(tmp_path):
         return path
 
     return write
-
-
-@pytest.mark.parametrize("value", ["!!bool maybe", "!!int ''", "!!timestamp x", "!!float ''"])
-def test_a_yaml_tag_with_a_wrong_value_is_refused(value):
-    assert "not valid YAML" in problems("--peft.x", value)
-
-
-def test_a_name_that_is_not_utf_8_is_refused(recipe):
-    assert "must be a folder name" in problems("--recipe", str(recipe('run: {name: "\\uD83D"}')))
-
-
-def test_class_weights_have_text_keys():
-    assert parse("--optim.class_weights", "{1: 2, a: 3}").optim.class_weights == {"1": 2, "a": 3}
 
 
 def test_a_split_is_checked_with_the_settings_of_its_group():
@@ -109,17 +90,6 @@ def test_recipe_paths_are_relative_to_the_recipe(tmp_path, recipe, monkeypatch):
     assert config.data.test.path == str(tmp_path / "data" / "part-*.csv")
     assert config.model.name == str(tmp_path / "backbone")
     assert parse_config(["--recipe", "../own.yaml"]) == config
-
-
-def test_recipe_keeps_hub_ids_and_absolute_paths(recipe):
-    path = recipe("data: {train: owner/name, test: /no/such.csv}\nmodel: {name: FacebookAI/roberta-base}\n")
-    config = parse_config(["--recipe", str(path)])
-    assert (config.data.train, config.data.test) == ("owner/name", "/no/such.csv")
-    assert config.model.name == "FacebookAI/roberta-base"
-
-
-def test_command_line_paths_do_not_change():
-    assert parse("--data.test", "quickstart/test.csv", "--recipe", "quickstart").data.test == "quickstart/test.csv"
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -180,14 +150,6 @@ def test_label_names_must_be_texts(names):
     assert "data.label_names" in problems("--data.label_names", names)
 
 
-def test_empty_label_names_are_null(recipe):
-    for null in ("null", "~", ""):
-        assert (
-            parse_config(["--recipe", str(recipe(f"data: {{train: x, label_names: {null}}}"))]).data.label_names is None
-        )
-    assert parse("--data.label_names", "null").data.label_names is None
-
-
 def test_a_split_with_its_own_settings(recipe):
     expected = Source("x.csv", label_column="y", label_names={"1": "a"})
     fields = ["--data.test.label_column", "y", "--data.test.label_names", "{1: a}"]
@@ -232,11 +194,6 @@ def test_a_file_that_is_not_a_recipe_is_refused(recipe, text):
     assert message.startswith(f"--recipe {path}: ") and "\n" not in message
 
 
-def test_recipe_with_byte_order_mark_and_empty_group(recipe):
-    path = recipe(b"\xef\xbb\xbfdata:\r\n  train: x\r\nbatch:\r\n")
-    assert parse_config(["--recipe", str(path)]).data.train == "x"
-
-
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,31 +209,18 @@ def test_all_problems_at_once(recipe):
     assert lines[5] == "run.seed: 'x' is not valid; expected int (on the command line)"
 
 
-def test_all_invalid_values_at_once():
-    message = problems("--batch.size", "0", "--optim.label_smoothing", "1", "--checkpoint.keep_last", "1", train=False)
-    assert [line.partition(" ")[0] for line in message.splitlines()] == [
-        "batch.size:", "optim.label_smoothing:", "checkpoint.keep_last:", "data.train",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
         ("optim.lr", "optim has name, learning_rate, "),
         ("learning_rate", "nearest: optim.learning_rate"),
-        ("seed", "nearest: run.seed"),
         ("batch_size", "nearest: batch.size"),
         ("train.epochs", "nearest: optim.epochs"),
-        ("data.tset", "nearest: data.test"),
         ("data.test.labl_names", "nearest: data.test.label_names"),
         ("peft.options", "peft has peft_type, max_trainable_parameters"),
-        ("peft.peft_typ.x.y", ""),
     ],
 )
 def test_unknown_option_names_the_nearest(key, nearest):
-    if key == "peft.peft_typ.x.y":  # PEFT's names are checked against PEFT's class in model.py
-        assert parse(f"--{key}", "1").peft.options == {"peft_typ.x.y": 1}
-        return
     assert problems(f"--{key}", "1").startswith(f"unknown option {key!r}; {nearest}")
 
 
@@ -290,20 +234,15 @@ def test_unknown_recipe_names_the_nearest():
     ("key", "value", "wanted"),
     [
         ("batch.size", "1.5", "int"),
-        ("batch.size", "true", "int"),
         ("optim.learning_rate", "fast", "float"),
         ("run.precision", "tf32", "'auto' or 'no' or 'fp16' or 'bf16'"),
         ("run.quiet", "perhaps", "true or false"),
         ("data.text_columns", "title", "list[str]; write [title]"),
-        ("data.test.label_column", "[a]", None),
         ("optim.betas", "[0.9]", "tuple[float, float]"),
         ("optim.class_weights", "{a: x}", "'balanced' or dict[str, float] or null"),
     ],
 )
 def test_a_wrong_type_names_the_expected_type(key, value, wanted):
-    if wanted is None:
-        assert parse("--data.test", "x", f"--{key}", value).data.test.label_column == value
-        return
     message = problems(f"--{key}", value)
     assert message.startswith(f"{key}: ") and message.endswith(f"is not valid; expected {wanted} (on the command line)")
 
@@ -312,11 +251,9 @@ def test_a_wrong_type_names_the_expected_type(key, value, wanted):
     ("arguments", "message"),
     [
         (["--run.seed", "-1"], "run.seed: -1 must be from 0 to 2**63 - 1"),
-        (["--run.seed", str(2**70)], f"run.seed: {2**70} must be from 0 to 2**63 - 1"),
         (["--data.max_length", "3"], "data.max_length: 3 must be at least 4"),
         (["--optim.learning_rate", ".inf"], "optim.learning_rate: inf must be at least 0"),
         (["--optim.betas", "[0.9, 1]"], "optim.betas: [0.9, 1.0] must be in [0, 1)"),
-        (["--optim.betas", "[-0.1, 0.9]"], "optim.betas: [-0.1, 0.9] must be in [0, 1)"),
         (["--optim.warmup_fraction", "1.01"], "optim.warmup_fraction: 1.01 must be in [0, 1]"),
         (["--data.validation_fraction", "1"], "data.validation_fraction: 1.0 must be in [0, 1)"),
         (["--model.dropout", "-0.1"], "model.dropout: -0.1 must be in [0, 1)"),
@@ -328,14 +265,12 @@ def test_a_wrong_type_names_the_expected_type(key, value, wanted):
         (["--data.text_columns", "[]"], "data.text_columns is empty: name at least one column"),
         (["--data.test", "{path: x, text_columns: []}"], "data.test.text_columns is empty: name at least one column"),
         (["--data.label_column", "text"], "data.label_column 'text' is also a text column"),
-        (["--data.text_pair_columns", "[label]"], "data.label_column 'label' is also a text column"),
         (["--data.test="], "data.test is empty; use null for no split"),
         (["--data.train="], "data.train is missing: --data.train FILE (csv, tsv, json, jsonl, parquet) or hub id, or "
          "a --recipe"),
         (["--data.test.label_column", "x"], "data.test has settings but no path; add --data.test FILE"),
         (["--data.label_names", "[]"], "data.label_names: [] has no name, or an empty one"),
         (["--data.label_names", "[a, ' ']"], "data.label_names: ['a', ' '] has no name, or an empty one"),
-        (["--data.label_names", "[a, a]"], "data.label_names: 'a' is given twice"),
         (["--data.label_names", "[1, 2, 1.0]"], "data.label_names: '1.0' is given twice"),
         (["--data.test", "{path: x, label_names: {1: a, 1.0: b}}"], "data.test.label_names: '1.0' is given twice"),
         (["--data.validation_fraction", "0", "--evaluation.patience", "1"], "evaluation.patience needs a validation "
@@ -351,19 +286,6 @@ def test_run_name_must_be_a_folder_name(name):
     assert problems(f"--run.name={name}") == (
         f"run.name: {name!r} must be a folder name, not a path (see run.output_dir)"
     )
-
-
-@pytest.mark.parametrize("name", ["a b", "größe", "...", "-", "[x]", "日本"])
-def test_any_folder_name_is_a_run_name(name, tmp_path):
-    config = parse(f"--run.name={name}")
-    assert run_name(config) == name
-    (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
-    assert load_config(tmp_path / "config.yaml") == config
-
-
-def test_run_name_defaults_to_the_recipe():
-    assert run_name(parse_config(["--recipe", "quickstart"])) == "quickstart"
-    assert run_name(parse()) == "run"
 
 
 # --- saved and compared -----------------------------------------------------------------------------------------------
@@ -382,12 +304,6 @@ def test_round_trip_of_awkward_texts(tmp_path):
     )
     (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml") == config
-
-
-def test_as_dict_is_plain():
-    config = parse("--peft.r", "8", "--data.test", "{path: x}")
-    assert json.loads(json.dumps(as_dict(config))) == as_dict(config)
-    assert as_dict(config)["peft"] == {"peft_type": "LORA", "max_trainable_parameters": None, "r": 8}
 
 
 OTHER = {
@@ -434,18 +350,10 @@ def test_invalid_formats_are_refused(key, value):
         assert f"{option}: {value!r} " in problems("--data.test.path", "x", f"--{option}", value)
 
 
-DELIMITERS = [";", "|", "\t", "\\t", ":", ",", " ", "&", "*", "-", "%", "#", "~", "!", "null"]
-
-
 def test_only_null_is_null_on_the_command_line():
     for text in ("#1", "~", "&x", "NULL", "null"):
         config = parse("--data.test", text, "--run.name", text)
         assert config.data.test == config.run.name == (None if text.lower() == "null" else text)
-
-
-@pytest.mark.parametrize("value", DELIMITERS)
-def test_delimiters_of_the_command_line(value):
-    assert parse("--data.delimiter", value).data.delimiter == (None if value == "null" else value)
 
 
 def test_identity_has_no_options_that_keep_the_result():
@@ -471,15 +379,3 @@ def test_load_finished_run(tmp_path):
         load_finished_run(tmp_path)
     (tmp_path / "adapter" / "labels.json").write_text('["a", "b"]')
     assert load_finished_run(tmp_path) == (config, ["a", "b"])
-
-
-def test_help_imports_no_torch():
-    code = (
-        "import sys; sys.argv = ['run.py', '--help']\nfrom trainer.run import main\ntry: main()\n"
-        "except SystemExit as end: print('torch' in sys.modules, end.code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
-    )
-    assert done.stdout.endswith("False 0\n"), done.stderr
-    assert "--optim.learning_rate" in done.stdout and "quickstart" in done.stdout
