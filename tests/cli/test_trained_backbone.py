@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -224,25 +223,6 @@ def test_a_copy_elsewhere_is_accepted(place, hub, predicted, tmp_path):
     assert export(place / "runs" / "hub", tmp_path / "merged", str(copy), None) == 0
 
 
-@pytest.mark.parametrize("changed", ["weights", "tokenizer"])
-def test_a_folder_that_changed(place, hub, predicted, tmp_path, changed):
-    """What computes is compared; the tokenizer is the adapter's own."""
-    before = predicted("package")
-    folder = shutil.copytree(place / "packages" / "isotrain_fake" / "model", tmp_path / "folder")
-    if changed == "weights":
-        change(folder / "model.safetensors")
-    if changed == "tokenizer":
-        text = (folder / "tokenizer.json").read_text()
-        (folder / "tokenizer.json").write_text(text.replace('"match"', '"other"'))
-    copy = Copy(name=str(folder))
-    if changed == "weights":
-        first, second = refused(lambda: predicted("package", copy))
-        assert "trained on another backbone" in first and "(package:isotrain_fake/model)" in first
-        assert second == "Use the same files: --model.name FOLDER of an unchanged copy"
-    else:
-        assert predicted("package", copy) == before
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "backbone/identity.json"])
 def test_a_damaged_file_of_the_adapter_is_named(place, hub, predicted, tmp_path, name):
     run = shutil.copytree(place / "runs" / "hub", tmp_path / "damaged")
@@ -307,13 +287,6 @@ def test_the_cards_lines_run_and_agree_with_predict(place, hub, predicted):
         for answer, row in zip(found[name], wanted, strict=True):
             assert answer == pytest.approx(row, abs=1e-5), name
     assert set(found["nli"][0]) == set(NAMES.values())
-
-
-def test_label_names_in_a_card_are_no_markup(place):
-    card = (place / "runs" / "nli" / "adapter" / "README.md").read_text()
-    named = [line for line in card.splitlines() if re.match(r"    \d: ", line)]
-    assert [json.loads(line[7:]) for line in named] == list(NAMES.values())
-    assert card.count("\n```") == 2
 
 
 @pytest.mark.parametrize("name", ["nli", "decoder"])

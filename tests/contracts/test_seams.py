@@ -164,14 +164,6 @@ def test_a_metric(train, monkeypatch, higher_is_better):
     assert "<h3>test spread</h3>" in (run / "report.html").read_text()
 
 
-def test_a_task_without_classes_has_no_metric_of_a_class(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "amount", AMOUNT)
-    write_csv(tmp_path / "data" / "train.csv", [("a", 1), ("b", 2), ("c", 3)], ("text", "stars"))
-    data = ["--data.label_column", "stars", "--data.validation_fraction", 0, "--data.test", "null"]
-    with pytest.raises(UserError, match=r"evaluation\.metric: 'f1/stars' is unknown; known: mean_error$"):
-        train(*data, "--evaluation.metric", "f1/stars", task={"type": "amount"})
-
-
 # --- an optimizer and a schedule ---
 
 

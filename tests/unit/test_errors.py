@@ -115,11 +115,6 @@ def test_a_bar_in_a_log_file_is_separate_lines(capsys):
     assert all(line.startswith(("training: ", "step 1")) for line in said.splitlines())
 
 
-def test_a_short_bar_prints_nothing_in_a_log_file(capsys):
-    list(tqdm(range(3), **bar_settings()))
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(
     ("path", "typed"),
     [

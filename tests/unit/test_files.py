@@ -93,16 +93,6 @@ def test_a_folder_created_for_a_refused_run_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
 
 
-@pytest.mark.parametrize("place", ["file/run", "file"])
-def test_a_folder_that_cannot_be_created_is_named(tmp_path, place):
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(UserError, match=f"run.output_dir: {tmp_path}/{place} cannot be written: "),
-        hold_run_folder(tmp_path / place),
-    ):
-        pass
-
-
 def test_a_run_folder_in_the_users_home(tmp_path, monkeypatch):
     """Shells leave --run.output_dir=~ as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,6 +1,5 @@
 """Backbone, head and adapter: what trains, in which type, and that all of it comes back from disk."""
 
-import dataclasses
 import json
 import shutil
 
@@ -14,10 +13,6 @@ from transformers import (
     BertForMaskedLM,
     DebertaV2Config,
     DebertaV2Model,
-    DistilBertConfig,
-    DistilBertModel,
-    ElectraConfig,
-    ElectraModel,
     RobertaConfig,
 )
 
@@ -129,18 +124,6 @@ def test_the_published_run_trains_888580_parameters(published):
     assert sum(row["total"] for row in rows) == 125_537_288
     head = sum(row["trainable"] for row in rows if row["module"].startswith("classifier"))
     assert head == 593_668
-
-
-def test_the_budget_counts_the_head_and_names_the_rank_that_fits(published):
-    def settings(budget, rank=8):
-        return PeftConfig(max_trainable_parameters=budget, options={"r": rank, "target_modules": ATTENTION})
-
-    check_fit(published, settings(888_580), 512, pairs=False)
-    with pytest.raises(UserError, match=r"888,580 parameters would train, the budget is 888,579(?s:.*)--peft\.r 7"):
-        check_fit(published, settings(888_579), 512, pairs=False)
-    check_fit(published, settings(888_579, rank=7), 512, pairs=False)
-    with pytest.raises(UserError, match="no rank fits: the head alone has 593,668"):
-        check_fit(published, settings(500_000), 512, pairs=False)
 
 
 def test_positions_behind_the_padding_id_are_counted(published):
@@ -259,24 +242,6 @@ def test_a_checkpoint_holds_all_that_trains(method, backbone, batch):
     assert torch.equal(logits(fresh.eval(), batch), logits(model, batch))
 
 
-def test_every_trained_tensor_is_in_fp32_and_has_a_gradient(method, batch):
-    _, model, _, _ = method
-    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
-    assert [name for name, parameter in trained(model).items() if parameter.grad is None] == []
-
-
-def test_an_adapter_is_a_copy(method):
-    _, model, _, _ = method
-    before = adapter_tensors(model)
-    kept = {name: tensor.clone() for name, tensor in before.items()}
-    parameter = next(iter(trained(model).values()))
-    with torch.no_grad():
-        parameter.add_(1.0)
-    assert all(torch.equal(before[name], kept[name]) for name in kept)
-    with torch.no_grad():
-        parameter.sub_(1.0)
-
-
 def damaged(tensors):
     name = next(name for name in tensors if tensors[name].ndim == 2)
     yield "lacks tensor", {key: tensor for key, tensor in tensors.items() if key != name}
@@ -302,22 +267,13 @@ def test_strict_loading(backbone, batch, tmp_path, fault):
 # --- layers that no weights file filled ---
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "deberta-v2"])
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
 def test_freshly_drawn_layers_train_and_are_saved(family, tmp_path, tiny_tokenizer, batch):
-    size = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 1}
+    size = SHAPE | {"vocab_size": len(tiny_tokenizer)}
     kind, config, new, targets = {
-        "bert": (BertForMaskedLM, BertConfig(**{**SHAPE, **size}), "bert.pooler.dense", ATTENTION),
-        "distilbert": (
-            DistilBertModel,
-            DistilBertConfig(**size, dim=32, n_layers=1, n_heads=4, hidden_dim=64, max_position_embeddings=64),
-            "pre_classifier",
-            ["q_lin", "v_lin"],
-        ),
-        "electra": (ElectraModel, ElectraConfig(**{**SHAPE, **size}, embedding_size=16), "classifier.dense", ATTENTION),
-        "deberta-v2": (
-            DebertaV2Model, DebertaV2Config(**{**SHAPE, **size}), "pooler.dense", ["query_proj", "value_proj"]
-        ),
-    }[family]  # fmt: skip
+        "bert": (BertForMaskedLM, BertConfig(**size), "bert.pooler.dense", ATTENTION),
+        "deberta-v2": (DebertaV2Model, DebertaV2Config(**size), "pooler.dense", ["query_proj", "value_proj"]),
+    }[family]
     backbone = saved_backbone(kind, config, tmp_path / "backbone", tiny_tokenizer)
     settings = PeftConfig(options={"r": 2, "target_modules": targets})
     model = build_model(backbone, settings, 42)[0]
@@ -382,16 +338,11 @@ def spoil(folder, what):
         (folder / "model.safetensors").unlink()
     elif what == "pickled":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    elif what == "cut":
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:100])
     elif what == "code":
         settings = json.loads((folder / "config.json").read_text())
         settings |= {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}
         (folder / "config.json").write_text(json.dumps(settings))
         (folder / "evil.py").write_text("raise RuntimeError('ran')")
-    elif what == "broken config":
-        (folder / "config.json").write_text("{")
     elif what == "no tokenizer":
         for path in folder.glob("*token*"):
             path.unlink()
@@ -402,9 +353,7 @@ def spoil(folder, what):
     [
         ("no weights", r"no \*\.safetensors weights; pickled ones are not read"),
         ("pickled", r"no \*\.safetensors weights; pickled ones are not read"),
-        ("cut", "cannot be read"),
         ("code", "needs code of its own"),
-        ("broken config", "is not a valid JSON file"),
         ("no tokenizer", r"has no fast tokenizer \(tokenizer\.json\)$"),
     ],
 )
@@ -420,35 +369,22 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
     ("peft_type", "options", "message"),
     [
         ("LORRA", {}, "'LORRA' is not supported; supported: LORA"),
-        ("PREFIX_TUNING", {}, "not supported"),
         (
             "LOHA",
             {"lora_alpha": 3},
             r"unknown option 'peft\.lora_alpha' for LOHA; nearest: peft\.alpha; --peft\.lora_alpha null leaves it out",
         ),
-        ("LORA", {"lora_alhpa": 3}, r"unknown option 'peft\.lora_alhpa' for LORA; nearest: peft\.lora_alpha"),
         ("LORA", {"r": "many"}, r"peft\.r: 'many' does not fit"),
         ("LORA", {"init_lora_weights": "pissa_niter_4"}, r"peft\.init_lora_weights: 'pissa_niter_4' changes"),
-        ("LORA", {"task_type": "SEQ_CLS"}, "unknown option"),
         ("LORA", {"target_modules": ["query", "quarry"]}, "'quarry' has no effect; adapters fit .*query"),
         ("LORA", {"target_modules": ".*nothing"}, r"peft\.target_modules: no module gets an adapter.*; choose from"),
-        (
-            "LN_TUNING",
-            {"target_modules": ["LayerNorm", "dropout"]},
-            r"peft\.target_modules: .* without parameters",
-        ),
+        ("LN_TUNING", {"target_modules": ["LayerNorm", "dropout"]}, r"peft\.target_modules: .* without parameters"),
         ("LORA", {"alora_invocation_tokens": [5]}, r"peft\.alora_invocation_tokens: must be null"),
         ("LORA", {"exclude_modules": ["quarry"]}, r"peft\.exclude_modules: 'quarry' has no effect"),
-        ("LORA", {"exclude_modules": ".*nothing"}, r"peft\.exclude_modules: '\.\*nothing' has no effect"),
         ("LORA", {"target_parameters": ["x.y"]}, r"peft\.target_parameters: 'x\.y' has no effect"),
         ("LORA", {"target_modules": ["out_proj"]}, r"peft\.target_modules: no module gets an adapter.* The head"),
         ("LORA", {"layers_to_transform": [0, 9]}, r"peft\.layers_to_transform: 9 has no effect"),
         ("LORA", {"target_modules": "("}, r"peft: '\(' is not a regular expression"),
-        (
-            "LORA",
-            {"target_modules": ["query"], "rank_pattern": {"(": 2}},
-            r"peft: .* is not a regular expression",
-        ),
         ("LORA", {"r": 0, "target_modules": ATTENTION}, "peft: "),
         ("LORA", {"lora_dropout": 1.0}, r"peft\.lora_dropout: 1\.0 must be at least 0 and below 1"),
         ("LOKR", {"module_dropout": 0.1}, r"peft\.module_dropout: must be 0"),
@@ -467,15 +403,3 @@ def test_a_word_for_a_truth_value_is_one(backbone):
     assert any("magnitude" in name for name in names(use_dora=True))
     assert not any("magnitude" in name for name in names(use_dora="no"))
     assert any("magnitude" in name for name in names(use_dora="yes"))
-
-
-def test_all_wrong_options_are_named_at_once(backbone):
-    with pytest.raises(UserError) as caught:
-        check_fit(backbone, PeftConfig(options={"rr": 1, "lora_alpha": "x"}), 32, pairs=False)
-    assert len(str(caught.value).splitlines()) == 2
-
-
-def test_settings_are_not_changed_by_building(backbone):
-    before = dataclasses.asdict(LORA)
-    build_model(backbone, LORA, 42)[0]
-    assert dataclasses.asdict(LORA) == before

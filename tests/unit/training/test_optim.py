@@ -37,10 +37,6 @@ def test_values_at_start_end_of_warmup_midway_and_end(schedule, floor, expected)
     assert [learning_rate(config, step, 10) for step in steps] == pytest.approx(expected, abs=1e-15)
 
 
-def test_the_documented_example():
-    assert rates(4, learning_rate=1.0, schedule="linear") == [1.0, 0.75, 0.5, 0.25]
-
-
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.06, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("total_steps", [1, 7, 50])
 @pytest.mark.parametrize(
@@ -57,33 +53,6 @@ def test_equal_to_transformers(schedule, theirs, total_steps, warmup_fraction):
         scheduler.step()
     ours = rates(total_steps, learning_rate=3e-4, schedule=schedule, warmup_fraction=warmup_fraction)
     assert ours == pytest.approx(expected, rel=1e-12, abs=1e-18)
-
-
-@pytest.mark.parametrize("floor", [0.0, 0.1])
-def test_annealing_is_equal_to_torch(floor):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=5e-4)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=5e-4 * floor)
-    expected = []
-    for _ in range(40):
-        expected.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    ours = rates(40, learning_rate=5e-4, schedule="cosine", final_lr_fraction=floor)
-    assert ours == pytest.approx(expected, rel=1e-9, abs=1e-15)
-    assert min(ours) > 5e-4 * floor
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup_fraction", [0.0, 0.33, 1.0])
-@pytest.mark.parametrize("total_steps", [1, 2, 3, 29])
-def test_never_negative_never_above_the_peak(schedule, warmup_fraction, total_steps):
-    values = rates(
-        total_steps, learning_rate=1.0, schedule=schedule, warmup_fraction=warmup_fraction, final_lr_fraction=0.1
-    )
-    assert all(0 <= value <= 1 for value in values)
-    peak = values.index(max(values))
-    assert values[: peak + 1] == sorted(values[: peak + 1])
-    assert values[peak:] == sorted(values[peak:], reverse=True)
 
 
 # --- the optimizer ---
@@ -147,19 +116,6 @@ def test_names_are_in_the_order_of_the_optimizers_state():
     assert numbers == list(range(len(trained)))
 
 
-def test_only_matrices_or_only_vectors_make_one_group():
-    for shape, decay in (((2, 2), 0.1), ((2,), 0.0)):
-        optimizer, trained = build_optimizer([("w", nn.Parameter(torch.zeros(shape)))], OptimConfig(weight_decay=0.1))
-        assert [group["weight_decay"] for group in optimizer.param_groups] == [decay]
-        assert list(trained) == ["w"]
-
-
-def test_the_learning_rate_is_set_in_every_group():
-    _, optimizer, _ = small_and_optimizer()
-    set_learning_rate(optimizer, 0.125)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
-
-
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_state_survives_a_checkpoint(name):
     model, optimizer, trained = small_and_optimizer(name=name, weight_decay=0.1)
@@ -197,34 +153,6 @@ def test_state_of_an_unknown_parameter_is_refused():
 
 
 # --- the seam ---
-
-
-class SignDescent(torch.optim.Optimizer):
-    """A toy: subtracts the sign of the gradient."""
-
-    def __init__(self, groups):
-        super().__init__(groups, {})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter -= group["lr"] * parameter.grad.sign()
-
-
-def test_an_optimizer_is_added_by_one_entry(monkeypatch):
-    monkeypatch.setitem(optim.OPTIMIZERS, "sign", lambda groups, config: SignDescent(groups))
-    model, optimizer, _ = small_and_optimizer(name="sign")
-    before = model.last.bias.detach().clone()
-    walk(model, optimizer, 0, 1)  # learning rate 0.01
-    assert (model.last.bias - before).abs().detach() == pytest.approx(torch.tensor([0.01, 0.01]))
-
-
-def test_a_schedule_is_added_by_one_entry(monkeypatch):
-    monkeypatch.setitem(optim.SCHEDULES, "quadratic", lambda progress: (1 - progress) ** 2)
-    assert rates(4, learning_rate=1.0, schedule="quadratic") == [1.0, 0.5625, 0.25, 0.0625]
-    assert rates(2, learning_rate=1.0, schedule="quadratic", final_lr_fraction=0.2) == pytest.approx([1.0, 0.4])
 
 
 def test_the_options_name_every_entry():
