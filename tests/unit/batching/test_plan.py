@@ -163,6 +163,12 @@ def test_all_ranks_together_compute_the_global_batch_once(num_examples, batch_si
         assert all(len(p.ids) == 1 or len(p.ids) * plan.lengths[p.ids].max() <= max_tokens for p in working)
 
 
+def test_a_batch_of_weightless_examples_divides_by_one():
+    plan = Plan(np.full(4, 5), np.zeros(4), 2, seed=0, max_tokens=100)
+    assert plan.total_weight(0) == 1.0
+    assert plan_of(4, 2).total_weight(0) == plan_of(4, 2).weights[plan_of(4, 2).global_batch(0)].sum()
+
+
 def test_examples_of_one_micro_batch_are_of_like_length():
     lengths = news_like_lengths(640)
     plan = Plan(lengths, np.ones(640), 64, seed=0, max_tokens=512)

@@ -70,10 +70,22 @@ def test_text_pairs(tmp_path):
     assert corpus.splits["train"].text_pairs == ["win n", "deal"]
 
 
+def test_file_whose_name_looks_like_a_glob(tmp_path):
+    assert texts_and_labels(load(write_csv(tmp_path / "[a]*.csv", ROWS))) == ROWS
+
+
 @pytest.mark.parametrize("word", ["NA", "null", "None", "nan", "0", "False", "#N/A"])
 def test_words_that_other_readers_take_for_nothing(tmp_path, word):
     path = write_csv(tmp_path / "x.csv", [(word, word), ("x", "y")])
     assert texts_and_labels(load(path))[0] == (word, word)
+
+
+def test_folder_called_like_a_partition_adds_no_column(tmp_path):
+    (tmp_path / "label=7").mkdir()
+    path = tmp_path / "label=7" / "x.parquet"
+    texts, labels = zip(*ROWS, strict=True)
+    pq.write_table(pa.table({"text": list(texts), "label": list(labels)}), path)
+    assert texts_and_labels(load(path)) == ROWS
 
 
 def test_parquet_columns_of_other_types(tmp_path):

@@ -165,15 +165,6 @@ def test_another_way_to_read_never_meets_old_rows(tmp_path, row, one, other):
     assert list(texts[0]) != list(texts[1])
 
 
-def test_files_in_another_order_are_another_source(tmp_path):
-    write_csv(tmp_path / "a.csv", ROWS[:50])
-    write_csv(tmp_path / "b.csv", ROWS[50:])
-    first = load(tmp_path / "*.csv").splits["train"].texts
-    (tmp_path / "a.csv").rename(tmp_path / "c.csv")
-    second = load(tmp_path / "*.csv").splits["train"].texts
-    assert first == [text for text, _ in ROWS] and second == [text for text, _ in ROWS[50:] + ROWS[:50]]
-
-
 @pytest.mark.parametrize("name", ["rows.arrow", "about.json"])
 @pytest.mark.parametrize("damage", ["cut", "cut late", "empty", "foreign", "absent", "other words"])
 def test_damaged_rows_are_read_again(tmp_path, cache, name, damage):
@@ -229,28 +220,6 @@ def test_rows_are_refused_alike_with_and_without_the_cache(tmp_path, cache, rows
         with pytest.raises(UserError) as kept:
             load(path)
         assert str(kept.value) == str(plain.value)
-
-
-def test_what_is_wrong_far_into_a_file(tmp_path):
-    texts = [f"text {i}" for i in range(60)]
-    for row in (11, 30, 31, 44, 45, 59):
-        texts[row] = " "
-    path = write_csv(tmp_path / "x.csv", [(text, i % 2) for i, text in enumerate(texts)])
-    with pytest.raises(
-        UserError, match=r": 6 rows have an empty or missing text \(text\): row 12, 31, 32, 45, 46, \.\.\.; --data"
-    ):
-        load(path)
-    rows = [{"text": f"t {i}", "label": i % 2} for i in range(60)]
-    rows[33]["text"], rows[41]["text"] = "a\ud83d", ["b"]
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"row 34: column 'text' holds half a character"):
-        load(tmp_path / "x.jsonl")
-    rows[33]["text"], rows[50]["note"] = "a", "only here"
-    rows[41]["text"] = "c"
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert len(load(tmp_path / "x.jsonl").splits["train"]) == 60
-    with pytest.raises(UserError, match=r"59 rows have an empty or missing text \(note\): row 1, 2, 3, 4, 5, \.\.\."):
-        load(tmp_path / "x.jsonl", text_columns=["note"])
 
 
 def test_file_that_changes_while_it_is_read(tmp_path, cache, monkeypatch):

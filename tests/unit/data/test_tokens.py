@@ -171,6 +171,16 @@ def test_arrays_of_other_texts_are_made_again(tiny_tokenizer, cache):
     assert tokenize(split, tiny_tokenizer, 16, quiet=True).fingerprint() == before
 
 
+def test_what_a_killed_process_left_is_removed(tiny_tokenizer, cache):
+    split = split_of(words(50))
+    tokenize(split, tiny_tokenizer, 16, quiet=True)
+    (folder,) = kept_arrays(cache)
+    folder.rename(folder.with_suffix(".part"))
+    (folder.with_suffix(".part") / "tokens").write_bytes(b"half")
+    examples = tokenize(split, tiny_tokenizer, 16, quiet=True)
+    assert kept_arrays(cache) == [folder] and len(examples) == 50
+
+
 def test_a_full_disk_leaves_nothing_in_the_cache_and_stops_nothing(tiny_tokenizer, cache, monkeypatch, capsys):
     expected = tokenize(split_of(words(50)), tiny_tokenizer, 16, quiet=True).fingerprint()
     shutil.rmtree(cache)

@@ -4,8 +4,8 @@ Their host names are invented, so that ranks of several machines run on this one
 """
 
 import contextlib
+import json
 import os
-import socket
 from datetime import timedelta
 
 from torch.distributed import TCPStore
@@ -41,6 +41,22 @@ class Ranks:
         for rank in ranks:
             assert rank.answer() == "here"
         return ranks
+
+    def answer_for(self, rank, host=None, address=None):
+        """Answers in the rendezvous for a rank that listens at `address`, or only says where its host is.
+
+        Returns rank 0's card, which has the address that the ranks connect to.
+        """
+        self._publish("address", rank, "127.0.0.1")
+        card = json.loads(self.store.get("isotrain/card/0"))
+        if address:
+            self._publish("card", rank, {**card, "host": f"{host} (127.0.0.1)", "address": address})
+            self._publish("routes", rank, [])
+        return card
+
+    def _publish(self, topic, rank, value):
+        self.store.set(f"isotrain/{topic}/{rank}", json.dumps(value))
+        self.store.set(f"isotrain/{topic}/{rank}/read", "")
 
     def kill(self):
         for rank in self._started:
@@ -109,56 +125,4 @@ def handle_signals(end):
     from trainer.distributed.session import StopRequest
 
     StopRequest().listen()
-    obey(end)
-
-
-def join_among_foreign_connections(end):
-    """As `obey`; before rank 1 connects to rank 0, three others do: one is silent, one talks, one hangs up."""
-    from trainer.distributed import rendezvous
-
-    check_routes = rendezvous._check_routes
-
-    def strangers_first(store, rank, cards):
-        check_routes(store, rank, cards)
-        if rank == 1:
-            silent, talking, hasty = (socket.create_connection(cards[0]["address"]) for _ in range(3))
-            talking.sendall(b"GET / HTTP/1.1\r\nHost: isotrain\r\n\r\n")
-            hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            hasty.close()
-            strangers.extend([silent, talking])
-
-    strangers = []
-    rendezvous._check_routes = strangers_first
-    obey(end)
-
-
-def announce_closed_port(end):
-    """As `obey`; on host b the others cannot reach what it says its address is."""
-    from trainer.distributed import rendezvous
-
-    exchange = rendezvous._exchange
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        nowhere = closed.getsockname()
-
-    def wrong_card(store, topic, rank, world_size, own):
-        if topic == "card" and socket.gethostname() == "host-b":
-            own = {**own, "address": nowhere}
-        return exchange(store, topic, rank, world_size, own)
-
-    rendezvous._exchange = wrong_card
-    obey(end)
-
-
-def die_before_connecting(end):
-    """As `obey`; rank 2 dies when all others are about to connect to rank 0."""
-    from trainer.distributed import rendezvous
-
-    check_routes = rendezvous._check_routes
-
-    def die(store, rank, cards):
-        check_routes(store, rank, cards)
-        if rank == 2:
-            os._exit(9)
-
-    rendezvous._check_routes = die
     obey(end)

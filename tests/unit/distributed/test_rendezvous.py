@@ -4,21 +4,15 @@ import os
 import re
 import signal
 import socket
-import time
 from datetime import timedelta
 
 import psutil
 import pytest
-from torch.distributed import HashStore
 
 from tests.unit.distributed.ranks import (
-    announce_closed_port,
-    die_before_connecting,
     errors_of,
     handle_signals,
-    join_among_foreign_connections,
 )
-from trainer.distributed import rendezvous
 
 LOST = os.EX_TEMPFAIL
 
@@ -48,11 +42,16 @@ def test_restarts_by_torchrun_are_refused(ranks):
 
 
 def test_foreign_connections_are_ignored(ranks):
-    began = time.monotonic()
-    group = ranks.meet("abc", function=join_among_foreign_connections)
-    assert time.monotonic() - began < rendezvous.CONNECT_TIMEOUT_SECONDS
-    group[1].kill()
-    assert [rank.code() for rank in (group[0], group[2])] == [LOST, LOST]
+    """Before rank 1 connects to rank 0, three others do: one is silent, one talks, one hangs up."""
+    group = ranks.start("abc", only=[0, 2])
+    address = ranks.answer_for(1)["address"]
+    silent, talking, hasty = (socket.create_connection(address) for _ in range(3))
+    talking.sendall(b"GET / HTTP/1.1\r\nHost: isotrain\r\n\r\n")
+    hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    hasty.close()
+    with silent, talking:
+        group += ranks.start("abc", only=[1])
+        assert [rank.answer() for rank in group] == ["here"] * 3
 
 
 def test_a_missing_rank_is_named(ranks):
@@ -95,9 +94,11 @@ def test_a_failed_rendezvous_names_its_address(ranks, taken):
         assert re.match(f"waiting for rank 0 \\(Connection refused\\) at MASTER_ADDR:MASTER_PORT {place}", said[0])
 
 
-def test_a_rank_that_dies_during_the_rendezvous_is_named(ranks):
-    group = ranks.start("abc", function=die_before_connecting, constants={"CONNECT_TIMEOUT_SECONDS": 1.0})
-    assert [rank.code() for rank in group] == [LOST, LOST, 9]
+def test_a_rank_that_does_not_connect_is_named(ranks):
+    group = ranks.start("abc", only=[0, 1], constants={"CONNECT_TIMEOUT_SECONDS": 1.0})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ranks.answer_for(2, "host-c", server.getsockname())
+        assert [rank.code() for rank in group] == [LOST, LOST]
     assert group[0].said() == "error: rank 2 on host-c (127.0.0.1) did not connect within 1 s\n"
     assert "rank 0 on host-a (127.0.0.1) was lost" in group[1].said()
 
@@ -119,38 +120,13 @@ def test_ranks_with_different_settings_are_refused(ranks):
 
 
 def test_hosts_that_cannot_reach_each_other_are_named(ranks):
-    group = ranks.start("aab", function=announce_closed_port)
-    assert [rank.code() for rank in group] == [2] * 3
+    group = ranks.start("aab", only=[0, 1])
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = closed.getsockname()
+    ranks.answer_for(2, "host-b", nowhere)
+    assert [rank.code() for rank in group] == [2, 2]
     error = (
         "error: host-a (127.0.0.1) cannot reach host-b (127.0.0.1): Connection refused\n"
         "Open all ports of the firewall between them. MASTER_ADDR must be in the network that they share."
     )
-    assert errors_of(group) == [error, "", error]
-
-
-def test_the_interface_of_an_address():
-    loopback = [name for name, all in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in all)]
-    assert [rendezvous._find_interface("127.0.0.1")] == loopback
-    with pytest.raises(ValueError, match=r"no network interface has the address 192\.0\.2\.1"):
-        rendezvous._find_interface("192.0.2.1")
-
-
-@pytest.mark.parametrize(
-    ("ways", "address"),
-    [
-        ({"head": "10.0.0.1"}, "10.0.0.1"),
-        ({"head": "127.0.0.1", "10.0.0.2": "10.0.0.1"}, "10.0.0.1"),  # /etc/hosts: 127.0.1.1 head
-    ],
-)
-def test_rank_0_uses_the_address_that_others_reach(monkeypatch, ways, address):
-    monkeypatch.setenv("MASTER_ADDR", "head")
-    monkeypatch.setenv("MASTER_PORT", "1234")
-    monkeypatch.setattr(rendezvous, "_find_source_address", lambda host, port: ways[host])
-    store = HashStore()
-    for key, value in (("address/1", '"10.0.0.2"'), ("address/1/read", "")):
-        store.set(key, value)
-    assert rendezvous._find_own_address(store, 0, 2) == address
-
-
-def test_the_source_address_of_a_route_to_this_host():
-    assert rendezvous._find_source_address("127.0.1.1", 1) == "127.0.0.1"
+    assert errors_of(group) == [error, ""]

@@ -153,16 +153,6 @@ def test_masks_keyed_by_the_place_in_the_batch_would_fail(cut, texts, monkeypatc
         assert changed > 1e-4
 
 
-def test_masks_differ_by_step_seed_and_example(texts):
-    model, keys = build("roberta")
-    base = logits_of(model, keys, texts, [0, 1])
-    assert torch.equal(base, logits_of(model, keys, texts, [0, 1]))
-    assert not torch.allclose(base, logits_of(model, keys, texts, [0, 1], step=4))
-    assert not torch.allclose(base, logits_of(model, keys, texts, [0, 1], keyed_by=[5, 6]))
-    keys.seed += 1
-    assert not torch.allclose(base, logits_of(model, keys, texts, [0, 1]))
-
-
 def test_masks_leave_the_global_random_state_alone(texts):
     model, keys = build("roberta")
     before = torch.get_rng_state()

@@ -131,12 +131,6 @@ def test_weights_that_an_adapter_changes_are_refused(folder):
         identity(folder)
 
 
-def test_a_hub_model_is_its_folder(hub, tiny_backbone):
-    there = identity("acme/tiny", COMMIT)
-    assert (there.name, there.revision, there.commit) == ("acme/tiny", COMMIT, COMMIT)
-    assert there.files == identity(tiny_backbone).files == identity(hub / "snapshots" / COMMIT).files
-
-
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", "refs/pr/1", COMMIT[:7]])
 def test_any_revision_is_recorded_as_its_commit(hub, revision):
     (hub / "refs" / (revision or "main")).parent.mkdir(parents=True, exist_ok=True)

@@ -227,6 +227,12 @@ def test_150_classes_fit_the_page(tmp_path: Path) -> None:
     assert not figure.axes[0].texts  # no counts where they could not be read
 
 
+def test_cell_colors_show_the_share_of_the_true_class() -> None:
+    figure = confusion_matrix_figure(np.array([[6, 2], [0, 0]]), NEWS[:2])
+    shares = np.asarray(figure.axes[0].images[0].get_array())
+    assert shares.tolist() == [[0.75, 0.25], [0.0, 0.0]]
+
+
 def test_figure_labels_are_one_short_line_the_font_can_draw() -> None:
     assert figure_label("two\nlines") == "two lines"
     assert figure_label("\x00新\ud800") == "\ufffd" * 3

@@ -69,14 +69,6 @@ def test_every_example_is_scored_once_in_the_order_of_the_split(accelerator, cou
     assert all(rows == 1 or rows * length <= max_tokens for rows, length in model.shapes)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_model_keeps_its_mode_and_gets_no_gradient(accelerator, training):
-    model = Summing().train(training)
-    score(model, examples_of(5), accelerator)
-    assert model.training is training
-    assert model.weight.grad is None
-
-
 def test_an_example_scored_twice_or_never_is_noticed(accelerator, monkeypatch):
     split = evaluation.split_by_tokens
     monkeypatch.setattr(evaluation, "split_by_tokens", lambda *given: [*split(*given), [0]])
@@ -156,13 +148,6 @@ def test_the_files_of_an_evaluation(tmp_path, pairs):
         assert list(csv.reader(file)) == [["true \\ predicted", *NAMES], [NAMES[0], "1", "0"], [NAMES[1], "1", "1"]]
     report = (tmp_path / "test" / "classification_report.txt").read_text()
     assert all(name in report for name in NAMES)
-
-
-def test_predictions_by_name_and_probability():
-    columns = single_label.prediction_columns(LOGITS, NAMES)
-    assert list(columns) == ["prediction", "confidence", *(f"probability:{name}" for name in NAMES)]
-    assert columns["prediction"] == [NAMES[0], NAMES[0], NAMES[1]]
-    assert columns[f"probability:{NAMES[0]}"] == pytest.approx([0.75, 0.5, 0.125])
 
 
 def test_rows_survive_csv():
