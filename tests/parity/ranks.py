@@ -183,35 +183,6 @@ def with_scaler(run, scale):
     return run
 
 
-def retried_step(arguments, hit=None):
-    """The first steps by the real loop; in the first try of the first one memory runs out on rank `hit`.
-
-    Returns:
-        all parameters, and the number of each step that was tried.
-    """
-    import torch
-
-    from trainer.training import loop
-    from trainer.training.state import TrainState
-
-    run = dataclasses.replace(build(arguments), total_steps=3)
-    right, backward, steps, computed = loop.train_step, run.learner.accelerator.backward, [], []
-
-    def noting(run, step, *others):
-        steps.append(step)
-        return right(run, step, *others)
-
-    def running_out(loss):
-        computed.append(steps[-1])
-        backward(loss)
-        if len(computed) == 1 and run.learner.accelerator.process_index == hit:
-            raise torch.OutOfMemoryError
-
-    loop.train_step, run.learner.accelerator.backward = noting, running_out
-    loop.train(run, TrainState(), None)
-    return torch.cat([parameter.detach().flatten() for parameter in run.learner.parameters.values()]).numpy(), steps
-
-
 def reads(arguments):
     """How often the host reads one number or all of a tensor in a step."""
     import torch

@@ -152,9 +152,6 @@ def test_state_of_an_unknown_parameter_is_refused():
         load_optimizer_tensors(optimizer, list(trained), {"nowhere/step": torch.zeros(())})
 
 
-# --- the seam ---
-
-
 def test_the_options_name_every_entry():
     options = get_type_hints(OptimConfig)
     assert get_args(options["name"]) == tuple(optim.OPTIMIZERS)
