@@ -36,6 +36,8 @@ CHUNK = 10_000
 """rows read at a time"""
 HEAD_BYTES = 2**16
 """bytes of a file that are searched for signs of its type and encoding"""
+BAD_BYTE = "\ud800"
+"""marks a byte that has no meaning in an encoding: half a character, which no text holds"""
 DELIMITERS = {",": ",", ";": ";", "|": "|", "\t": "\\t"}
 """{delimiter: how it is typed}"""
 TRAILING_TEXT = "text behind the last named column"
@@ -47,7 +49,6 @@ UNREADABLE = (
 """what libraries raise for damaged files (RuntimeError: an archive that needs a newer program)"""
 
 _UNNAMED = re.compile(r"\s*|Unnamed: \d+")  # pandas writes the second for a column without a name
-_MARKED_BYTE = re.compile("[\udc00-\udcff]")
 # files that are not text, by their first bytes
 _SIGNATURES = {
     b"\x1f\x8b": "is compressed with gzip; add .gz to its name",
@@ -165,18 +166,18 @@ def _lines(path: str, request: Request) -> Iterator[str]:
         first = text.readline().removeprefix("\ufeff")
         lines = [first] if first.endswith("\n") else [f"{line}\n" for line in first.split("\r")]
         for number, line in enumerate(chain(lines, text), start=1):
-            if not line.isascii() and (bad := _MARKED_BYTE.search(line)):
+            if BAD_BYTE in line:
+                before, _, byte = line.partition(BAD_BYTE)
                 raise ValueError(
-                    f"line {number} has a byte that is not {encoding.upper()} (0x{ord(bad[0]) - 0xDC00:02x}, character "
-                    f"{bad.start() + 1}); set the file's encoding, as {prefix}encoding cp1252, or save it as UTF-8"
+                    f"line {number} has a byte that is not {encoding.upper()} (0x{ord(byte[0]):02x}, character "
+                    f"{len(before) + 1}); set the file's encoding, as {prefix}encoding cp1252, or save it as UTF-8"
                 )
             yield line
 
 
 def _mark_byte(error: UnicodeError) -> tuple[str, int]:
-    """Replaces a byte that has no meaning in an encoding with half a character, which no text holds."""
     assert isinstance(error, UnicodeDecodeError)
-    return chr(0xDC00 + error.object[error.start]), error.end
+    return BAD_BYTE + chr(error.object[error.start]), error.end
 
 
 codecs.register_error("isotrain-mark", _mark_byte)
@@ -434,14 +435,16 @@ def _open_arrow(path: str) -> Iterator[Any]:
 
 def _values(column: Any, name: str, first: int) -> list[Any]:
     """Converts a column whose first value is that of row `first`, counted from 0."""
-    values = []
-    for row, scalar in enumerate(column, start=first + 1):
-        try:
-            values.append(scalar.as_py())
-        except UnicodeDecodeError as error:
-            bad = error.object[error.start : error.start + 1].hex()
-            raise ValueError(f"row {row}: column {name!r} has a byte that is not UTF-8 (0x{bad})") from None
-    return values
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        for row, value in enumerate(column, start=first + 1):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                bad = error.object[error.start : error.start + 1].hex()
+                raise ValueError(f"row {row}: column {name!r} has a byte that is not UTF-8 (0x{bad})") from None
+        raise
 
 
 _READERS: dict[str, Callable[[str, Request], Iterator[Chunk]]] = {

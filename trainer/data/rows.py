@@ -7,6 +7,7 @@ options that read it. Cached rows are mapped into memory, not loaded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import mmap
@@ -269,9 +270,15 @@ def _encode_label(cells: tuple[Any, ...]) -> str | None:
 
     It is a text, or a list of texts: of a list in one column, or of several columns. The task decides what it takes.
     """
-    is_list = len(cells) > 1 or isinstance(cells[0], list)
-    texts = list(map(label_text, cells[0] if isinstance(cells[0], list) else cells))
-    return json.dumps(texts) if is_list else texts[0] and json.dumps(texts[0])
+    if len(cells) == 1 and not isinstance(cells[0], list):
+        return _encode_text(cells[0])
+    return json.dumps(list(map(label_text, cells[0] if len(cells) == 1 else cells)))
+
+
+@functools.lru_cache(typed=True)  # few labels in many rows
+def _encode_text(value: Any) -> str | None:
+    text = label_text(value)
+    return text and json.dumps(text)
 
 
 def _join_texts(columns: list[list[Any]]) -> list[str]:
@@ -284,10 +291,12 @@ def _refuse_other_types(values: list[Any], column: str, types: tuple[type, ...],
     """Refuses values of these types, and text that cannot be stored."""
     origin = reading.origin
     for row, value in enumerate(values, start=sum(reading.file_rows) - len(values)):
-        if isinstance(value, types):
-            kind = f"a {type(value).__name__}, not text"
-        elif isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+        if isinstance(value, str):
+            if value.isascii() or not re.search("[\ud800-\udfff]", value):
+                continue
             kind = "half a character (a lone surrogate such as \\ud83d)"
+        elif isinstance(value, types):
+            kind = f"a {type(value).__name__}, not text"
         else:
             continue
         place = f"{origin.option}: {origin.source.path}: {reading.describe_rows([row])}"
