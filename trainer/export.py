@@ -2,7 +2,7 @@
 
     python trainer/export.py --run runs/NAME --output DIR
 
-Parses and checks the options; model/merge.py does the work.
+Parses and checks the options; model/adapter.py does the work.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
     config, label_names = load_finished_run(run, name, revision)
     set_environment()
     # these imports take seconds; --help needs none of them
-    from trainer.model.adapter import find_trained_backbone
+    from trainer.model.adapter import export_merged, find_trained_backbone
     from trainer.model.backbone import silence_libraries
-    from trainer.model.merge import export_merged
     from trainer.tasks import TASKS
 
     silence_libraries()

@@ -1,12 +1,15 @@
-"""The backbone: found, read as far as possible without its weights, then loaded.
+"""The backbone: found, identified, read as far as possible without its weights, then loaded.
 
-Always holds: no pickled weights are read, and no code from a model folder or an installed package runs.
+Always holds: no pickled weights are read, and no code from a model folder or an installed package runs. Copies of one
+backbone have equal hashes, wherever they lie. A change that alters a result alters a hash.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
+import json
 import re
 import warnings
 from collections.abc import Iterable
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
@@ -30,7 +34,6 @@ from transformers import (
 from trainer.compat import use_default_attention
 from trainer.config.schema import ModelConfig
 from trainer.errors import UserError, one_line
-from trainer.model.identity import Identity, download, hash_files, resolve_commit
 from trainer.model.tokenizer import OFFSET_POSITION_FAMILIES, read_special_tokens_as_text, set_padding
 
 # Families that transformers computes only with code that it would download.
@@ -42,6 +45,49 @@ NEUTRAL_SETTINGS: dict[str, Any] = {
     "output_attentions": False, "output_hidden_states": False, "return_dict": True, "torchscript": False,
     "gradient_checkpointing": False, "chunk_size_feed_forward": 0,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A backbone as checkpoints, adapter and summary record it."""
+
+    name: str
+    """model.name: hub id, local folder, or package:NAME/dir"""
+    revision: str | None
+    """model.revision as the user gave it"""
+    commit: str | None
+    """the hub's commit; None for a local folder"""
+    files: dict[str, str]
+    """SHA-256 of config.json and of each weights file; equal for every copy of the backbone"""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over all files."""
+        return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in self.files.values())).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.name} at commit {self.commit}" if self.commit else self.name
+
+
+def read_identity(path: Path) -> Identity:
+    """Reads an identity from JSON; raises an OSError, ValueError or TypeError if the file is missing or damaged."""
+    return Identity(**json.loads(path.read_bytes()))
+
+
+def check_same_backbone(recorded: Identity, found: Identity, run: Path, hint: str = "") -> None:
+    """Refuses a backbone whose files are not those that the run was trained on; names and places may differ.
+
+    The message names both backbones, the first file that differs, and the fix; `hint` adds another fix.
+    """
+    differing = [name for name in recorded.files | found.files if recorded.files.get(name) != found.files.get(name)]
+    if not differing:
+        return
+    was, now = (identity.files.get(differing[0], "none")[:12] for identity in (recorded, found))
+    hub = f"--model.name {recorded.name} --model.revision {recorded.commit}, or " if recorded.commit else ""
+    raise UserError(
+        f"{run} was trained on another backbone: SHA-256 of {differing[0]} was {was} ({recorded}), is {now} ({found})\n"
+        f"Use the same files: {hub}--model.name FOLDER of an unchanged copy{hint}"
+    )
 
 
 @dataclass(frozen=True)
@@ -60,10 +106,12 @@ class Backbone:
     @cached_property
     def identity(self) -> Identity:
         """Hashes the files; downloads those of a hub model that the cache lacks."""
-        weights = getattr(self.config, "transformers_weights", None) or "model.safetensors"
+        weights, folder = getattr(self.config, "transformers_weights", None) or "model.safetensors", self.path
+        patterns = ["config.json", "adapter_config.json", f"{weights.partition('.')[0]}*.safetensors*"]
         try:
-            folder = Path(self.path) if self.commit is None else download(self.path, self.commit, weights)
-            files = hash_files(folder, weights)
+            if self.commit is not None:
+                folder = snapshot_download(self.path, revision=self.commit, allow_patterns=patterns)
+            files = _hash_files(Path(folder), weights)
         except Exception as error:  # huggingface_hub raises many kinds
             raise UserError(f"model.name: the files of {self.path} cannot be read: {one_line(error)}") from None
         return Identity(self.requested.name, self.requested.revision, self.commit, files)
@@ -112,8 +160,12 @@ def find_backbone(
         raise UserError(
             f"model.revision: {config.revision!r} needs a hub model, and {config.name} is a local folder; leave it out"
         )
+    # the same request gets the recorded commit, wherever a branch points now
+    if recorded is not None and (config.name, config.revision) == (recorded.name, recorded.revision) and not is_local:
+        commit = recorded.commit
     try:
-        commit = None if is_local else resolve_commit(config, recorded)
+        if commit is None and not is_local:
+            commit = Path(hf_hub_download(config.name, "config.json", revision=config.revision)).parent.name
         backbone_config = AutoConfig.from_pretrained(path, revision=commit, trust_remote_code=False)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=commit, trust_remote_code=False)
@@ -266,3 +318,29 @@ def _find_unused(model: Any, unexpected: Iterable[str]) -> list[str]:
     kinds = tuple(f"{kind(name)}." for name, _ in model.base_model.named_modules() if name)
     learned = [name for name in unexpected if name.endswith((".weight", ".bias"))]  # no masks or tables of old formats
     return sorted(name for name in learned if kind(name).startswith(kinds))
+
+
+def _hash_files(folder: Path, weights: str) -> dict[str, str]:
+    """SHA-256 of each file that decides what the backbone computes, by name, config.json first.
+
+    Those are config.json and the weights that transformers reads: one file, or an index and its shards.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError("transformers would add the adapter beside them (adapter_config.json) to the weights")
+    names = [weights]
+    if not (folder / weights).is_file():
+        weights = f"{weights}.index.json"
+    if weights.endswith(".index.json") and (folder / weights).is_file():
+        names = sorted(set(json.loads((folder / weights).read_bytes())["weight_map"].values()))
+    missing = [name for name in ("config.json", *names) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} is missing, not cached, or not reachable; pickled weights are not read")
+    return {name: _sha256(folder / name) for name in ("config.json", *names)}
+
+
+def _sha256(file: Path) -> str:
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name  # the hub's cache names large files by their SHA-256
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

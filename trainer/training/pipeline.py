@@ -40,10 +40,9 @@ from trainer.model.adapter import (
     load_adapter_tensors,
     save_adapter,
 )
-from trainer.model.backbone import silence_libraries
+from trainer.model.backbone import Identity, silence_libraries
 from trainer.model.build import COMPUTE_TYPES
 from trainer.model.card import model_card
-from trainer.model.identity import Identity
 from trainer.model.peft_options import parameter_table
 from trainer.packed.forward import PaddedForward
 from trainer.tasks.task import headline_values

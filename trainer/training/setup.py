@@ -22,9 +22,8 @@ from trainer.distributed.watch import Watch
 from trainer.dropout.sites import DropoutKeys
 from trainer.errors import UserError
 from trainer.model.adapter import read_adapter
-from trainer.model.backbone import FP32_ONLY_FAMILIES, find_backbone
+from trainer.model.backbone import FP32_ONLY_FAMILIES, Identity, check_same_backbone, find_backbone
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
-from trainer.model.identity import Identity, check_same_backbone
 from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Forward, build_forward, check_packed
 from trainer.reporting.tracking import RunLog

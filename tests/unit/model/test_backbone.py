@@ -26,9 +26,9 @@ from tests.families import tiny
 from tests.harness.data import TOPICS
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.errors import UserError
+from trainer.model.adapter import copy_shared_parameters, unwrap_head
 from trainer.model.backbone import Backbone, find_backbone, load_weights, set_dropout
 from trainer.model.build import build_model, check_fit
-from trainer.model.merge import copy_shared_parameters, unwrap_head
 from trainer.model.tokenizer import OFFSET_POSITION_FAMILIES, save_tokenizer
 
 NAMES = list(TOPICS)

@@ -14,9 +14,8 @@ from transformers import AutoModelForMaskedLM
 from trainer.config.schema import ModelConfig
 from trainer.errors import UserError
 from trainer.model.adapter import IDENTITY, read_adapter
-from trainer.model.backbone import Backbone, find_backbone, load_weights
+from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
 from trainer.model.card import loading_lines
-from trainer.model.identity import Identity, check_same_backbone
 
 LABELS = ["a", "b"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
