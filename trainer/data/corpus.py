@@ -17,57 +17,13 @@ import pyarrow as pa
 from trainer.config.labels import INVISIBLE, look_alikes, quoted
 from trainer.config.schema import DataConfig, ResolvedSource, Source, resolve
 from trainer.data.formats import Columns
-from trainer.data.rows import Table, Texts, read_table
+from trainer.data.rows import Table, TextSplit, read_table
 from trainer.data.sources import find_origin, for_each, option_name
 from trainer.errors import UserError
-from trainer.tasks.task import LabelColumn, Task
+from trainer.tasks.task import Task
 
 MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}
 """what libraries write for a missing value"""
-
-
-@dataclass(frozen=True)
-class TextSplit:
-    """One split: N texts or pairs, with the targets of a task."""
-
-    name: str
-    """train, validation, test, or input when predicting"""
-    path: str
-    """where it was read"""
-    texts: Texts
-    """[N]"""
-    text_pairs: Texts | None
-    """[N], or None for single texts"""
-    targets: np.ndarray | None
-    """of the task, [N] or [N, C]; None for an unlabelled file"""
-    digests: np.ndarray
-    """128 bits of hash of each text or pair, uint64 [N, 2]"""
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Row of each example in its source, counted from 0, int64 [N]."""
-        return self.texts.rows
-
-    @property
-    def known_targets(self) -> np.ndarray:
-        """The targets of a split that must have them."""
-        assert self.targets is not None
-        return self.targets
-
-    def take(self, name: str, positions: np.ndarray) -> TextSplit:
-        """Makes a split of the examples at some positions."""
-        rows = self.rows[positions]
-        return replace(
-            self,
-            name=name,
-            texts=replace(self.texts, rows=rows),
-            text_pairs=self.text_pairs and replace(self.text_pairs, rows=rows),
-            targets=self.known_targets[positions],
-            digests=self.digests[positions],
-        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +51,8 @@ def load_corpus(config: DataConfig, task: Task, seed: int, quiet: bool = False) 
     sources = {name: resolve(getattr(config, name), config) for name in named}
     _refuse_mixed_pairs(sources)
     tables = for_each(named, lambda name: read_table(name, sources[name], quiet=quiet))
-    train_labels = _label_column(tables["train"])
+    train_labels = tables["train"].labels
+    assert train_labels is not None, "read_table refuses a split without labels"
     label_names, doubt = task.name_labels(train_labels)
     try:
         splits, counts, warnings = _make_splits(tables, config.validation_fraction, task, label_names, seed)
@@ -165,20 +122,6 @@ def _refuse_mixed_pairs(sources: dict[str, ResolvedSource]) -> None:
         )
 
 
-def _label_column(table: Table) -> LabelColumn:
-    source, codes = table.origin.source, table.label_codes
-    return LabelColumn(
-        option=table.origin.option,
-        path=source.path,
-        columns=table.reading.roles["label"],
-        values=table.label_values,
-        codes=codes if codes is not None else np.full(len(table.texts), -1),
-        given_names=source.label_names,
-        stored_names=table.origin.class_names,
-        describe_row=table.describe_row,
-    )
-
-
 def _make_splits(
     tables: dict[str, Table], validation_fraction: float, task: Task, label_names: list[str], seed: int
 ) -> tuple[dict[str, TextSplit], dict[str, dict[str, Any]], list[str]]:
@@ -217,17 +160,17 @@ def _refuse_fault(task: Task, train: TextSplit, label_names: list[str]) -> None:
 
 
 def _encode_labels(table: Table, task: Task, label_names: list[str], warnings: list[str]) -> TextSplit:
-    """Makes a split of a table.
+    """Encodes the labels of a table, and passes on its warnings.
 
     Raises:
         UserError: unknown labels.
     """
     warnings += table.warnings
-    origin, labels = table.origin, None
-    if table.label_codes is not None:
-        labels, doubts = task.encode(_label_column(table), label_names)
-        warnings += doubts
-    return TextSplit(origin.name, origin.source.path, table.texts, table.text_pairs, labels, table.digests)
+    if table.labels is None:
+        return table.split
+    targets, doubts = task.encode(table.labels, label_names)
+    warnings += doubts
+    return replace(table.split, targets=targets)
 
 
 def _hold_out(strata: np.ndarray, first: np.ndarray, fraction: float, seed: int) -> np.ndarray:

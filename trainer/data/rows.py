@@ -12,7 +12,7 @@ import hashlib
 import json
 import mmap
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from trainer.data.cache import load_or_create, release_memory
 from trainer.data.formats import TRAILING_TEXT, Columns, file_type
 from trainer.data.sources import Origin, find_origin, option_prefix
 from trainer.errors import UserError, bar_settings, is_first_on_machine
-from trainer.tasks.task import Label
+from trainer.tasks.task import LabelColumn
 
 MAX_SHOWN_ROWS = 5
 """rows that a message names"""
@@ -94,31 +94,63 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class TextSplit:
+    """One split: N texts or pairs, with the targets of a task."""
+
+    name: str
+    """train, validation, test, or input when predicting"""
+    path: str
+    """where it was read"""
+    texts: Texts
+    """[N]"""
+    text_pairs: Texts | None
+    """[N], or None for single texts"""
+    targets: np.ndarray | None
+    """of the task, [N] or [N, C]; None for an unlabelled file"""
+    digests: np.ndarray
+    """128 bits of hash of each text or pair, uint64 [N, 2]"""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Row of each example in its source, counted from 0, int64 [N]."""
+        return self.texts.rows
+
+    @property
+    def known_targets(self) -> np.ndarray:
+        """The targets of a split that must have them."""
+        assert self.targets is not None
+        return self.targets
+
+    def take(self, name: str, positions: np.ndarray) -> TextSplit:
+        """Makes a split of the examples at some positions."""
+        rows = self.rows[positions]
+        return replace(
+            self,
+            name=name,
+            texts=replace(self.texts, rows=rows),
+            text_pairs=self.text_pairs and replace(self.text_pairs, rows=rows),
+            targets=self.known_targets[positions],
+            digests=self.digests[positions],
+        )
+
+
+@dataclass(frozen=True)
 class Table:
     """The N examples of a source: all of its rows, or those with a text where empty ones are skipped."""
 
-    reading: Reading
-    texts: Texts
-    text_pairs: Texts | None
-    label_values: list[Label]
-    """the labels that occur, each once"""
-    label_codes: np.ndarray | None
-    """position of each example's label in `label_values`, int64 [N]; None for an unlabelled source"""
-    digests: np.ndarray
-    """128 bits of hash of each example's text and pair, uint64 [N, 2]"""
+    split: TextSplit
+    """without targets"""
+    labels: LabelColumn | None
+    """None for an unlabelled source"""
     ids: list[str] | None
     """[N], if a column of ids was requested"""
+    describe_row: Callable[[int], str]
+    """example -> its row, for messages: "row 12", or "row 12 of b.csv" if there are several files"""
     warnings: list[str]
     """what the user should know, a line each"""
-
-    @property
-    def origin(self) -> Origin:
-        """The source."""
-        return self.reading.origin
-
-    def describe_row(self, position: int) -> str:
-        """Names the row of an example in a message: "row 12", or "row 12 of b.csv" if there are several files."""
-        return self.reading.describe_rows([int(self.texts.rows[position])])
 
 
 def read_table(
@@ -216,19 +248,36 @@ def _make_table(reading: Reading, rows: pa.Table, file: mmap.mmap | None) -> Tab
         kept, others, hashes = np.flatnonzero(has_text), others.filter(pa.array(has_text)), hashes[has_text]
         if not len(kept):
             raise UserError(f"{reading.origin.option}: {source.path} has no row with a text")
-    labels = others["label"].dictionary_encode().combine_chunks()
+
+    def describe_row(position: int) -> str:
+        return reading.describe_rows([int(kept[position])])
+
+    pairs = Texts(texts["text_pair"], kept, file) if "text_pair" in texts else None
     table = Table(
-        reading=reading,
-        texts=Texts(texts["text"], kept, file),
-        text_pairs=Texts(texts["text_pair"], kept, file) if "text_pair" in texts else None,
-        label_values=list(map(json.loads, labels.dictionary.to_pylist())),
-        label_codes=labels.indices.to_numpy().astype(np.int64) if labels.null_count == 0 else None,
-        digests=hashes,
+        split=TextSplit(reading.origin.name, source.path, Texts(texts["text"], kept, file), pairs, None, hashes),
+        labels=_make_labels(reading, others["label"], describe_row),
         ids=others["id"].to_pylist() if "id" in roles else None,
+        describe_row=describe_row,
         warnings=_warnings(reading, {**missing, TRAILING_TEXT: rows[TRAILING_TEXT].to_numpy()}),
     )
     release_memory(file)
     return table
+
+
+def _make_labels(reading: Reading, column: pa.ChunkedArray, describe_row: Callable[[int], str]) -> LabelColumn | None:
+    labels, source = column.dictionary_encode().combine_chunks(), reading.origin.source
+    if labels.null_count:
+        return None
+    return LabelColumn(
+        option=reading.origin.option,
+        path=source.path,
+        columns=reading.roles["label"],
+        values=list(map(json.loads, labels.dictionary.to_pylist())),
+        codes=labels.indices.to_numpy().astype(np.int64),
+        given_names=source.label_names,
+        stored_names=reading.origin.class_names,
+        describe_row=describe_row,
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.cache import load_or_create, release_memory
-from trainer.data.corpus import TextSplit
-from trainer.data.rows import progress_bar
+from trainer.data.rows import TextSplit, progress_bar
 
 TOKENS_FORMAT = 5
 """version of the cached tokens; a new number makes every start tokenize again"""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from trainer.batching.plan import split_by_tokens
 from trainer.compat import on_device
-from trainer.data.corpus import TextSplit
+from trainer.data.rows import TextSplit
 from trainer.data.tokens import Examples
 from trainer.errors import UserError, bar_settings
 from trainer.files import csv_text, write_atomic

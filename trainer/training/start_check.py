@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.corpus import TextSplit
+from trainer.data.rows import TextSplit
 from trainer.data.tokens import Examples
 from trainer.dropout.sites import DropoutKeys, dropping_nothing, install, twin_of
 from trainer.errors import UserError, one_line

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from tests.harness.data import WORDS
-from trainer.data.corpus import TextSplit
-from trainer.data.rows import hash_texts
+from trainer.data.rows import TextSplit, hash_texts
 from trainer.data.tokens import Examples, tokenize
 
 
