@@ -115,26 +115,27 @@ def test_on_two_ranks(where, hit, small, expected, tmp_path):
 
 
 def test_in_scoring_on_one_of_two_ranks(small, expected, tmp_path):
-    ranks = on_ranks(2, changed(small, run__output_dir=tmp_path), [LESS], {1: [("out_of_memory", ABOVE, "scoring")]})
-    step, budget = assert_went_on(tmp_path / "run", ranks, expected)
-    assert (step, budget) == (4, BUDGET // 2)
-    assert budgets(tmp_path / "run") == {number: budget if number > step else BUDGET for number in range(1, 13)}
+    arguments, short = changed(small, run__output_dir=tmp_path), {1: [("out_of_memory", ABOVE, "scoring")]}
+    ranks = on_ranks(2, arguments, [LESS], short)
+    assert [rank.code for rank in ranks] == [2, 2]
+    said = "".join(rank.stderr for rank in ranks)
+    assert "Traceback" not in said
+    assert "out of memory while scoring" in said and "batch.eval_max_tokens" in said
+    ranks = on_ranks(2, changed(arguments, batch__eval_max_tokens=ABOVE), [LESS], short)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].stderr
+    assert distance(tmp_path / "run", expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(("where", "says"), [
-    ("backward", r"step 5: out of memory with a single example of \d+ tokens; a lower data.max_length"),
-    ("scoring", "out of memory while scoring validation, one example at a time"),
-])  # fmt: skip
-def test_not_even_one_example(where, says, short):
+def test_not_even_one_example(short):
     place, arguments, _ = short
     (saved,) = checkpoints(place / "run")
     files = {path.name: path.read_bytes() for path in saved.iterdir()}
-    ranks = on_ranks(2, arguments, [LESS], {1: [("out_of_memory", 3, where)]})
+    ranks = on_ranks(2, arguments, [LESS], {1: [("out_of_memory", 3, "backward")]})
     assert [rank.code for rank in ranks] == [2, 2]
     said = "".join(rank.stderr for rank in ranks)
     assert "Traceback" not in said
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert re.search(says, error)
+    assert re.search(r"step 5: out of memory with a single example of \d+ tokens; a lower data.max_length", error)
     assert read_checkpoint(saved).step == 4
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == files
 

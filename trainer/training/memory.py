@@ -32,12 +32,8 @@ def shrink_token_budget(run: Run, state: TrainState, plan: Plan) -> TrainState:
             f"step {state.step + 1}: out of memory with a single example of {num_tokens} tokens; a lower "
             "data.max_length or run.precision bf16 needs less"
         )
-    return set_token_budget(run, state, num_tokens // 2)
-
-
-def set_token_budget(run: Run, state: TrainState, max_tokens: int) -> TrainState:
-    """Sets this budget and tells the user."""
+    max_tokens = num_tokens // 2
     run.log.print_line(f"step {state.step}: out of memory; continuing with at most {max_tokens:,} tokens at a time")
     if run.learner.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-    return dataclasses.replace(state, max_tokens=max(1, max_tokens))
+    return dataclasses.replace(state, max_tokens=max_tokens)

@@ -267,7 +267,7 @@ def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, Any]]:
     for name in ("validation", "test"):
         if name not in run.inputs.examples:
             continue
-        logits, state = score(run, state, name)
+        logits = score(run, state, name)
         if run.learner.accelerator.is_main_process:
             task, targets, corpus = run.learner.task, run.inputs.examples[name].targets, run.inputs.corpus
             folder = run.folder / "evaluation" / name

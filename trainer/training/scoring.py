@@ -27,7 +27,7 @@ from trainer.files import csv_text, write_atomic
 from trainer.model.adapter import adapter_tensors
 from trainer.packed.forward import Forward
 from trainer.tasks.task import Task, headline_values, is_better, measure, metric_value
-from trainer.training.memory import current_plan, set_token_budget
+from trainer.training.memory import current_plan
 from trainer.training.records import Run
 from trainer.training.state import TrainState
 from trainer.training.step import first_signal, sum_over_ranks
@@ -42,16 +42,6 @@ class Stopped(Exception):
         self.step = step
 
 
-class OutOfMemory(Exception):
-    """Memory ran out on some rank while a split was scored."""
-
-
-def refuse_out_of_memory(out_of_memory: bool) -> None:
-    """Raises a UserError if memory ran out; the default of `score_split`."""
-    if out_of_memory:
-        raise UserError("out of memory; try a lower number of tokens a batch")
-
-
 @torch.no_grad()
 def score_split(
     forward: Forward,
@@ -60,7 +50,7 @@ def score_split(
     *,
     max_tokens: int,
     num_labels: int,
-    check: Callable[[bool], None] = refuse_out_of_memory,
+    check_stop: Callable[[], None] = lambda: None,
     progress: str | None = None,
 ) -> np.ndarray:
     """Logits of every example, float32 [N, C], in the order of the split, on every rank.
@@ -71,8 +61,11 @@ def score_split(
         accelerator: of the run.
         max_tokens: token budget of one micro-batch.
         num_labels: C.
-        check: called after every round with whether memory ran out on this rank; raises on all ranks or on none.
+        check_stop: called after every round; raises on all ranks or on none.
         progress: label of the progress bar; None = no bar.
+
+    Raises:
+        UserError: memory ran out on this rank; the watch stops the others.
     """
     was_training = forward.model.training
     forward.model.eval()
@@ -87,11 +80,14 @@ def score_split(
             number = first + rank
             ids = np.array(parts[number if number < len(parts) else -1])
             found = score_micro_batch(forward, examples, ids, accelerator)
-            check(found is None)
-            if found is not None and number < len(parts):
+            check_stop()
+            if number < len(parts):
                 positions = on_device(ids, accelerator.device)
                 logits[positions] = found.float()
                 times_seen[positions] += 1
+    except torch.OutOfMemoryError:
+        hint = "try a lower batch.eval_max_tokens (predict.py: --max_tokens)"
+        raise UserError(f"out of memory while scoring {max_tokens:,} tokens at a time; {hint}") from None
     finally:
         forward.model.train(was_training)
     logits, times_seen = accelerator.reduce(logits, "sum"), accelerator.reduce(times_seen, "sum")
@@ -99,59 +95,36 @@ def score_split(
     return logits.cpu().numpy()
 
 
-def score_micro_batch(
-    forward: Forward, examples: Examples, ids: np.ndarray, accelerator: Accelerator
-) -> torch.Tensor | None:
-    """Logits of the examples `ids`, [B, C]; None if memory runs out."""
-    try:
-        batch = forward.collate(examples, ids, np.ones(len(ids)), accelerator.device)
-        with accelerator.autocast():
-            return forward(batch.inputs, batch.lengths)
-    except torch.OutOfMemoryError:
-        return None
+def score_micro_batch(forward: Forward, examples: Examples, ids: np.ndarray, accelerator: Accelerator) -> torch.Tensor:
+    """Logits of the examples `ids`, [B, C]."""
+    batch = forward.collate(examples, ids, np.ones(len(ids)), accelerator.device)
+    with accelerator.autocast():
+        return forward(batch.inputs, batch.lengths)
 
 
-def score(run: Run, state: TrainState, name: str) -> tuple[np.ndarray, TrainState]:
-    """Scores a split with the model as it is.
-
-    Returns:
-        its logits, float32 [N, C], on every rank; and the state, with a lower token budget if memory ran out.
+def score(run: Run, state: TrainState, name: str) -> np.ndarray:
+    """Scores a split with the model as it is; returns its logits, float32 [N, C], on every rank.
 
     Raises:
         Stopped: some rank received a signal; the scores so far are lost.
     """
-    learner, examples = run.learner, run.inputs.examples[name]
-    run.watch.position = f"the scoring of {name} after step {state.step}"
 
-    def check(out_of_memory: bool) -> None:
-        if out_of_memory and learner.sharded:  # the other ranks wait in a collective of this forward
-            raise UserError(f"out of memory while scoring {name}; try a lower batch.eval_max_tokens")
-        known = [out_of_memory, *run.stop.counts()]
-        num_out_of_memory, *signals = sum_over_ranks(learner.accelerator, [], known).tolist()
-        if num_out_of_memory:
-            raise OutOfMemory
-        if signal := first_signal(signals):
+    def check_stop() -> None:
+        counts = sum_over_ranks(run.learner.accelerator, [], run.stop.counts()).tolist()
+        if signal := first_signal(counts):
             raise Stopped(signal, state.step)
 
-    while True:
+    run.watch.position = f"the scoring of {name} after step {state.step}"
+    return score_split(
+        run.learner.forward,
+        run.inputs.examples[name],
+        run.learner.accelerator,
         # a training budget that was lowered lowers this one in proportion
-        max_tokens = run.eval_max_tokens * current_plan(run, state).max_tokens // run.plan.max_tokens
-        try:
-            logits = score_split(
-                learner.forward,
-                examples,
-                learner.accelerator,
-                max_tokens=max_tokens,
-                num_labels=len(run.inputs.corpus.label_names),
-                check=check,
-                progress=run.log.bar_label(name),
-            )
-        except OutOfMemory:
-            if max_tokens < examples.lengths.min():
-                raise UserError(f"out of memory while scoring {name}, one example at a time") from None
-            state = set_token_budget(run, state, current_plan(run, state).max_tokens // 2)
-        else:
-            return logits, state
+        max_tokens=run.eval_max_tokens * current_plan(run, state).max_tokens // run.plan.max_tokens,
+        num_labels=len(run.inputs.corpus.label_names),
+        check_stop=check_stop,
+        progress=run.log.bar_label(name),
+    )
 
 
 def evaluate(
@@ -164,7 +137,7 @@ def evaluate(
     """
     if "validation" not in run.inputs.examples:
         return dataclasses.replace(state, evaluated_step=state.step), None
-    logits, state = score(run, state, "validation")
+    logits = score(run, state, "validation")
     log, task, label_names = run.log, run.learner.task, run.inputs.corpus.label_names
     metric, patience = run.config.evaluation.metric, run.config.evaluation.patience
     targets = run.inputs.examples["validation"].targets

@@ -86,13 +86,12 @@ class Stop(Exception):
 def test_a_stop_leaves_no_scores_and_the_mode_as_it_was(accelerator):
     model, answers = Summing().train(), iter([None, None, Stop])
 
-    def check(out_of_memory):
-        assert not out_of_memory
+    def check_stop():
         if error := next(answers):
             raise error
 
     with pytest.raises(Stop):
-        score(model, examples_of(20), accelerator, max_tokens=30, check=check)
+        score(model, examples_of(20), accelerator, max_tokens=30, check_stop=check_stop)
     assert model.training
     assert len(model.shapes) == 3
 
@@ -106,19 +105,12 @@ class Greedy(Summing):
         return super().forward(input_ids, attention_mask)
 
 
-def test_a_lack_of_memory_is_told_to_the_check_which_decides(accelerator):
+def test_a_lack_of_memory_names_the_option(accelerator):
     model = Greedy().train()
-
-    def check(out_of_memory):
-        if out_of_memory:
-            raise Stop
-
-    with pytest.raises(Stop):
-        score(model, examples_of(20), accelerator, max_tokens=64, check=check)
-    with pytest.raises(UserError, match="out of memory; try a lower number of tokens"):
+    with pytest.raises(UserError, match=r"while scoring 64 tokens .*batch\.eval_max_tokens.*--max_tokens"):
         score(model, examples_of(20), accelerator, max_tokens=64)
     assert model.training
-    score(model, examples_of(20), accelerator, max_tokens=40, check=check)
+    score(model, examples_of(20), accelerator, max_tokens=40)
 
 
 # --- files ---
