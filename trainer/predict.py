@@ -82,11 +82,10 @@ def _check_output(options: Options, config: Config) -> None:
     from trainer.data.sources import list_files
 
     splits = (config.data.train, config.data.validation, config.data.test)
-    used = [(resolve(split, config.data).path, "data of the run") for split in splits if split]
-    for pattern, what in [(options.input, "the input"), *used]:
+    for pattern in (options.input, *(resolve(split, config.data).path for split in splits if split)):
         with contextlib.suppress(ValueError, KeyError):  # the folder of a split may hold no table any more
             if any(Path(path).exists() and output.samefile(path) for path in list_files(pattern)):
-                raise UserError(f"--output: {output} is {what}; give another file")
+                raise UserError(f"--output: {output} is the input or data of the run; give another file")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_the_input_is_not_written_over(run, labelled, tmp_path):
     (tmp_path / "link.csv").symlink_to(source)
     for given, output in ((source, source), (source, tmp_path / "link.csv"), (tmp_path / "row*.csv", source)):
         ended = predict(run, given, output)
-        assert (ended.code, ended.stderr) == (2, f"error: --output: {output} is the input; give another file\n")
+        assert ended.code == 2 and ended.stderr.startswith(f"error: --output: {output} is the input or data of the run")
     assert source.read_bytes() == labelled.read_bytes()
 
 
@@ -134,7 +134,7 @@ def test_neither_the_run_nor_its_data_is_written_over(run, labelled, tmp_path, f
     folder.mkdir()
     each = {
         run / "metrics.jsonl": "is in the run's folder",
-        fault_data / "train.csv": "is data of the run",
+        fault_data / "train.csv": "data of the run",
         folder: "cannot be written",
     }
     for output, said in each.items():

@@ -121,7 +121,7 @@ def test_in_scoring_on_one_of_two_ranks(small, expected, tmp_path):
     said = "".join(rank.stderr for rank in ranks)
     assert "Traceback" not in said
     assert "out of memory while scoring" in said and "batch.eval_max_tokens" in said
-    ranks = on_ranks(2, changed(arguments, batch__eval_max_tokens=ABOVE), [LESS], short)
+    ranks = on_ranks(2, changed(arguments, batch__max_tokens=ABOVE, batch__eval_max_tokens=ABOVE), [LESS], short)
     assert [rank.code for rank in ranks] == [0, 0], ranks[0].stderr
     assert distance(tmp_path / "run", expected) < TOLERANCE
 

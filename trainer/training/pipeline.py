@@ -232,16 +232,14 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     """Tests the best adapter; the main process saves it and writes the report and, last, the summary."""
     run.log.close_bar()
     load_adapter_tensors(run.learner.model, best, "best adapter")
-    metrics = write_evaluations(run, state)
+    results = write_evaluations(run, state)
     run.watch.position = "the end"
     batch, expected = probe(run, state)
     if not run.learner.accelerator.is_main_process:
         return
-    summary = summarize(run, state, metrics)
+    summary, log = summarize(run, state, results), run.log
     save_final_adapter(run, best, summary, batch, expected)
-    log, task, metric = run.log, run.learner.task, run.config.evaluation.metric
-    headlines = {split: headline_values(task, numbers, metric) for split, numbers in metrics.items()}
-    scores = {f"final/{split}_{name}": value for split, values in headlines.items() for name, value in values.items()}
+    scores = {f"final/{split}_{name}": value for split, values in results.items() for name, value in values.items()}
     log.log_final_metrics(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)
     from trainer.reporting.page import build_report  # matplotlib can wait until the first step is done
 
@@ -251,9 +249,9 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     except Exception as error:  # a report is never worth a run
         report = f"warning: no report: {error}"
     write_atomic(run.folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    for split, values in headlines.items():
+    for split, values in results.items():
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        log.print_line(f"{split:>10}: {shown}  ({metrics[split]['num_examples']} examples)")
+        log.print_line(f"{split:>10}: {shown}  ({summary[split]['num_examples']} examples)")
     best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
     log.print_line(f"{'adapter':>10}: {run.folder / 'adapter'}  {best_of}")
     log.print_line(report)
@@ -261,9 +259,9 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     log.print_line(f"{'next':>10}: {predict}")
 
 
-def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, Any]]:
-    """Scores validation and test and writes evaluation/<split>/; returns the metrics by split."""
-    metrics: dict[str, dict[str, Any]] = {}
+def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, float]]:
+    """Scores validation and test and writes evaluation/<split>/; returns the headline metrics by split."""
+    results: dict[str, dict[str, float]] = {}
     for name in ("validation", "test"):
         if name not in run.inputs.examples:
             continue
@@ -271,8 +269,9 @@ def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, Any]]:
         if run.learner.accelerator.is_main_process:
             task, targets, corpus = run.learner.task, run.inputs.examples[name].targets, run.inputs.corpus
             folder = run.folder / "evaluation" / name
-            metrics[name] = write_evaluation(folder, task, logits, targets, corpus.label_names, corpus.splits[name])
-    return metrics
+            metrics = write_evaluation(folder, task, logits, targets, corpus.label_names, corpus.splits[name])
+            results[name] = headline_values(task, metrics, run.config.evaluation.metric)
+    return results
 
 
 def probe(run: Run, state: TrainState) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -306,10 +305,9 @@ def save_final_adapter(
     summary["adapter_bytes"] = (folder / "adapter_model.safetensors").stat().st_size
 
 
-def summarize(run: Run, state: TrainState, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarize(run: Run, state: TrainState, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The content of summary.json."""
     trainable, total = run.learner.model.get_nb_trainable_parameters()
-    task, metric = run.learner.task, run.config.evaluation.metric
     return {
         "status": "finished",
         "recipe": run.config.recipe,
@@ -319,10 +317,7 @@ def summarize(run: Run, state: TrainState, metrics: dict[str, dict[str, Any]]) -
         "world_size": run.learner.accelerator.num_processes,
         "world_sizes": list(state.world_sizes),
         "best_step": state.best_step or state.step,
-        **{
-            split: {**headline_values(task, numbers, metric), "num_examples": numbers["num_examples"]}
-            for split, numbers in metrics.items()
-        },
+        **{name: {**values, "num_examples": len(run.inputs.examples[name])} for name, values in results.items()},
         "trainable_parameters": trainable,
         "total_parameters": total,
         "adapter_bytes": 0,

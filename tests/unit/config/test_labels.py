@@ -1,5 +1,6 @@
 """Labels as they are spelled, what a submission holds, ids, and the rows that two splits share."""
 
+import dataclasses
 import json
 import re
 
@@ -210,6 +211,14 @@ def test_a_mapping_to_no_class_of_the_run_is_refused(names):
     with pytest.raises(UserError, match=re.escape(f"{told}'Sports' differ only in case")):
         check_label_names(Source("x.csv", label_names=names), FOUR)
     check_label_names(Source("x.csv", label_names=FOUR[:2]), FOUR)
+
+
+def test_the_task_says_what_the_predictions_are():
+    full = Options("run", "input.csv", "output.csv")
+    labels, told = choose_labels(full, TASK, {"label_values": dict(zip("0123", FOUR, strict=True))}, FOUR)
+    assert labels == FOUR and told.startswith("holds the names of the classes: 'World', ")
+    amounts = dataclasses.replace(TASK, output_labels=lambda mappings, names: (names, "holds amounts"))
+    assert choose_labels(full, amounts, {}, FOUR) == (FOUR, "holds amounts")
 
 
 def test_without_a_record_of_the_labels_it_holds_class_names(tmp_path):
