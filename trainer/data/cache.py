@@ -11,7 +11,6 @@ import json
 import mmap
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,21 @@ import xxhash
 from trainer.errors import print_once
 from trainer.files import lock_cache_entry, publish, share, write_atomic
 
-ABOUT = "about.json"
+HASHES = "hashes.json"
 HASHED_BYTES = 2**26
 """bytes that are hashed at a time"""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Files of one entry, and what is known about them."""
-
-    files: dict[str, mmap.mmap]
-    facts: dict[str, Any]
+Files = dict[str, mmap.mmap]
+"""the files of an entry, by name"""
 
 
-def load_or_create(name: str, create: Callable[[Path], dict[str, Any]], quiet: bool) -> Entry | None:
+def load_or_create(name: str, create: Callable[[Path], None], quiet: bool) -> Files | None:
     """Loads an entry of the cache, or creates it.
 
     Args:
         name: of the entry, with a hash of all that its content depends on.
-        create: writes the files into the folder it gets, and returns facts for JSON.
+        create: writes the files into the folder it gets.
         quiet: print no notes.
 
     Returns:
@@ -63,31 +58,26 @@ def release_memory(file: Any) -> None:
         file.madvise(mmap.MADV_DONTNEED)
 
 
-def _load(path: Path) -> Entry | None:
+def _load(path: Path) -> Files | None:
     """An entry; None if it is absent or damaged."""
     try:
-        own_hash, _, content = (path / ABOUT).read_text(encoding="utf-8").partition("\n")
-        about = json.loads(content)
-        files = {name: _map(path / name) for name in about["hashes"]}
-        is_whole = own_hash == _hash(content.encode()) and about["name"] == path.name
-        is_whole = is_whole and about["hashes"] == {name: _hash(file) for name, file in files.items()}
-        return Entry(files, about["facts"]) if is_whole else None
-    except (OSError, ValueError, LookupError, TypeError):
+        hashes = json.loads((path / HASHES).read_text(encoding="utf-8"))
+        files = {name: _map(path / name) for name in hashes}
+        return files if hashes == {name: _hash(file) for name, file in files.items()} else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def _create(path: Path, unfinished: Path, create: Callable[[Path], dict[str, Any]]) -> Entry:
+def _create(path: Path, unfinished: Path, create: Callable[[Path], None]) -> Files:
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
     unfinished.mkdir()
     try:
-        facts = create(unfinished)
+        create(unfinished)
         files = {file.name: _map(file) for file in sorted(unfinished.iterdir())}
-        hashes = {name: _hash(file) for name, file in files.items()}
-        content = json.dumps({"name": path.name, "hashes": hashes, "facts": facts})
-        write_atomic(unfinished / ABOUT, f"{_hash(content.encode())}\n{content}")
+        write_atomic(unfinished / HASHES, json.dumps({name: _hash(file) for name, file in files.items()}))
         share(unfinished)
         publish(unfinished, path)
-        return Entry(files, facts)
+        return files
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -36,7 +36,7 @@ MIN_CACHED_BYTES = 2**26
 """size of a source from which on its rows are cached"""
 ROWS_FORMAT = 8
 """version of the cached rows; a new number makes every start read them again"""
-ROWS_FILE = "rows.arrow"
+ROWS_FILE, FACTS_FILE = "rows.arrow", "facts.json"
 TEXT_ROLES = ("text", "text_pair")
 
 
@@ -174,10 +174,8 @@ def read_table(
             quiet,
         )
         if entry is not None:
-            file = entry.files[ROWS_FILE]
-            return _make_table(
-                Reading(origin, roles, **entry.facts), pa.ipc.open_file(pa.py_buffer(file)).read_all(), file
-            )
+            file, facts = entry[ROWS_FILE], json.loads(entry[FACTS_FILE][:])
+            return _make_table(Reading(origin, roles, **facts), pa.ipc.open_file(pa.py_buffer(file)).read_all(), file)
     reading = Reading(origin, roles, [0] * len(origin.paths), [])
     rows = pa.Table.from_batches(_read_batches(reading, quiet), _schema(roles))
     _refuse_incomplete(reading, labels_required)
@@ -221,8 +219,8 @@ def _cache_name(origin: Origin, roles: dict[str, list[str]], labels_required: bo
 
 def _write(
     folder: Path, origin: Origin, roles: dict[str, list[str]], labels_required: bool, contents: list[str], quiet: bool
-) -> dict[str, Any]:
-    """Reads a source into a file; returns what the cache keeps with it."""
+) -> None:
+    """Reads a source into files for the cache."""
     reading = Reading(origin, roles, [0] * len(origin.paths), [])
     with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, _schema(roles)) as writer:
         for batch in _read_batches(reading, quiet):
@@ -230,7 +228,7 @@ def _write(
     _refuse_incomplete(reading, labels_required)
     if origin.hash_files() != contents:
         raise UserError(f"{origin.option}: {origin.source.path} was changed while it was read")
-    return {"file_rows": reading.file_rows, "columns": reading.columns}
+    (folder / FACTS_FILE).write_text(json.dumps({"file_rows": reading.file_rows, "columns": reading.columns}))
 
 
 def _make_table(reading: Reading, rows: pa.Table, file: mmap.mmap | None) -> Table:

@@ -92,7 +92,7 @@ def tokenize(
         cache_name(split, tokenizer, max_length), lambda folder: write_parts(folder, names, make_parts()), quiet
     )
     if entry is not None:
-        arrays = {name: np.frombuffer(entry.files[name], TYPES[name]) for name in names}
+        arrays = {name: np.frombuffer(entry[name], TYPES[name]) for name in names}
     else:
         parts = list(make_parts())
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in names}
@@ -124,14 +124,13 @@ def cache_name(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length:
     return f"{digest.hexdigest()[:32]}.tokens"
 
 
-def write_parts(folder: Path, names: list[str], parts: Iterator[Arrays]) -> dict[str, Any]:
-    """Writes arrays to files, a part at a time; returns no facts for the cache."""
+def write_parts(folder: Path, names: list[str], parts: Iterator[Arrays]) -> None:
+    """Writes arrays to files, a part at a time."""
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
         for part in parts:
             for name in names:
                 files[name].write(part[name].data)
-    return {}
 
 
 def _encode(
