@@ -42,11 +42,7 @@ class Corpus:
 
 
 def load_corpus(config: DataConfig, task: Task, seed: int, quiet: bool = False) -> Corpus:
-    """Reads and checks all splits of a run. Holds out a validation split if none is named.
-
-    Raises:
-        UserError: mistakes in the data, a line for each split.
-    """
+    """Reads and checks all splits of a run. Holds out a validation split if none is named."""
     named = [name for name in ("train", "validation", "test") if getattr(config, name) is not None]
     sources = {name: resolve(getattr(config, name), config) for name in named}
     _refuse_mixed_pairs(sources)
@@ -80,9 +76,6 @@ def load_for_prediction(
     Returns:
         The split, with labels if the file has them; the id of each example [N]; and warnings. The ids come from
         `id_column`, or are the rows counted from 0.
-
-    Raises:
-        UserError: mistakes in the data.
     """
     trained = resolve(config.train or "", config)
     full = resolve(source, trained)
@@ -101,11 +94,7 @@ def load_for_prediction(
 
 
 def find_id_columns(source: Source, config: DataConfig) -> list[str]:
-    """Finds the columns of an input that are called ID, in any case, and hold neither texts nor labels.
-
-    Raises:
-        UserError: an input that cannot be read.
-    """
+    """Finds the columns of an input that are called ID, in any case, and hold neither texts nor labels."""
     full = resolve(source, resolve(config.train or "", config))
     used = {*full.text_columns, *full.text_pair_columns, full.label_column}
     columns: Columns = next((columns for _, (_, columns) in find_origin("input", full).read_chunks([]) if columns), {})
@@ -160,11 +149,7 @@ def _refuse_fault(task: Task, train: TextSplit, label_names: list[str]) -> None:
 
 
 def _encode_labels(table: Table, task: Task, label_names: list[str], warnings: list[str]) -> TextSplit:
-    """Encodes the labels of a table, and passes on its warnings.
-
-    Raises:
-        UserError: unknown labels.
-    """
+    """Encodes the labels of a table, and passes on its warnings."""
     warnings += table.warnings
     if table.labels is None:
         return table.split
@@ -231,11 +216,7 @@ def _find_texts_with_two_labels(table: Table, train: TextSplit, first: np.ndarra
 
 
 def _check_ids(table: Table, ids: list[str], where: str, warnings: list[str]) -> list[str]:
-    """Restores ids that a column of floats held: 100.0 becomes 100.
-
-    Raises:
-        UserError: ids that are missing, or have lost digits.
-    """
+    """Restores ids that a column of floats held: 100.0 becomes 100. Refuses ids that have lost digits."""
     are_floats = all(re.fullmatch(r"-?[0-9]+\.0+", text) for text in ids)
     whole = [text.partition(".")[0] for text in ids] if are_floats else ids
     first_rows: dict[str, int] = {}

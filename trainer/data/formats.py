@@ -77,11 +77,7 @@ class Request:
 
 
 def file_type(path: str) -> str:
-    """Returns the type of a file by its name: .csv for x.csv, for X.CSV.gz, and for a zip that holds x.csv.
-
-    Raises:
-        ValueError: an archive that is not supported.
-    """
+    """Returns the type of a file by its name: .csv for x.csv, for X.CSV.gz, and for a zip that holds x.csv."""
     outer = Path(path).suffix.lower()
     if outer not in PACKED:
         return outer

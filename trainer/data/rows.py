@@ -158,8 +158,7 @@ def read_table(
 ) -> Table:
     """Reads all rows of a source, from the cache if it is large and was read before.
 
-    Raises:
-        UserError: no such source, one that cannot be read, one without a requested column, or empty cells.
+    Refuses a source without a requested column, and rows without a text, label or id.
     """
     origin = find_origin(name, source)
     roles = {"text": source.text_columns, "text_pair": source.text_pair_columns}

@@ -60,9 +60,6 @@ class Origin:
         """Reads all rows in order, each chunk with the position of its file in `paths`.
 
         Columns that are not wanted may be empty or absent, but are named once.
-
-        Raises:
-            UserError: what cannot be read.
         """
         request = Request(self.source, wanted, option_prefix(self.name))
         first: tuple[str, set[str]] | None = None
@@ -93,11 +90,7 @@ def option_prefix(name: str) -> str:
 
 
 def for_each(names: Iterable[str], work: Callable[[str], _Part]) -> dict[str, _Part]:
-    """Returns {name: work(name)}.
-
-    Raises:
-        UserError: all mistakes together.
-    """
+    """Returns {name: work(name)}. Raises the mistakes of all names together."""
     parts: dict[str, _Part] = {}
     problems: list[str] = []
     for name in names:
@@ -119,11 +112,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def check_paths(sources: dict[str, str | Source | None]) -> None:
-    """Refuses all paths that name no file; reads no rows and no hub.
-
-    Raises:
-        UserError: all mistakes together.
-    """
+    """Refuses all paths that name no file; reads no rows and no hub."""
     paths = {name: source.path if isinstance(source, Source) else source or "" for name, source in sources.items()}
     for_each(
         [name for name, path in paths.items() if path and not is_hub_id(path)],
@@ -132,11 +121,7 @@ def check_paths(sources: dict[str, str | Source | None]) -> None:
 
 
 def list_files(path: str, name: str = "input") -> list[str]:
-    """Lists the files that a path, a glob or a folder of part files names, in the order of their names.
-
-    Raises:
-        ValueError: a folder that is not a single table.
-    """
+    """Lists the files that a path, a glob or a folder of part files names, in the order of their names."""
     if os.path.isdir(path):  # Path.is_dir raises if a name is too long
         return _files_in(Path(path), name)
     if os.path.isfile(path) or not glob.has_magic(path):  # a file may be called [a].csv
@@ -152,11 +137,7 @@ def list_files(path: str, name: str = "input") -> list[str]:
 
 
 def find_files(name: str, path: str) -> list[str]:
-    """Lists the files that a split's path names.
-
-    Raises:
-        UserError: there is no file, or one of a type that is not supported.
-    """
+    """Lists the files that a split's path names, at least one. Refuses types that are not supported."""
     option = option_name(name)
     with _refusals(option):
         paths = list_files(path, name)
@@ -172,11 +153,7 @@ def find_files(name: str, path: str) -> list[str]:
 
 
 def find_origin(name: str, source: ResolvedSource) -> Origin:
-    """Finds the files of a source, and the class names in them.
-
-    Raises:
-        UserError: they do not exist, or cannot be read.
-    """
+    """Finds the files of a source, and the class names in them."""
     paths = _fetch_hub(name, source.path) if is_hub_id(source.path) else find_files(name, source.path)
     stored: list[list[str] | None] = []
     for path in paths:
