@@ -100,26 +100,6 @@ def read_file(path: str, request: Request) -> Iterator[Chunk]:
     return _READERS[file_type(path)](path, request)
 
 
-def read_batches(
-    names: list[str], wanted: list[str], batches_of: Callable[[list[str]], Iterable[Any]]
-) -> Iterator[Chunk]:
-    """Reads the wanted columns of Arrow batches or tables.
-
-    Args:
-        names: of all columns.
-        wanted: columns to read.
-        batches_of: the wanted columns that exist -> batches that hold them.
-    """
-    used = _refuse_repeated([name for name in names if name in wanted])
-    yield 0, {name: [] for name in names}
-    first = 0
-    for batch in batches_of(used):
-        for start in range(0, batch.num_rows, CHUNK):
-            part = batch.slice(start, CHUNK)
-            yield part.num_rows, {name: _values(part.column(name), name, first + start) for name in used}
-        first += batch.num_rows
-
-
 def read_class_names(path: str, label_column: str | None) -> list[str] | None:
     """Reads the names that `datasets` stored in a parquet or Arrow file for the numbers of a ClassLabel column."""
     kind = file_type(path)
@@ -401,16 +381,27 @@ def _checked_object(value: Any, place: str) -> dict[str, Any]:
 def _read_parquet(path: str, request: Request) -> Iterator[Chunk]:
     # not read_table, which would make a column of a folder called label=1
     with pyarrow.parquet.ParquetFile(path) as file:
-        yield from read_batches(
-            file.schema_arrow.names, request.wanted, lambda used: file.iter_batches(CHUNK, columns=used)
-        )
+        used = _refuse_repeated([name for name in file.schema_arrow.names if name in request.wanted])
+        yield from _read_batches(file.schema_arrow.names, used, file.iter_batches(CHUNK, columns=used))
 
 
 def _read_arrow(path: str, request: Request) -> Iterator[Chunk]:
     with _open_arrow(path) as reader:
         is_file = isinstance(reader, pa.ipc.RecordBatchFileReader)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        yield from read_batches(reader.schema.names, request.wanted, lambda _: batches)
+        used = _refuse_repeated([name for name in reader.schema.names if name in request.wanted])
+        yield from _read_batches(reader.schema.names, used, batches)
+
+
+def _read_batches(names: list[str], used: list[str], batches: Iterable[pa.RecordBatch]) -> Iterator[Chunk]:
+    """Reads the columns `used` of batches that have the columns `names`."""
+    yield 0, {name: [] for name in names}
+    first = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, CHUNK):
+            part = batch.slice(start, CHUNK)
+            yield part.num_rows, {name: _values(part.column(name), name, first + start) for name in used}
+        first += batch.num_rows
 
 
 @contextlib.contextmanager

@@ -168,17 +168,15 @@ def read_table(
     if sum(Path(path).stat().st_size for path in origin.paths) >= MIN_CACHED_BYTES:
         contents = origin.hash_files()
         entry = load_or_create(
-            _cache_name(origin, roles, labels_required, contents),
-            lambda folder: _write(folder, origin, roles, labels_required, contents, quiet),
-            quiet,
+            _cache_name(origin, roles, contents), lambda folder: _write(folder, origin, roles, contents, quiet), quiet
         )
         if entry is not None:
             file, facts = entry[ROWS_FILE], json.loads(entry[FACTS_FILE][:])
-            return _make_table(Reading(origin, roles, **facts), pa.ipc.open_file(pa.py_buffer(file)).read_all(), file)
+            rows = pa.ipc.open_file(pa.py_buffer(file)).read_all()
+            return _make_table(Reading(origin, roles, **facts), rows, file, labels_required)
     reading = Reading(origin, roles, [0] * len(origin.paths), [])
     rows = pa.Table.from_batches(_read_batches(reading, quiet), _schema(roles))
-    _refuse_incomplete(reading, labels_required)
-    return _make_table(reading, rows, None)
+    return _make_table(reading, rows, None, labels_required)
 
 
 def progress_bar(name: str, unit: str, total: int | None, quiet: bool) -> Any:
@@ -209,28 +207,26 @@ def _schema(roles: dict[str, list[str]]) -> pa.Schema:
     return pa.schema([*texts, ("digest", pa.binary(16)), (TRAILING_TEXT, pa.bool_())])
 
 
-def _cache_name(origin: Origin, roles: dict[str, list[str]], labels_required: bool, contents: list[str]) -> str:
+def _cache_name(origin: Origin, roles: dict[str, list[str]], contents: list[str]) -> str:
     settings = asdict(replace(origin.source, path="", label_names=None))
-    key = [ROWS_FORMAT, settings, list(map(file_type, origin.paths)), roles, labels_required, contents]
+    key = [ROWS_FORMAT, settings, list(map(file_type, origin.paths)), roles, contents]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8", "surrogatepass"))
     return f"{digest.hexdigest()[:32]}.rows"
 
 
-def _write(
-    folder: Path, origin: Origin, roles: dict[str, list[str]], labels_required: bool, contents: list[str], quiet: bool
-) -> None:
+def _write(folder: Path, origin: Origin, roles: dict[str, list[str]], contents: list[str], quiet: bool) -> None:
     """Reads a source into files for the cache."""
     reading = Reading(origin, roles, [0] * len(origin.paths), [])
     with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, _schema(roles)) as writer:
         for batch in _read_batches(reading, quiet):
             writer.write_batch(batch)
-    _refuse_incomplete(reading, labels_required)
     if origin.hash_files() != contents:
         raise UserError(f"{origin.option}: {origin.source.path} was changed while it was read")
     (folder / FACTS_FILE).write_text(json.dumps({"file_rows": reading.file_rows, "columns": reading.columns}))
 
 
-def _make_table(reading: Reading, rows: pa.Table, file: mmap.mmap | None) -> Table:
+def _make_table(reading: Reading, rows: pa.Table, file: mmap.mmap | None, labels_required: bool) -> Table:
+    _refuse_incomplete(reading, labels_required)
     source, roles = reading.origin.source, reading.roles
     texts = {role: rows[role] for role in TEXT_ROLES if role in roles}
     missing = {role: pc.fill_null(pc.equal(rows[role], ""), True).to_numpy() for role in roles}
