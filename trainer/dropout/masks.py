@@ -48,12 +48,10 @@ class Mask:
     keep: torch.Tensor
     """bool, of the shape of what is masked: where a unit stays"""
     scale: float
-    """by which the units that stay are multiplied, 1 / (1 - p)"""
+    """factor on the units that stay, 1 / (1 - p)"""
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x with the dropped units 0 and the others as they are, not scaled."""
-        if x.device.type != "cpu":
-            return x * self.keep
         bits = BITS[x.element_size()]  # integers are several times faster to multiply
         return self.keep.view(torch.int8).to(bits, copy=True).mul_(x.view(bits)).view(x.dtype)
 
@@ -106,14 +104,7 @@ class Masks:
         self._thresholds = (rates + uniform) >> 48  # [S, B], 0 to 256
 
     def keep(self, number: int, shape: tuple[int, ...], first: int, device: torch.device) -> torch.Tensor:
-        """`Mask.keep` of site `number`; a second call for the same draws it again.
-
-        Args:
-            number: of the site.
-            shape: see `DropoutKeys.mask`.
-            first: number of the first example in the micro-batch.
-            device: of the mask.
-        """
+        """`Mask.keep` of site `number`, on the device; `shape` and `first` are as in `DropoutKeys.mask`."""
         site, keys, thresholds = self._sites[number], self._keys[number], self._thresholds[number]
         if site.kind == "tokens" and len(shape) == 2:  # tokens end to end
             starts = np.repeat(np.cumsum(self._lengths) - self._lengths, self._lengths)

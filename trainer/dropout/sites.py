@@ -62,15 +62,11 @@ class DropoutKeys:
             yield
 
     def mask(self, x: torch.Tensor, p: float, caller: Hashable, first: int = 0) -> Mask:
-        """Which units of `x` to drop.
+        """Which units of `x` to drop; only its shape and device matter.
 
-        Args:
-            x: a tensor with the examples on its first axis, or the tokens end to end, [T, width]. An example may have
-                padding, or only its first units along an axis. Only shape and device matter.
-            p: probability.
-            caller: the calling module.
-            first: number of the first example of `x` in the micro-batch. With another number than 0 the call belongs
-                to the site of the call before it.
+        It has the examples on its first axis, or the tokens end to end, [T, width]. An example may have padding, or
+        only its first units along an axis. `first` is the number of its first example in the micro-batch; with another
+        number than 0 the call belongs to the site of the call before it.
         """
         self._calls[caller] += first == 0
         key = caller, self._calls[caller]
@@ -127,12 +123,7 @@ class KeyedDropout(nn.Module):
 def install(model: nn.Module, seed: int) -> DropoutKeys:
     """Replaces the model's own dropout by keyed dropout: in its modules, in PEFT's and in attention.
 
-    Args:
-        model: transformers model for sequence classification, perhaps PEFT-wrapped; changed in place.
-        seed: of the run.
-
-    Returns:
-        the keys; `unreached` names the random operations that stay the model's own.
+    The model is of transformers, for sequence classification, perhaps PEFT-wrapped. It is changed in place.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -184,10 +175,8 @@ def keyed_attention(
     """Attention with keyed dropout on its probabilities, for transformers' attention interface.
 
     It calls transformers' own SDPA attention without dropout, for causal models, and with keywords in UNKEYED.
-
-    `query`, `key` and `value` are [B, heads, L, head size]. `attention_mask` is bool [B, 1, L, L], True where attended.
-    Other numbers are added to the scores, as `position_bias` is (T5). Returns [B, L, heads, head size], and None for
-    the probabilities.
+    `query`, `key` and `value` are [B, heads, L, head size]. A bool `attention_mask`, [B, 1, L, L], is True where
+    attended. Other numbers are added to the scores, as `position_bias` is (T5). Returns [B, L, heads, head size].
     """
     unkeyed = any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNKEYED)
     causal = getattr(module, "is_causal", False)

@@ -26,14 +26,7 @@ from trainer.compat import adapter_state, trained_module
 from trainer.config.schema import Config, ModelConfig
 from trainer.errors import UserError, one_line
 from trainer.files import UNFINISHED, publish, replace_folder, writing
-from trainer.model.backbone import (
-    Backbone,
-    Identity,
-    check_same_backbone,
-    find_backbone,
-    load_weights,
-    read_identity,
-)
+from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
 from trainer.model.build import set_precision
 from trainer.model.tokenizer import save_tokenizer
 
@@ -52,11 +45,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Puts tensors of adapter and head into the model; `source` says in messages where they are from.
-
-    Raises:
-        UserError: a tensor is missing, unexpected, or of another shape.
-    """
+    """Puts tensors of adapter and head into the model; `source` says in messages where they are from."""
     _check_tensors(model, tensors, source)
     set_peft_model_state_dict(model, tensors)
 
@@ -101,7 +90,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         label_names = [str(name) for name in json.loads((folder / "labels.json").read_text(encoding="utf-8"))]
-        backbone = read_identity(folder / IDENTITY)
+        backbone = Identity(**json.loads((folder / IDENTITY).read_bytes()))
         peft = dict(json.loads((folder / "adapter_config.json").read_bytes()))
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder} is not the adapter of a finished run: {one_line(error)}") from None
@@ -117,11 +106,7 @@ def save_adapter(
     label_names: list[str],
     card: str,
 ) -> None:
-    """Writes the adapter folder: plain PEFT layout, the tokenizer, labels.json, README.md and backbone/.
-
-    Raises:
-        OSError: the disk is full or not writable; an existing folder is unchanged.
-    """
+    """Writes the adapter folder. If that raises an `OSError`, an existing folder is unchanged."""
     temporary = folder.with_name(f"{UNFINISHED}{folder.name}")  # in a container only this place may be writable
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
@@ -142,7 +127,7 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
     folder = run / "adapter"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        recorded = read_identity(folder / IDENTITY)
+        recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
     except Exception as error:  # tokenizers raise bare exceptions
         raise UserError(f"--run: tokenizer or {IDENTITY} of {folder} cannot be read: {one_line(error)}") from None
     try:
@@ -179,9 +164,6 @@ def check_adapter(
 
     `inputs` are input_ids and attention_mask of some examples, [B, L]. `expected` are the trained model's logits of
     them, [B, C]. Weights, types and kernels are equal, so only the order of sums may differ by the tolerance.
-
-    Raises:
-        RuntimeError: the logits differ.
     """
     device = next(iter(inputs.values())).device
     fresh = load_trained_model(backbone, folder, compute_type).to(device)
@@ -192,11 +174,7 @@ def check_adapter(
 
 
 def export_merged(adapter: Path, backbone: Backbone, config: Config, output: Path) -> float:
-    """Merges, saves, reads back and compares; returns the largest difference of a logit.
-
-    Raises:
-        UserError: the adapter cannot be merged, or merging changes the logits.
-    """
+    """Merges, saves, reads back and compares; returns the largest difference of a logit."""
     model = load_trained_model(backbone, adapter)
     expected = _compute_logits(model, backbone.tokenizer)
     temporary = output.with_name(f"{UNFINISHED}{output.name}")

@@ -23,23 +23,15 @@ import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from trainer.compat import use_default_attention
 from trainer.config.schema import ModelConfig
 from trainer.errors import UserError, one_line
 from trainer.model.tokenizer import OFFSET_POSITION_FAMILIES, read_special_tokens_as_text, set_padding
 
-# Families that transformers computes only with code that it would download.
-REMOTE_CODE_FAMILIES = ("mra",)
-# Families whose code mixes types under autocast, which torch refuses.
-FP32_ONLY_FAMILIES = ("xmod",)
+REMOTE_CODE_FAMILIES = ("mra",)  # transformers downloads the code of their attention
+FP32_ONLY_FAMILIES = ("xmod",)  # their code mixes types under autocast, which torch refuses
 # What config.json may hold from an earlier use, and must not change a run.
 NEUTRAL_SETTINGS: dict[str, Any] = {
     "output_attentions": False, "output_hidden_states": False, "return_dict": True, "torchscript": False,
@@ -69,16 +61,8 @@ class Identity:
         return f"{self.name} at commit {self.commit}" if self.commit else self.name
 
 
-def read_identity(path: Path) -> Identity:
-    """Reads an identity from JSON; raises an OSError, ValueError or TypeError if the file is missing or damaged."""
-    return Identity(**json.loads(path.read_bytes()))
-
-
 def check_same_backbone(recorded: Identity, found: Identity, run: Path, hint: str = "") -> None:
-    """Refuses a backbone whose files are not those that the run was trained on; names and places may differ.
-
-    The message names both backbones, the first file that differs, and the fix; `hint` adds another fix.
-    """
+    """Refuses a backbone whose files are not those that the run was trained on; `hint` adds another fix."""
     differing = [name for name in recorded.files | found.files if recorded.files.get(name) != found.files.get(name)]
     if not differing:
         return
@@ -144,15 +128,8 @@ def find_backbone(
 ) -> Backbone:
     """Reads configuration and tokenizer of the backbone; no weights, and none of its code.
 
-    Args:
-        config: the options.
-        label_names: of the logits.
-        recorded: the backbone of an earlier start, whose commit is used again.
-        tokenizer: replaces the backbone's own.
-        problem_type: the task's name in transformers.
-
-    Raises:
-        UserError: not found, not reachable, or not supported.
+    The commit of `recorded`, the backbone of an earlier start, is used again. `tokenizer` replaces the backbone's own.
+    `problem_type` is the task's name in transformers.
     """
     path, commit = _find_path(config.name), None
     is_local = Path(path).is_dir()
@@ -181,13 +158,9 @@ def find_backbone(
 
 
 def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str], list[str]]:
-    """Loads the model in fp32.
+    """Loads the model in fp32. Refuses weights that lack more than the head and the pooler.
 
-    Returns:
-        the model, the names of the tensors that its file lacks or has in another shape, and notes for the user.
-
-    Raises:
-        UserError: the weights cannot be read, or lack more than the head and the pooler.
+    Returns the model, the names of the tensors that its file lacks or has in another shape, and notes for the user.
     """
     backbone.identity  # noqa: B018  # refuses missing files, and an adapter that transformers would add
     try:
@@ -267,7 +240,7 @@ def _check_supported(name: str, config: PreTrainedConfig, tokenizer: Any) -> Non
     # for a folder without tokenizer files, transformers makes a tokenizer of special tokens
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"model.name: {name} has no fast tokenizer (tokenizer.json)")
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"model.name: transformers has no text classifier of type {config.model_type!r}")
     if config.model_type in REMOTE_CODE_FAMILIES:
         raise UserError(f"model.name: {config.model_type} is not supported: its attention is remote code")
@@ -321,21 +294,16 @@ def _find_unused(model: Any, unexpected: Iterable[str]) -> list[str]:
 
 
 def _hash_files(folder: Path, weights: str) -> dict[str, str]:
-    """SHA-256 of each file that decides what the backbone computes, by name, config.json first.
-
-    Those are config.json and the weights that transformers reads: one file, or an index and its shards.
-    """
+    """SHA-256 of config.json and of the weights that transformers reads: one file, or the shards of an index."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError("transformers would add the adapter beside them (adapter_config.json) to the weights")
-    names = [weights]
-    if not (folder / weights).is_file():
-        weights = f"{weights}.index.json"
-    if weights.endswith(".index.json") and (folder / weights).is_file():
-        names = sorted(set(json.loads((folder / weights).read_bytes())["weight_map"].values()))
-    missing = [name for name in ("config.json", *names) if not (folder / name).is_file()]
-    if missing:
+    names = ["config.json", weights]
+    index = folder / (weights if weights.endswith(".index.json") else f"{weights}.index.json")
+    if (index.is_file() and not (folder / weights).is_file()) or index.name == weights:
+        names[1:] = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{missing[0]} is missing, not cached, or not reachable; pickled weights are not read")
-    return {name: _sha256(folder / name) for name in ("config.json", *names)}
+    return {name: _sha256(folder / name) for name in names}
 
 
 def _sha256(file: Path) -> str:

@@ -33,9 +33,6 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
     """Builds the model without weights, and refuses what cannot train before anything large is read.
 
     An example has `max_length` tokens at most; with `pairs` it is two texts.
-
-    Raises:
-        UserError: an impossible max_length, targets that match nothing, or too many trained parameters.
     """
     _check_max_length(backbone, max_length, pairs)
     with torch.device("meta"):
@@ -62,10 +59,8 @@ def _check_max_length(backbone: Backbone, max_length: int, pairs: bool) -> None:
 def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> tuple[PeftModel, list[str]]:
     """Loads the weights and adds head and adapter, drawn from the seed; in fp32 on the CPU.
 
-    Layers that the weights lack are new and train, so the parameter budget is checked again.
-
-    Returns:
-        the model, and notes on the weights for the user.
+    Layers that the weights lack are new and train, so the parameter budget is checked again. Also returns notes on the
+    weights for the user.
     """
     torch.manual_seed(seed)
     model, missing, notes = load_weights(backbone)

@@ -19,12 +19,10 @@ def model_card(
     front = {"library_name": "peft", "pipeline_tag": "text-classification"}
     if backbone.commit:  # the hub accepts no local folder as a base model
         front["base_model"] = backbone.path
-    scored = [(split, dict(summary[split])) for split in ("validation", "test") if split in summary]
-    scores = "".join(
-        f"- {split}, {numbers.pop('num_examples')} examples: "
-        f"{', '.join(f'{name} {value:.4f}' for name, value in numbers.items())}\n"
-        for split, numbers in scored
-    )
+    scores = ""
+    for split in [split for split in ("validation", "test") if split in summary]:
+        numbers = [f"{name} {value:.4f}" for name, value in summary[split].items() if name != "num_examples"]
+        scores += f"- {split}, {summary[split]['num_examples']} examples: {', '.join(numbers)}\n"
     names = "\n".join(f"    {i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(label_names))
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---

@@ -24,22 +24,13 @@ from trainer.config.schema import PeftConfig
 from trainer.errors import UserError, one_line
 
 # Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
-PEFT_TYPES = (
-    "LORA", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA"
-)  # fmt: skip
-RESERVED_OPTIONS = {
-    "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"
-}  # fmt: skip
+PEFT_TYPES = ("LORA", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA")
 # These initializations change backbone weights, so the saved adapter would not fit the backbone that it names.
 BACKBONE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "eva", "lora_ga")
 
 
 def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
-    """PEFT's configuration of the adapter, names and types checked against PEFT's class.
-
-    Raises:
-        UserError: unknown method or option (names the nearest), wrong type, or values PEFT refuses; all at once.
-    """
+    """PEFT's configuration of the adapter, names and types checked against PEFT's class; names all problems at once."""
     if settings.peft_type not in PEFT_TYPES:
         raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported; supported: {', '.join(PEFT_TYPES)}")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(settings.peft_type)]
@@ -58,7 +49,8 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
 
 def _parse_options(settings: PeftConfig, kind: type[peft.PeftConfig]) -> tuple[dict[str, Any], list[str]]:
     """Options with the types of PEFT's class, and a line for each that does not fit it."""
-    types = {item.name: item.type for item in dataclasses.fields(kind) if item.name not in RESERVED_OPTIONS}
+    set_here = {item.name for item in dataclasses.fields(peft.PeftConfig)}  # the method, the task, the backbone
+    types = {item.name: item.type for item in dataclasses.fields(kind) if item.name not in set_here}
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "peft")
     problems, options = [], {}
@@ -170,10 +162,7 @@ def parameter_table(model: PeftModel) -> list[dict[str, Any]]:
 
 
 def check_parameter_budget(model: PeftModel, settings: PeftConfig) -> None:
-    """Refuses a model that trains more parameters than `peft.max_trainable_parameters`.
-
-    The message has the table per module, and for LoRA the largest rank that fits.
-    """
+    """Refuses a model that trains more parameters than `peft.max_trainable_parameters`."""
     budget = settings.max_trainable_parameters
     trainable, _ = model.get_nb_trainable_parameters()
     if budget is None or trainable <= budget:
@@ -185,9 +174,6 @@ def check_parameter_budget(model: PeftModel, settings: PeftConfig) -> None:
         head = trainable - adapter
         config: Any = model.peft_config["default"]
         rank = (budget - head) * config.r // max(1, adapter)
-        lines.append(
-            f"largest rank that fits: --peft.r {rank}"
-            if rank >= 1
-            else f"no rank fits: the head alone has {head:,}; choose a smaller backbone"
-        )
+        none_fits = f"no rank fits: the head alone has {head:,}; choose a smaller backbone"
+        lines.append(f"largest rank that fits: --peft.r {rank}" if rank >= 1 else none_fits)
     raise UserError("\n".join(lines))

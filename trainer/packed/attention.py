@@ -107,12 +107,8 @@ def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
 
     Example: lengths [9, 8, 3, 3] -> [2, 2] for cost 40, [4] for cost 200   (162 + 18 + 2 * 40, or 324 + 200 for one)
 
-    Args:
-        lengths: tokens of each example, [B]; best in descending order.
-        cost: of a group, in scores of one head.
+    `lengths` [B] are best in descending order. `cost` is of a group, in scores of one head.
     """
-    if len(lengths) * int(lengths.max()) ** 2 <= cost:  # a second group costs more than it can save
-        return [len(lengths)]
     ends = np.append(np.flatnonzero(np.diff(lengths)) + 1, len(lengths))  # examples of one length stay together
     starts, runs = np.append(0, ends[:-1]), lengths[ends - 1]
     least, before = np.zeros(len(ends) + 1), []
@@ -147,13 +143,9 @@ class Attention:
         """The output of the first token of each example, [B, 1, H], without any token's key or value.
 
         A score is query . (key x) = (query key) . x. The sum of shares times (value x) is value times the sum of shares
-        times x. So the two weights multiply once per example and not once per token.
+        times x. So the two weights, [H, W] each, multiply once per example and not once per token.
 
-        Args:
-            query: of the first tokens, [B, 1, H].
-            x: [T, W].
-            key: weight that makes a key of x, [H, W].
-            value: weight that makes a value of x, [H, W].
+        `query` is of the first tokens, [B, 1, H]; `x` is [T, W].
         """
         num_heads = self.layout.num_heads
         per_head = (num_heads, -1, x.shape[-1])
@@ -185,7 +177,7 @@ class _Attention(torch.autograd.Function):
             mask = how.draw(shares.unflatten(0, (group.size, num_heads)), group.first)
             if mask is not None:
                 mask = Mask(mask.keep.flatten(0, 1), mask.scale)
-            _multiply_into(output, masked(shares, mask), v, _scale(mask))
+            _multiply_into(output, masked(shares, mask), v, mask.scale if mask else 1.0)
             kept.append(shares)
             masks.append(mask)
         ctx.save_for_backward(gathered, *kept)
@@ -203,9 +195,10 @@ class _Attention(torch.autograd.Function):
         results = _by_group(layout, grad_gathered, grad_outputs)
         each = zip(inputs, results, kept, ctx.masks, strict=True)
         for (_, q, k, v, grad_output), (_, grad_q, grad_k, grad_v, _), shares, mask in each:
-            _multiply_into(grad_v, masked(shares, mask).transpose(1, 2), grad_output, _scale(mask))
+            scale = mask.scale if mask else 1.0
+            _multiply_into(grad_v, masked(shares, mask).transpose(1, 2), grad_output, scale)
             grad_shares = torch.empty_like(shares)
-            _multiply_into(grad_shares, grad_output, v.transpose(1, 2), _scale(mask) * ctx.how.scaling)
+            _multiply_into(grad_shares, grad_output, v.transpose(1, 2), scale * ctx.how.scaling)
             grad_scores = softmax_backward(masked(grad_shares, mask), shares)
             _multiply_into(grad_q, grad_scores, k)
             _multiply_into(grad_k, grad_scores.transpose(1, 2), q)
@@ -244,7 +237,3 @@ def _softmax(scores: torch.Tensor) -> torch.Tensor:
 
 def _multiply_into(output: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> None:
     output.baddbmm_(one, other, beta=0, alpha=scale)
-
-
-def _scale(mask: Mask | None) -> float:
-    return 1.0 if mask is None else mask.scale

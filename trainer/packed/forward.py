@@ -72,17 +72,9 @@ def build_forward(
     padding: Padding,
     sharded: bool = False,
 ) -> Forward:
-    """The packed forward, or the padded one if the user chose it or there is a reason.
+    """The packed forward, or the padded one if the user chose it by `packed` (model.packed) or there is a reason.
 
-    Args:
-        model: any.
-        pad_token_id: of the tokenizer.
-        packed: the option model.packed.
-        padding: of the model.
-        sharded: the frozen weights are sharded.
-
-    Raises:
-        UserError: packing is required and not supported.
+    `sharded`: whether the frozen weights are. Raises a UserError if packing is required and not supported.
     """
     reason = "the frozen weights are sharded" if sharded else why_not_packed(model)
     reason = reason or (None if padding.packs else "packed examples give other logits")
@@ -110,11 +102,9 @@ class PackedForward:
         return collate_packed(examples, ids, weights, device)
 
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
-        """Logits [B, C] of B examples whose tokens lie end to end.
+        """Logits [B, C] of B examples whose tokens lie end to end; `lengths` are best in descending order.
 
-        Args:
-            inputs: input_ids and, where segments are told apart, token_type_ids; int64 [T] each.
-            lengths: tokens of each example, on the host, int64 [B]; best in descending order.
+        `inputs` are input_ids and, where segments are told apart, token_type_ids; int64 [T] each.
         """
         device, model = inputs["input_ids"].device, self._classifier
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
@@ -147,7 +137,7 @@ class _Layer:
         self.intermediate, self.output = layer.intermediate, layer.output
         query, key, value = self.attention.query, self.attention.key, self.attention.value
         self.last = last
-        # whether keys and values need not be computed, see Attention.of_first
+        # whether no key and no value needs to be computed, see Attention.of_first
         self.reads_first = last and all(map(is_joinable, (query, key, value)))
         self.projection = Projection(query, *(() if self.reads_first else (key, value)), trains=trains)
         self.join = Projection(self.attention_output.dense, trains=trains)

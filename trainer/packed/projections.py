@@ -7,7 +7,6 @@ So a frozen weight can be prepacked for the processor, and no product is compute
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,9 +45,7 @@ class FrozenWeight:
 
     def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
         """gradient weight: [..., O] -> [..., H]."""
-        if self._back is None:
-            return gradient @ self.weight
-        return reordered_linear(gradient, self._back, None)
+        return reordered_linear(gradient, self._back, None) if self._back is not None else gradient @ self.weight
 
 
 def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -87,22 +84,17 @@ class Projection:
                 dropout = module.lora_dropout["default"]
                 mask = draw_mask(x, getattr(dropout, "p", 0.0), dropout)
                 scale = module.scaling["default"] * (mask.scale if mask is not None else 1)
-                parts.append(_Part(slice(end - size, end), scale, mask))
+                parts.append((slice(end - size, end), scale, mask))
                 weights += [module.lora_A["default"].weight, module.lora_B["default"].weight]
         product: torch.Tensor = _Product.apply(x, self.frozen, parts, *weights)
         return product
 
 
 def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Turns each module into a single product, bias and adapter included.
+    """Turns each of these joinable modules into a single product, bias and adapter included.
 
-    Args:
-        x: [..., H].
-        modules: joinable ones.
-
-    Returns:
-        x with the adapters' A x and ones beside it, [..., W]; W is a multiple of 8. And a weight [O, W] for each
-        module, whose output is the product of the two.
+    Returns x [..., H] with the adapters' A x and ones beside it, [..., W]; W is a multiple of 8. And for each module
+    the weight [O, W] whose product with it is the module's output.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(_base(modules[0]).weight.dtype)
@@ -139,15 +131,8 @@ def _base(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, LoraLinear) else module
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The adapter of one module."""
-
-    outputs: slice
-    """its module's, among those of all"""
-    scale: float
-    mask: Mask | None
-    """what it drops of x"""
+Part = tuple[slice, float, Mask | None]
+"""an adapter's outputs among those of all modules, its scale, and what it drops of x"""
 
 
 class _Product(torch.autograd.Function):
@@ -155,14 +140,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, frozen: FrozenWeight, parts: Sequence[_Part], *weights: torch.Tensor
+        ctx: Any, x: torch.Tensor, frozen: FrozenWeight, parts: Sequence[Part], *weights: torch.Tensor
     ) -> torch.Tensor:
         """`weights`: A [R, H] and B [outputs of the part, R] of each part."""
         output = frozen.multiply(x)
         flat, cast, lows = output.flatten(0, -2), [weight.to(x.dtype) for weight in weights], []
-        for part, a, b in zip(parts, cast[::2], cast[1::2], strict=True):
-            low = masked(x, part.mask).flatten(0, -2) @ a.t()
-            flat[:, part.outputs].addmm_(low, b.t(), alpha=part.scale)
+        for (outputs, scale, mask), a, b in zip(parts, cast[::2], cast[1::2], strict=True):
+            low = masked(x, mask).flatten(0, -2) @ a.t()
+            flat[:, outputs].addmm_(low, b.t(), alpha=scale)
             lows.append(low)
         ctx.save_for_backward(*([*cast, *lows, x] if parts else []))  # without an adapter nothing reads x again
         ctx.frozen, ctx.parts, ctx.dtypes = frozen, parts, [weight.dtype for weight in weights]
@@ -174,10 +159,10 @@ class _Product(torch.autograd.Function):
         cast, lows = saved[: 2 * len(ctx.parts)], saved[2 * len(ctx.parts) :]
         grad_x = ctx.frozen.multiply_back(gradient) if ctx.needs_input_grad[0] else None
         grad_weights = []
-        for part, a, b, low in zip(ctx.parts, cast[::2], cast[1::2], lows, strict=True):
-            own = gradient.flatten(0, -2)[:, part.outputs]
-            grad_low = (own @ b).mul_(part.scale)
-            grad_weights += [grad_low.t() @ masked(x, part.mask).flatten(0, -2), (low.t() @ own).t().mul_(part.scale)]
+        for (outputs, scale, mask), a, b, low in zip(ctx.parts, cast[::2], cast[1::2], lows, strict=True):
+            own = gradient.flatten(0, -2)[:, outputs]
+            grad_low = (own @ b).mul_(scale)
+            grad_weights += [grad_low.t() @ masked(x, mask).flatten(0, -2), (low.t() @ own).t().mul_(scale)]
             if grad_x is not None:
-                grad_x += masked((grad_low @ a).view_as(x), part.mask)
+                grad_x += masked((grad_low @ a).view_as(x), mask)
         return grad_x, None, None, *(grad.to(dtype) for grad, dtype in zip(grad_weights, ctx.dtypes, strict=True))
