@@ -131,15 +131,18 @@ def token_rows(run, ids):
 def broken_step(arguments, fault, hit, scaled=False):
     """One step with a fault on rank `hit`: its "memory" runs out, a "loss" or a "gradient" is not finite.
 
+    In place of sgd stands an optimizer that would apply any gradient, since it knows nothing of scalers.
+
     Returns:
         the result of the step, or the message; all parameters before and after; all of the optimizer's state after.
     """
     import torch
 
     from trainer.errors import UserError
-    from trainer.training.optim import set_learning_rate
+    from trainer.training.optim import OPTIMIZERS, set_learning_rate
     from trainer.training.step import train_step
 
+    OPTIMIZERS["sgd"] = lambda groups, config: torch.optim.Adagrad(groups)
     run = build(arguments)
     run = with_scaler(run, 64.0) if scaled else run
     rank, world_size = run.learner.accelerator.process_index, run.learner.accelerator.num_processes

@@ -38,8 +38,7 @@ class Stopped(Exception):
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(number, step)
-        self.signal = number
-        self.step = step
+        self.signal, self.step = number, step
 
 
 @torch.no_grad()
