@@ -259,11 +259,8 @@ def _recipe_names() -> list[str]:
 
 
 def _recipe_path(recipe: str) -> Path:
-    path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"} or path.is_file():
-        if not path.is_file():
-            raise UserError("no such file")
-        return path.resolve()
+    if Path(recipe).suffix in {".yaml", ".yml"} or Path(recipe).is_file():
+        return Path(recipe).resolve()
     if recipe not in _recipe_names():
         near = difflib.get_close_matches(recipe, _recipe_names(), n=1, cutoff=0.4)
         hint = f"nearest: {near[0]}" if near else f"shipped: {', '.join(_recipe_names())}"
@@ -287,24 +284,14 @@ def _read_recipe(recipe: str | None, problems: list[str]) -> dict[str, Any]:
         {f"{group}.{name}": value for group, values in groups.items() for name, value in (values or {}).items()}
     )
     for key in ("model.name", "model.adapter", *SPLITS, *(f"{split}.path" for split in SPLITS)):
-        if isinstance(flat.get(key), str):
-            flat[key] = _resolve_path(path, flat[key])
-    return _migrate(flat)
-
-
-def _migrate(flat: dict[str, Any]) -> dict[str, Any]:
-    """Translates settings of earlier versions."""
+        if isinstance(value := flat.get(key), str) and value:
+            beside = path.parent / value  # an absolute value replaces the folder
+            flat[key] = str(beside) if beside.exists() or glob.glob(str(beside), recursive=True) else value
+    # settings of earlier versions
     flat.pop("model.compile", None)
     if flat.get("optim.schedule") == "cosine_annealing":
         flat["optim.schedule"] = "cosine"
     return flat
-
-
-def _resolve_path(recipe: Path, value: str) -> str:
-    here = recipe.parent / value
-    if value and not Path(value).is_absolute() and (here.exists() or glob.glob(str(here), recursive=True)):
-        return str(here)
-    return value
 
 
 class _Loader(yaml.SafeLoader):
@@ -325,8 +312,6 @@ class _Loader(yaml.SafeLoader):
             raise ValueError(f"{twice!r} is given twice in line {node.start_mark.line + 1} and below")
         self.flatten_mapping(node)
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"line {key.start_mark.line + 1} has a list or a mapping as a key")
             if key.value == "label_names":
                 _tag_as_text(value)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}

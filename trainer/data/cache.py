@@ -87,7 +87,7 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _hash(content: mmap.mmap | bytes) -> str:
+def _hash(content: mmap.mmap) -> str:
     digest = xxhash.xxh3_128()  # as fast as memory; it finds damage, and does not stop an attacker
     with memoryview(content) as view:
         for start in range(0, len(view), HASHED_BYTES):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -22,12 +21,14 @@ from trainer.data import formats
 from trainer.data.formats import Chunk, Request, file_type
 from trainer.errors import UserError, one_line
 
+SAVED_NOTES = ("dataset_info.json", "state.json")
+"""what `save_to_disk` writes beside the data"""
 LFS_POINTER = b"version https://git-lfs.github.com"
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/\w[\w.-]*(/\w[^/\\:]*)?(:\w[\w.+-]*)?")
 # a hub name like this needs its split: owner/name.abc:train
 _FILE_NAME = re.compile(r".*\.([a-z]{3,7}|gz|pq)", re.IGNORECASE)
-_PART = re.compile(r"part[-_.]?\d.*")  # written by Spark, Dask and others
+_PART = re.compile(r"part[-_.]?\d.*|data-\d+-of-\d+\.arrow")  # written by Spark, Dask and others; by save_to_disk
 _Part = TypeVar("_Part")
 
 
@@ -142,9 +143,7 @@ def find_files(name: str, path: str) -> list[str]:
     with _refusals(option):
         paths = list_files(path, name)
     if not paths:
-        hint = (
-            f"; a hub data set whose name ends like a file is written {path}:train" if _HUB_ID.fullmatch(path) else ""
-        )
+        hint = f"; a hub data set of this name is written {path}:train" if _HUB_ID.fullmatch(path) else ""
         raise UserError(f"{option}: no file {path!r}{hint}")
     for file in paths:
         with _refusals(option, file):
@@ -175,30 +174,16 @@ def _check_file(file: str) -> None:
 
 
 def _files_in(folder: Path, name: str) -> list[str]:
-    """Lists the files of a folder that holds one table: written by `save_to_disk`, or as part files."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = _saved_names(folder / "dataset_dict.json")
-        if name not in splits:
-            raise ValueError(f"{folder} holds the splits {', '.join(splits)}; name one, as {folder / splits[0]}")
+    """Lists the files of a folder that holds one table: part files, or what `save_to_disk` wrote."""
+    if (folder / "dataset_dict.json").is_file() and (folder / name).is_dir():
         folder = folder / name
-    if (folder / "state.json").is_file():
-        return [str(folder / file) for file in _saved_names(folder / "state.json")]
     entries = sorted(os.listdir(folder))
     if {"_delta_log", "_temporary"} & set(entries):
         raise ValueError(f"{folder} is a Delta table, or the output of an unfinished Spark job; export it as parquet")
-    parts = [entry for entry in entries if not entry.startswith((".", "_"))]
+    parts = [entry for entry in entries if not entry.startswith((".", "_")) and entry not in SAVED_NOTES]
     if not parts or not all(_PART.fullmatch(part) and (folder / part).is_file() for part in parts):
-        raise ValueError(f"{folder} is a folder; name the files that belong to this split, as '{folder}/*.csv'")
+        raise ValueError(f"{folder} is a folder; name what belongs to this split, as '{folder}/*.csv' or {folder}/test")
     return [str(folder / part) for part in parts]
-
-
-def _saved_names(path: Path) -> list[str]:
-    """Reads the splits of a DatasetDict, or the files of a data set, that `save_to_disk` wrote."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return [str(name) for name in saved.get("splits") or [file["filename"] for file in saved["_data_files"]]]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{path} was not written by save_to_disk") from None
 
 
 @contextlib.contextmanager
@@ -215,8 +200,8 @@ def _fetch_hub(name: str, path: str) -> list[str]:
     """Fetches `owner/name[/config][:split]` from the hub or its cache; returns the files of the cache."""
     import datasets  # this takes most of a second, and local files do not need it
 
-    path, _, split = path.partition(":")
-    owner, repository, *settings = path.split("/")
+    name_on_hub, _, split = path.partition(":")
+    owner, repository, *settings = name_on_hub.split("/")
     try:
         table = datasets.load_dataset(f"{owner}/{repository}", *settings, split=split or name)
     except Exception as error:  # its loaders raise anything

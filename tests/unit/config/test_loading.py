@@ -227,7 +227,8 @@ def test_unknown_option_names_the_nearest(key, nearest):
 def test_unknown_recipe_names_the_nearest():
     assert problems("--recipe", "quikstart").startswith("--recipe quikstart: no such recipe; nearest: quickstart")
     assert "shipped: " in problems("--recipe", "zzz") and "quickstart" in problems("--recipe", "zzz")
-    assert problems("--recipe", "no/such.yaml") == "--recipe no/such.yaml: no such file"
+    said = problems("--recipe", "no/such.yaml")
+    assert said.startswith("--recipe no/such.yaml: ") and "No such file" in said
 
 
 @pytest.mark.parametrize(
