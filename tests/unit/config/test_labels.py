@@ -22,6 +22,7 @@ from trainer.training.prediction import (
     check_label_names,
     choose_id_column,
     choose_labels,
+    read_summary,
     render_predictions,
 )
 from trainer.training.setup import check_names
@@ -227,6 +228,13 @@ def test_without_a_record_of_the_labels_it_holds_class_names(tmp_path):
     assert "the names of the classes: 'World', " in told
 
 
+@pytest.mark.parametrize("content", ["{", "3"])
+def test_a_summary_that_is_damaged(tmp_path, content):
+    (tmp_path / "summary.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"summary\.json cannot be read"):
+        read_summary(tmp_path)
+
+
 def test_whole_numbers_are_numbers_in_jsonl(tmp_path):
     def labels(names):
         text, _ = submission(tmp_path, names, {name: name for name in names}, output="x.jsonl")
@@ -405,6 +413,12 @@ def test_what_is_wrong_with_a_label_column_is_said_first(tmp_path, labels):
 def test_many_classes_are_no_fault(tmp_path, count, each):
     corpus = load(labelled(tmp_path / "x.csv", [f"class {i}" for i in range(count)] * each))
     assert corpus.warnings == [] and len(corpus.label_names) == count
+
+
+def test_a_class_for_each_row_is_warned_of_where_it_can_be_trained(tmp_path):
+    path = labelled(tmp_path / "x.csv", [f"class {i}" for i in range(77)])
+    assert "77 classes in 77 rows" in load(path, validation=str(path)).warnings[0]
+    assert load(path, label_names=[f"class {i}" for i in range(77)]).warnings == []
 
 
 # --- every row --------------------------------------------------------------------------------------------------------
