@@ -11,11 +11,7 @@ import torch
 
 from trainer.batching.collate import collate_packed, collate_padded
 from trainer.batching.order import epoch_order
-from trainer.batching.plan import (
-    Plan,
-    share_out,
-    split_by_tokens,
-)
+from trainer.batching.plan import Plan, share_out, split_by_tokens
 
 CPU = torch.device("cpu")
 SIZES = [(300, 2), (1, 1), (1, 8), (7, 3), (8, 8), (9, 8), (17, 5), (64, 16), (101, 32), (5, 100)]

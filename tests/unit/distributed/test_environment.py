@@ -10,6 +10,8 @@ from trainer.errors import UserError, is_first_on_machine, main_guard
 
 MASTER = {"MASTER_ADDR": "host-0", "MASTER_PORT": "29500"}
 SECOND_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN = MASTER | SECOND_OF_TWO
+OF_SRUN = TORCHRUN | {"GROUP_WORLD_SIZE": "1", "SLURM_STEP_ID": "1"}
 OF_A_POD = SECOND_OF_TWO | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 ALONE = dict.fromkeys(SECOND_OF_TWO)
 
@@ -29,11 +31,8 @@ def mpi(*names):
     ("variables", "group"),
     [
         ({}, ALONE),
-        ({**MASTER, **SECOND_OF_TWO}, SECOND_OF_TWO),  # torchrun, accelerate, Ray
-        (
-            {**MASTER, **SECOND_OF_TWO, "OMPI_COMM_WORLD_SIZE": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"},
-            SECOND_OF_TWO,
-        ),
+        (TORCHRUN, SECOND_OF_TWO),  # torchrun, accelerate, Ray
+        ({**TORCHRUN, "OMPI_COMM_WORLD_SIZE": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, SECOND_OF_TWO),
         ({**MASTER, "WORLD_SIZE": "2", "RANK": "1"}, OF_A_POD),
         ({**MASTER, "WORLD_SIZE": "2", "RANK": "1", "PET_NNODES": "2"}, OF_A_POD),
         ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, ALONE),
@@ -50,21 +49,8 @@ def mpi(*names):
         ({"SLURM_STEP_ID": "1", "SLURM_NTASKS": "4", "ISOTRAIN_NUM_PROCESSES": "1", "PMI_SIZE": "4"}, ALONE),
         ({"SM_HOSTS": '["algo-1"]'}, ALONE),
         ({"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1", "PMIX_RANK": "0", "PMI_SIZE": "1"}, ALONE),
-        (
-            {**MASTER, **SECOND_OF_TWO, "GROUP_WORLD_SIZE": "1", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
-            SECOND_OF_TWO,
-        ),
-        (
-            {
-                **MASTER,
-                **SECOND_OF_TWO,
-                "GROUP_WORLD_SIZE": "1",
-                "SLURM_STEP_ID": "1",
-                "SLURM_STEP_NUM_TASKS": "2",
-                "ISOTRAIN_NUM_PROCESSES": "2",
-            },
-            SECOND_OF_TWO,
-        ),
+        ({**OF_SRUN, "SLURM_STEP_NUM_TASKS": "1"}, SECOND_OF_TWO),
+        ({**OF_SRUN, "SLURM_STEP_NUM_TASKS": "2", "ISOTRAIN_NUM_PROCESSES": "2"}, SECOND_OF_TWO),
     ],
 )
 def test_every_launcher_is_supported(monkeypatch, variables, group):
@@ -84,12 +70,9 @@ def test_every_launcher_is_supported(monkeypatch, variables, group):
         ({"SM_HOSTS": '["algo-1","algo-2"]'}, "SM_HOSTS=.*: this is one of several"),
         ({"PMI_RANK": "1"}, "PMI_RANK=1: this is one of several"),
         ({"PALS_RANKID": "1"}, "PALS_RANKID=1: this is one of several"),
+        ({**OF_SRUN, "SLURM_STEP_NUM_TASKS": "3"}, "SLURM_STEP_NUM_TASKS=3: this is one of several"),
         (
-            {**MASTER, **SECOND_OF_TWO, "GROUP_WORLD_SIZE": "1", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "3"},
-            "SLURM_STEP_NUM_TASKS=3: this is one of several",
-        ),
-        (
-            {**MASTER, **SECOND_OF_TWO, "GROUP_WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "3"},
+            {**TORCHRUN, "GROUP_WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "3"},
             "OMPI_COMM_WORLD_SIZE=3: this is one of several",
         ),
         ({"PMI_SIZE": "3"}, "PMI_SIZE=3: this is one of several"),
@@ -102,8 +85,8 @@ def test_every_launcher_is_supported(monkeypatch, variables, group):
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT is not set"),
         ({**MASTER, "WORLD_SIZE": "2", "RANK": "2"}, r"RANK=2 must be a number from 0 to 1 \(WORLD_SIZE is 2\)"),
         ({**MASTER, "WORLD_SIZE": "2", "RANK": "one"}, "RANK=one must be a number from 0 to 1"),
-        ({**MASTER, **SECOND_OF_TWO, "LOCAL_RANK": "x"}, "LOCAL_RANK=x must be a number from 0 to 1"),
-        ({**MASTER, **SECOND_OF_TWO, "MASTER_PORT": "99999"}, "MASTER_PORT=99999 must be a number from 0 to 65535"),
+        ({**TORCHRUN, "LOCAL_RANK": "x"}, "LOCAL_RANK=x must be a number from 0 to 1"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999 must be a number from 0 to 65535"),
         ({"ISOTRAIN_LAUNCHER": "1"}, "ISOTRAIN_LAUNCHER=1: that launch.sh has ended"),
         ({"ISOTRAIN_NUM_PROCESSES": "N"}, "ISOTRAIN_NUM_PROCESSES=N is not a number"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),

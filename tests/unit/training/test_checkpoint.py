@@ -11,13 +11,7 @@ import torch
 
 from trainer import files
 from trainer.files import remove_unfinished, replace_folder, write_atomic
-from trainer.training.checkpoint import (
-    Checkpoint,
-    DamagedCheckpoint,
-    load_newest,
-    read_checkpoint,
-    write_checkpoint,
-)
+from trainer.training.checkpoint import Checkpoint, DamagedCheckpoint, load_newest, read_checkpoint, write_checkpoint
 
 FILES = ("adapter_model.safetensors", "best_adapter.safetensors", "optimizer.safetensors")
 FILES += ("adapter_config.json", "trainer_state.json")

@@ -40,8 +40,7 @@ def test_values_at_start_end_of_warmup_midway_and_end(schedule, floor, expected)
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.06, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("total_steps", [1, 7, 50])
 @pytest.mark.parametrize(
-    ("schedule", "theirs"),
-    [("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)],
+    ("schedule", "theirs"), [("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)]
 )
 def test_equal_to_transformers(schedule, theirs, total_steps, warmup_fraction):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
@@ -101,10 +100,7 @@ def test_biases_and_norms_are_not_decayed_and_frozen_weights_not_there():
     model, optimizer, trained = small_and_optimizer(weight_decay=0.3)
     by_decay = {group["weight_decay"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
     names = {decay: {n for n, p in model.named_parameters() if id(p) in ids} for decay, ids in by_decay.items()}
-    assert names == {
-        0.3: {"first.weight", "last.weight"},
-        0.0: {"first.bias", "norm.weight", "norm.bias", "last.bias"},
-    }
+    assert names == {0.3: {"first.weight", "last.weight"}, 0.0: {"first.bias", "norm.weight", "norm.bias", "last.bias"}}
     assert set(trained) == names[0.3] | names[0.0]
 
 
