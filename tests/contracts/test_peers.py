@@ -230,18 +230,6 @@ def test_a_missed_target_is_named(result):
     assert [met for met, _ in judged] == [True, True, True, False]
 
 
-def test_targets_hold_where_they_were_set(result):
-    summary = compare.summarised(result)
-
-    def targets(device, batch):
-        return [line.split(": ")[1] for _, line in compare.verdicts(summary, "roberta-base", device, batch)]
-
-    bounds = {(device, batch): targets(device, batch) for device in ("cpu", "cuda") for batch in (32, 128)}
-    assert bounds[("cpu", 128)] == ["memory"]
-    assert bounds[("cuda", 32)] == bounds[("cuda", 128)] == [compare.TRAINER, "memory"]
-    assert compare.verdicts(summary, "minilm", "cpu", 32) == []
-
-
 @pytest.mark.parametrize(("ours_seconds", "code"), [(1.0, 0), (8.0, 1)])
 def test_check_decides_the_exit_code(result, monkeypatch, tmp_path, capsys, ours_seconds, code):
     result["training"][compare.OURS] = passes_of(*[ours_seconds] * 3)

@@ -3,7 +3,9 @@
 Each function patches the program in the process it is called in; all arguments are plain JSON values.
 """
 
+import errno
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -13,9 +15,8 @@ import time
 
 def strike(number):
     os.kill(os.getpid(), number)
-    if number != signal.SIGKILL:
-        return
-    signal.pause()
+    if number == signal.SIGKILL:
+        signal.pause()
 
 
 def at_call(place, count=1, number=signal.SIGKILL, after=False):
@@ -78,59 +79,43 @@ def replace(place, around):
         setattr(module, place, struck)
 
 
-def in_write(count, number=signal.SIGKILL):
-    """Kills in the middle of the `count`-th file that files.py writes: half of it is on the disk."""
+def on_write(is_struck, act):
+    """Acts in the middle of each file for which `is_struck(number, path)`: half of it is on the disk."""
     from trainer import files
 
-    original = files.write_synced
-    calls = 0
+    original, numbers = files.write_synced, itertools.count(1)
 
-    def struck(path, data):
-        nonlocal calls
-        calls += 1
-        if calls == count:
+    def write(path, data):
+        if is_struck(next(numbers), path):
             original(path, data[: len(data) // 2])
-            strike(number)
+            act(path)
         original(path, data)
 
-    files.write_synced = struck
+    files.write_synced = write
 
 
-def in_save(save, write, number=signal.SIGKILL):
-    """Kills in the middle of file `write` of the `save`-th folder that files.py puts in place (0: before any)."""
-    calls = 0
+def in_write(count):
+    """Kills in the middle of the `count`-th file that files.py writes."""
+    on_write(lambda number, path: number == count, lambda path: strike(signal.SIGKILL))
 
-    def around(original):
-        def struck(target, files):
-            nonlocal calls
-            calls += 1
-            if calls == save:
-                in_write(write, number) if write else strike(number)
-            original(target, files)
 
-        return struck
+def torn_file(name):
+    """Kills in the middle of writing a file of this name."""
+    on_write(lambda number, path: name in path.name, lambda path: strike(signal.SIGKILL))
 
-    replace("replace_folder", around)
+
+def in_save(save, write):
+    """Kills in the middle of file `write` of the `save`-th folder that files.py puts in place."""
+    on_visit("replace_folder", save, False, lambda: in_write(write))
 
 
 def full_disk(first):
     """From the `first`-th file on, files.py meets a full disk."""
-    import errno
 
-    from trainer import files
+    def fail(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    original = files.write_synced
-    calls = 0
-
-    def full(path, data):
-        nonlocal calls
-        calls += 1
-        if calls >= first:
-            original(path, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        original(path, data)
-
-    files.write_synced = full
+    on_write(lambda number, path: number >= first, fail)
 
 
 def at_cpu_time(seconds):
@@ -183,29 +168,6 @@ def no_figures():
     from trainer.reporting.tracking import RunLog
 
     RunLog.log_confusion_matrix = lambda *arguments: None
-
-
-def torn_file(name, number=signal.SIGKILL):
-    """Kills in the middle of writing a file of this name: half of it is on the disk."""
-    from pathlib import Path
-
-    from trainer import files
-
-    write_text, write_synced = Path.write_text, files.write_synced
-
-    def text(path, data, *arguments, **settings):
-        if name in path.name:
-            write_text(path, data[: len(data) // 2], *arguments, **settings)
-            strike(number)
-        return write_text(path, data, *arguments, **settings)
-
-    def synced(path, data):
-        if name in path.name:
-            write_synced(path, data[: len(data) // 2])
-            strike(number)
-        write_synced(path, data)
-
-    Path.write_text, files.write_synced = text, synced
 
 
 def log_ids(folder):

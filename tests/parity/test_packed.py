@@ -12,7 +12,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig, XLMRobertaConfig
 
 from tests.unit.model.test_build import METHODS
-from trainer.compat import has_fast_bf16
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
 from trainer.model.build import set_precision
@@ -147,25 +146,6 @@ def test_whatever_lora_is_put_on(options):
     model, keys = build(options={**LORA, **options})
     expected = results(PaddedForward(model, 1), keys)
     assert difference(expected, results(PackedForward(model), keys, CUTS["in two"])) < 1e-12
-
-
-@pytest.mark.skipif(not has_fast_bf16(), reason="a CPU without bf16 instructions")
-@pytest.mark.parametrize(("outputs", "inputs"), [(96, 32), (7, 33), (2304, 768)])
-def test_a_prepacked_weight_gives_the_same_products(outputs, inputs):
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in [(outputs, inputs), (outputs,)])
-    prepacked, plain = products.FrozenWeight(weight, bias, trains=True), products.FrozenWeight(weight, bias, False)
-    plain._forward = None
-    assert prepacked._forward is not None
-    for rows in (1, 5, 300):
-        x, gradient = (torch.randn(rows, n, generator=generator).bfloat16() for n in (inputs, outputs))
-        for found, expected in [
-            (prepacked.multiply(x), plain.multiply(x)),
-            (prepacked.multiply_back(gradient), plain.multiply_back(gradient)),
-        ]:
-            assert found.shape == expected.shape
-            assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
-        assert torch.equal(prepacked.multiply(x[:, None])[:, 0], prepacked.multiply(x))
 
 
 def projections(forward):

@@ -177,8 +177,6 @@ def assert_inert(page: Page, source: str) -> None:
         ["environment.json", "config.yaml"],
         ["metrics.jsonl"],
         ["evaluation/test/metrics.json", "evaluation/validation/predictions.csv"],
-        ["evaluation/test/confusion_matrix.csv", "evaluation/test/predictions.csv", "evaluation/test/metrics.json"],
-        ["summary.json", "metrics.jsonl", "environment.json"],
     ],
     ids=" ".join,
 )
