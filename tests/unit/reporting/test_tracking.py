@@ -90,6 +90,20 @@ def test_after_a_resume_each_step_is_logged_once(tmp_path):
     assert [(line["step"], line["train/loss"]) for line in lines(folder)] == wanted
 
 
+def test_repeated_final_metrics_are_logged_once(tmp_path):
+    folder = tmp_path / "run"
+    for value in (1.0, 2.0):  # killed after the first time, before the summary was written
+        log = opened(folder, step=6 if value > 1 else 0, evaluated=6 if value > 1 else 0)
+        if value == 1:
+            train(log, 1, 6, 1.0)
+        log.log_final_metrics(CONFIG, {"final/test_loss": value}, 6, 1.0)
+        killed(log)
+    assert scalars(folder)["final/test_loss"] == [(7, 2.0)]
+    assert len(scalars(folder)["train/loss"]) == 6
+    finals = [line for line in lines(folder) if "final/test_loss" in line]
+    assert finals == [{"step": 6, "epoch": 1.0, "final/test_loss": 2.0}]
+
+
 def test_hyperparameters_text_and_figure(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
