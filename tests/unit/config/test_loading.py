@@ -72,10 +72,6 @@ def test_a_value_with_dashes_needs_the_equals_sign():
     assert parse("--run.name", "-5").run.name == "-5"
 
 
-def test_recipe_given_twice_is_refused():
-    assert problems("--recipe", "quickstart", "--recipe", "quickstart") == "--recipe is given twice"
-
-
 def test_recipe_paths_are_relative_to_the_recipe(tmp_path, recipe, monkeypatch):
     (tmp_path / "data").mkdir()
     for name in ("train.csv", "[odd].csv", "part-1.csv"):
