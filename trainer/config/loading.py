@@ -77,10 +77,7 @@ def load_config(path: Path) -> Config:
 def load_finished_run(folder: Path, name: str | None = None, revision: str | None = None) -> tuple[Config, list[str]]:
     """Loads the configuration and the class names of a finished run.
 
-    Args:
-        folder: the run folder.
-        name: replaces `model.name`, if the backbone has moved.
-        revision: replaces `model.revision`.
+    `name` and `revision` replace those of the model, if the backbone has moved.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--run: {folder} is not a run folder (no config.yaml)")

@@ -30,15 +30,9 @@ Files = dict[str, mmap.mmap]
 
 
 def load_or_create(name: str, create: Callable[[Path], None], quiet: bool) -> Files | None:
-    """Loads an entry of the cache, or creates it.
+    """Loads an entry of the cache, or creates it; None if the cache cannot be used, as in a read-only home.
 
-    Args:
-        name: of the entry, with a hash of all that its content depends on.
-        create: writes the files into the folder it gets.
-        quiet: print no notes.
-
-    Returns:
-        The entry; None if the cache cannot be used, as in a read-only home.
+    `create` writes the files into the folder it gets.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "isotrain"
     try:

@@ -117,7 +117,6 @@ def _make_splits(
     """Encodes the labels, holds out the validation split, and counts; returns the splits, the counts and warnings."""
     warnings: list[str] = []
     splits = for_each(tables, lambda name: _encode_labels(tables[name], task, label_names, warnings))
-    _refuse_fault(task, splits["train"], label_names)
     texts = _number_texts(splits)
     warnings += _find_texts_with_two_labels(tables["train"], splits["train"], texts["train"])
     if "validation" not in splits and validation_fraction > 0:
@@ -130,7 +129,8 @@ def _make_splits(
         of_all = task.count_labels(train.known_targets, label_names)
         if rare := [name for name, count in of_all.items() if count and not held_out[name]]:
             warnings.append(f"too few rows to hold one out for validation: {quoted(rare)}")
-    _refuse_fault(task, splits["train"], label_names)
+    if fault := task.find_fault(splits["train"].known_targets, label_names):
+        raise UserError(f"data.train: {splits['train'].path} {fault}")
     counts: dict[str, dict[str, Any]] = {}
     is_in_train = np.zeros(1 + max(numbers.max() for numbers in texts.values()), dtype=bool)
     is_in_train[texts["train"]] = True
@@ -141,11 +141,6 @@ def _make_splits(
     if absent := [name for name, count in counts["train"]["label_counts"].items() if not count]:
         warnings.append(f"data.train has no example of {quoted(absent)}")
     return splits, counts, warnings
-
-
-def _refuse_fault(task: Task, train: TextSplit, label_names: list[str]) -> None:
-    if fault := task.find_fault(train.known_targets, label_names):
-        raise UserError(f"data.train: {train.path} {fault}")
 
 
 def _encode_labels(table: Table, task: Task, label_names: list[str], warnings: list[str]) -> TextSplit:
@@ -161,14 +156,8 @@ def _encode_labels(table: Table, task: Task, label_names: list[str], warnings: l
 def _hold_out(strata: np.ndarray, first: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Chooses the examples to hold out, bool [N]: a fraction of every stratum.
 
-    Rows of equal text stay together, in the stratum of the first of them. Without such rows, the choice depends on the
-    strata and the seed alone.
-
-    Args:
-        strata: number of the stratum of each example, int64 [N].
-        first: position of the first example of the same text, [N].
-        fraction: of the rows of every stratum.
-        seed: of the run.
+    Rows of equal text stay together, in the stratum of the first of them: `first` [N] has its position. Without such
+    rows, the choice depends on the strata, int64 [N], and the seed alone.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x5B117]))
     copies = np.bincount(first, minlength=len(strata))

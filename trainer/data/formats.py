@@ -294,10 +294,7 @@ def _read_xlsx(path: str, request: Request) -> Iterator[Chunk]:
 def _read_records(records: Iterator[Record], place: str, request: Request) -> Iterator[Chunk]:
     """Makes columns of records. The first is the header, unless the columns were named.
 
-    Args:
-        records: all records of a file.
-        place: follows the number of a line in messages.
-        request: what to read.
+    `place` follows the number of a line in messages.
     """
     header = request.source.column_names or next((fields for _, fields in records if fields), [])
     names = list(map(str, header))

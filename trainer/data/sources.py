@@ -182,7 +182,7 @@ def _files_in(folder: Path, name: str) -> list[str]:
         raise ValueError(f"{folder} is a Delta table, or the output of an unfinished Spark job; export it as parquet")
     parts = [entry for entry in entries if not entry.startswith((".", "_")) and entry not in SAVED_NOTES]
     if not parts or not all(_PART.fullmatch(part) and (folder / part).is_file() for part in parts):
-        raise ValueError(f"{folder} is a folder; name what belongs to this split, as '{folder}/*.csv' or {folder}/test")
+        raise ValueError(f"{folder} is a folder; name what belongs to this split, as '{folder}/*.csv'")
     return [str(folder / part) for part in parts]
 
 

@@ -169,7 +169,7 @@ def test_refused_places(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     for folder in (tmp_path / "folder.csv", tmp_path):
         assert refused(folder) == (
-            f"data.train: {folder} is a folder; name the files that belong to this split, as '{folder}/*.csv'"
+            f"data.train: {folder} is a folder; name what belongs to this split, as '{folder}/*.csv'"
         )
 
 

@@ -490,7 +490,7 @@ def test_saved_data_sets():
     datasets.DatasetDict(train=saved, test=saved).save_to_disk("all", num_shards={"train": 2, "test": 1})
     wanted = [("c", "yes"), ("b", "no")]
     assert rows("all") == rows("all/test") == wanted
-    with pytest.raises(UserError, match=r"all is a folder; name what belongs to this split, as .* or all/test"):
+    with pytest.raises(UserError, match="all is a folder; name what belongs to this split, as "):
         predicted("all")
     write("broken/state.json", "{}")
     assert refused("broken").startswith("broken is a folder; name what belongs")
