@@ -12,12 +12,13 @@ import time
 
 import torch
 
+from trainer.batching.plan import Plan
 from trainer.compat import peak_memory_bytes
+from trainer.errors import UserError
 from trainer.model.adapter import adapter_tensors
 from trainer.training.checkpoint import save_checkpoint
-from trainer.training.memory import current_plan, shrink_token_budget
 from trainer.training.optim import learning_rate, set_learning_rate
-from trainer.training.records import Run
+from trainer.training.records import Run, current_plan
 from trainer.training.scoring import Stopped, evaluate
 from trainer.training.state import Tally, TrainState
 from trainer.training.step import StepResult, train_step
@@ -59,9 +60,28 @@ def train(
         if result.out_of_memory:  # the same step follows, in smaller micro-batches
             state = shrink_token_budget(run, state, plan)
             continue
-        state = count_step(run, state, result, time.perf_counter() - started)
-        log_step(run, state, result, rate)
+        state = count_step(run, state, plan, result, time.perf_counter() - started)
+        log_step(run, state, plan, result, rate)
         state = reset_tallies(run, state)
+
+
+def shrink_token_budget(run: Run, state: TrainState, plan: Plan) -> TrainState:
+    """Sets the budget to half of the largest micro-batch that the plan has for this step.
+
+    Raises:
+        UserError: that micro-batch has a single example.
+    """
+    num_tokens, num_examples = max(plan.sizes(state.step, run.learner.accelerator.num_processes))
+    if num_examples == 1:
+        raise UserError(
+            f"step {state.step + 1}: out of memory with a single example of {num_tokens} tokens; a lower "
+            "data.max_length or run.precision bf16 needs less"
+        )
+    max_tokens = num_tokens // 2
+    run.log.print_line(f"step {state.step}: out of memory; continuing with at most {max_tokens:,} tokens at a time")
+    if run.learner.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return dataclasses.replace(state, max_tokens=max_tokens)
 
 
 def is_evaluation_due(run: Run, state: TrainState) -> bool:
@@ -80,15 +100,15 @@ def is_due(run: Run, every_steps: int | None, step: int) -> bool:
     return step > 0 and step % (every_steps or run.plan.steps_per_epoch) == 0
 
 
-def count_step(run: Run, state: TrainState, result: StepResult, seconds: float) -> TrainState:
+def count_step(run: Run, state: TrainState, plan: Plan, result: StepResult, seconds: float) -> TrainState:
     """Adds a finished step to the tallies."""
-    num_processes = run.learner.accelerator.num_processes
+    sizes = plan.sizes(state.step, run.learner.accelerator.num_processes)
     step = Tally(
         loss=result.loss,
         steps=1,
-        examples=len(run.plan.global_batch(state.step)),
-        tokens=run.plan.num_tokens(state.step),
-        padded_tokens=sum(tokens for tokens, _ in current_plan(run, state).sizes(state.step, num_processes)),
+        examples=len(plan.global_batch(state.step)),
+        tokens=plan.num_tokens(state.step),
+        padded_tokens=sum(tokens for tokens, _ in sizes),
         seconds=seconds,
     )
     return dataclasses.replace(
@@ -100,7 +120,7 @@ def count_step(run: Run, state: TrainState, result: StepResult, seconds: float) 
     )
 
 
-def log_step(run: Run, state: TrainState, result: StepResult, rate: float) -> None:
+def log_step(run: Run, state: TrainState, plan: Plan, result: StepResult, rate: float) -> None:
     """Moves the progress bar; writes the values of a log point and of a finished epoch; `rate` is the step's."""
     epoch, window, log = state.step / run.plan.steps_per_epoch, state.window, run.log
     per_second = window.examples / window.seconds
@@ -114,7 +134,7 @@ def log_step(run: Run, state: TrainState, result: StepResult, rate: float) -> No
             "speed/tokens_per_second": window.tokens / window.seconds,
             "speed/padding_fraction": 1 - window.tokens / window.padded_tokens,
             "memory/peak_bytes": peak_memory_bytes(run.learner.accelerator.device),
-            "memory/max_tokens": current_plan(run, state).max_tokens,
+            "memory/max_tokens": plan.max_tokens,
         }
         if result.loss_scale is not None:
             values["train/loss_scale"] = result.loss_scale

@@ -48,8 +48,7 @@ from trainer.packed.forward import PaddedForward
 from trainer.tasks.task import headline_values
 from trainer.training.checkpoint import Checkpoint, load_newest, restore
 from trainer.training.loop import train
-from trainer.training.memory import current_plan
-from trainer.training.records import Run
+from trainer.training.records import Run, current_plan
 from trainer.training.scoring import Stopped, score, write_evaluation
 from trainer.training.setup import build, prepare
 from trainer.training.state import TrainState

@@ -5,6 +5,7 @@ Always holds: nothing in them changes during a run but the contents of tensors. 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from trainer.model.backbone import Backbone
 from trainer.packed.forward import Forward
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import Task
+from trainer.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,8 @@ class Run:
     total_steps: int
     eval_max_tokens: int
     """token budget of a batch that is scored"""
+
+
+def current_plan(run: Run, state: TrainState) -> Plan:
+    """The plan with the token budget that memory allows; the budget never changes what is trained."""
+    return dataclasses.replace(run.plan, max_tokens=state.max_tokens or run.plan.max_tokens)

@@ -27,8 +27,7 @@ from trainer.files import csv_text, write_atomic
 from trainer.model.adapter import adapter_tensors
 from trainer.packed.forward import Forward
 from trainer.tasks.task import Task, headline_values, is_better, measure, metric_value
-from trainer.training.memory import current_plan
-from trainer.training.records import Run
+from trainer.training.records import Run, current_plan
 from trainer.training.state import TrainState
 from trainer.training.step import first_signal, sum_over_ranks
 

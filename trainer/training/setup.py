@@ -32,7 +32,7 @@ from trainer.training.optim import build_optimizer
 from trainer.training.records import Inputs, Learner, Run
 from trainer.training.start_check import check_start
 
-# Token budgets if none is configured. A CPU is not faster with more. On a GPU, memory.py lowers what does not fit.
+# Token budgets if none is configured. A CPU is not faster with more. On a GPU the loop lowers what does not fit.
 CPU_TOKENS, GPU_TOKENS = 2048, 65536
 DRAW_FORMAT = "3"  # changes with the batches or masks of a (seed, step): a run of another format is refused
 
