@@ -181,15 +181,8 @@ def read_table(
 
 def progress_bar(name: str, unit: str, total: int | None, quiet: bool) -> Any:
     """A progress bar of the first process of a machine; in a log file a line a minute."""
-    return tqdm(
-        desc=name,
-        unit=f" {unit}",
-        unit_scale=True,
-        total=total,
-        disable=quiet or not is_first_on_machine(),
-        leave=False,
-        **bar_settings(60),
-    )
+    looks = {"unit": f" {unit}", "unit_scale": True, "leave": False, **bar_settings(60)}
+    return tqdm(desc=name, total=total, disable=quiet or not is_first_on_machine(), **looks)
 
 
 def hash_texts(texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
