@@ -66,9 +66,6 @@ class Texts(Sequence[str]):
         release_memory(self.file)
         return texts
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
 
 @dataclass
 class Reading:

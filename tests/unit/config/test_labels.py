@@ -337,7 +337,7 @@ def test_splits_agree_on_pairs(tmp_path):
     assert str(error.value).startswith(told)
     with pytest.raises(UserError, match=r"^data\.train has pairs of texts and data\.validation has single texts; "):
         load(path, validation=single, text_pair_columns=["pair"])
-    assert load(path, test=pairs, text_pair_columns=["pair"]).splits["test"].text_pairs == ["b", "d"]
+    assert load(path, test=pairs, text_pair_columns=["pair"]).splits["test"].text_pairs[:] == ["b", "d"]
     for config, source in ((DataConfig(train="x"), pairs), (DataConfig(train=pairs), single)):
         with pytest.raises(UserError, match=r"^--text_pair_columns: .* has single texts; both must agree$"):
             load_for_prediction(source, config, TASK, ["0", "1"], None)

@@ -66,8 +66,8 @@ def test_header_of_one_split_only(tmp_path):
 def test_text_pairs(tmp_path):
     path = write(tmp_path / "x.csv", "q1,q2,note,label\ngoal,win,n,0\nbank,deal,,1\n")
     corpus = load(path, text_columns=["q1"], text_pair_columns=["q2", "note"])
-    assert corpus.splits["train"].texts == ["goal", "bank"]
-    assert corpus.splits["train"].text_pairs == ["win n", "deal"]
+    assert corpus.splits["train"].texts[:] == ["goal", "bank"]
+    assert corpus.splits["train"].text_pairs[:] == ["win n", "deal"]
 
 
 def test_file_whose_name_looks_like_a_glob(tmp_path):
@@ -345,7 +345,7 @@ def test_hold_out_is_stratified_and_a_function_of_the_seed(tmp_path):
     # halves are rounded up: 6 of 60, 3 of 25, 1 of 5, 0 of 1
     assert np.bincount(held.targets, minlength=4).tolist() == [6, 3, 1, 0]
     assert sorted([*held.rows, *first.splits["train"].rows]) == list(range(91))
-    assert held.rows.tolist() == sorted(held.rows) and held.texts == [f"text {i}" for i in held.rows]
+    assert held.rows.tolist() == sorted(held.rows) and held.texts[:] == [f"text {i}" for i in held.rows]
     again, other = load(path, seed=1, validation_fraction=0.1), load(path, seed=2, validation_fraction=0.1)
     assert again.splits["validation"].rows.tolist() == held.rows.tolist()
     assert other.splits["validation"].rows.tolist() != held.rows.tolist()
@@ -383,7 +383,7 @@ def test_load_for_prediction(tmp_path):
     config = DataConfig(train="x", text_columns=["t"], label_names={"1": "neg", "2": "pos"})
     path = write(tmp_path / "x.csv", "id,t\n007,x\n8,y\n")
     split, ids, warnings = load_for_prediction(Source(str(path)), config, TASK, ["neg", "pos"], "id")
-    assert (split.texts, split.targets, ids, warnings) == (["x", "y"], None, ["007", "8"], [])
+    assert (split.texts[:], split.targets, ids, warnings) == (["x", "y"], None, ["007", "8"], [])
     assert load_for_prediction(Source(str(path)), config, TASK, ["neg", "pos"], None)[1] == ["0", "1"]
     path = write(tmp_path / "y.csv", "t,label\nx,2\ny,neg\n")
     with pytest.raises(UserError, match="1 of 2 labels are unknown, first 2 in row 1; known: 'neg', 'pos'"):
