@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.harness.data import write_csv
-from trainer.config.schema import DataConfig, Source
+from trainer.config.schema import DataConfig, Source, resolve
 from trainer.data.corpus import load_corpus, load_for_prediction
-from trainer.data.rows import Texts, hash_texts
+from trainer.data.rows import Texts, _encode_label, hash_texts, read_table
 from trainer.data.sources import Origin
 from trainer.errors import UserError
 from trainer.tasks.single_label import TASK
@@ -301,6 +301,32 @@ def test_what_is_wrong_with_an_input_names_its_options(tmp_path, row, id_column,
     pq.write_table(pa.table({"text": ["x"], **{name: [value] for name, value in row.items()}}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=re.escape(says)):
         load_for_prediction(Source(path=str(tmp_path / "x.parquet")), DataConfig(train="x"), TASK, ["a"], id_column)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_a_label_may_be_a_list_and_the_task_decides(tmp_path, kind):
+    labels = [["a", 2.0], [], ["a", None], ["a", 2.0]]
+    texts, path = ["p", "q", "r", "s"], tmp_path / f"x.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps([{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]))
+    else:
+        labels = [["a", "2"], [], ["a", None], ["a", "2"]]
+        pq.write_table(pa.table({"text": texts, "label": labels}), path)
+    for _ in range(2):  # read, then from the cache
+        column = read_table("train", resolve(str(path), DataConfig())).labels
+        assert column.columns == ["label"] and column.codes.tolist() == [0, 1, 2, 0]
+        assert column.values == [["a", "2"], [], ["a", None]]
+        with pytest.raises(UserError, match=r"x\..*: row 1: column 'label' holds a list, not text$"):
+            column.texts()
+
+
+@pytest.mark.parametrize(
+    ("cells", "label"),
+    [((1.0,), "1"), ((True,), "true"), ((1,), "1"), (([],), []), ((0, "x"), ["0", "x"]), ((None, 0.5), [None, "0.5"])],
+)
+def test_a_label_of_one_or_several_columns(cells, label):
+    assert json.loads(_encode_label(cells)) == label
+    assert _encode_label((None,)) is None
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
