@@ -64,10 +64,10 @@ def edit_json(path, **values):
 
 
 def test_several_problems(attempt):
-    assert attempt("--batch.size", "big", "--sed", "1", "--data.validation_fraction=") == (
+    assert attempt("--batch.size", "big", "--sed", "1", "--optim.eps=") == (
         "batch.size: 'big' is not valid; expected int (on the command line)\n"
         "unknown option 'sed'; nearest: run.seed (on the command line)\n"
-        "data.validation_fraction: '' is not valid; expected float (on the command line)"
+        "optim.eps: '' is not valid; expected float (on the command line)"
     )
 
 
