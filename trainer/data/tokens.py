@@ -73,14 +73,9 @@ def tokenize(
     quiet: bool = False,
     workers: int | None = None,
 ) -> Examples:
-    """Tokenizes a split, or takes its tokens from the cache.
+    """Tokenizes a split with a fast tokenizer, or takes its tokens from the cache.
 
-    Args:
-        split: N examples.
-        tokenizer: a fast tokenizer.
-        max_length: tokens per example at most, special tokens included.
-        quiet: no progress bar.
-        workers: tasks that run at the same time; None = one for each core.
+    `max_length` counts special tokens too. `workers` threads run at the same time; None = one for each core.
     """
     with_types = split.text_pairs is not None and "token_type_ids" in tokenizer.model_input_names
     names = [name for name in TYPES if name != "token_types" or with_types]
@@ -116,9 +111,8 @@ def cache_name(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length:
     # earlier calls set these two
     settings.pop("truncation", None)
     settings.pop("padding", None)
-    own = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
-    own.append(tokenizer.split_special_tokens)
-    header = [*own, settings, max_length, split.text_pairs is None, TOKENS_FORMAT]
+    own = (tokenizer.model_input_names, tokenizer.truncation_side, tokenizer.split_special_tokens)
+    header = [type(tokenizer).__name__, *own, settings, max_length, split.text_pairs is None, TOKENS_FORMAT]
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(split.digests).data)
     return f"{digest.hexdigest()[:32]}.tokens"
