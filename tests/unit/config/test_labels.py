@@ -132,15 +132,6 @@ def test_words_of_yaml_meet_those_of_the_data(tmp_path, word):
     assert metric_value({"per_class": per_class}, f"f1/{word}") == 0
 
 
-@pytest.mark.parametrize(("word", "value"), [("1.0", 1), ("1e3", 1000.0), (".5", 0.5), ("false", False), ("2", 2.0)])
-def test_words_of_yaml_meet_the_numbers_of_parquet(tmp_path, word, value):
-    path = labelled(tmp_path / "x.parquet", [value, value * 2 + 9 if value else True])
-    corpus = load(path)
-    config = Config(optim=OptimConfig(class_weights={word: 3}), evaluation=EvaluationConfig(metric=f"f1/{word}"))
-    check_names(config, corpus)
-    assert example_weights({word: 3}, corpus.splits["train"].targets, corpus.label_names).tolist() == [3, 1]
-
-
 def test_a_class_that_is_weighted_twice_or_is_none(tmp_path):
     corpus = load(labelled(tmp_path / "x.csv", ["1", "Sports"]))
     for weights, said in (
@@ -233,15 +224,6 @@ def test_a_summary_that_is_damaged(tmp_path, content):
     (tmp_path / "summary.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"summary\.json cannot be read"):
         read_summary(tmp_path)
-
-
-def test_whole_numbers_are_numbers_in_jsonl(tmp_path):
-    def labels(names):
-        text, _ = submission(tmp_path, names, {name: name for name in names}, output="x.jsonl")
-        return [json.loads(line)["Label"] for line in text.splitlines()]
-
-    assert labels(["0", "4", "-1"]) == [0, 4, -1]
-    assert labels(["007", "8"]) == ["007", "8"] and labels(["a", "1"]) == ["a", "1"]
 
 
 # --- ids --------------------------------------------------------------------------------------------------------------

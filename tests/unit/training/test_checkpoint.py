@@ -59,35 +59,12 @@ def test_what_is_saved_is_loaded(tmp_path, best):
     assert damage == []
 
 
-def test_types_and_special_values_survive(tmp_path):
-    tensors = {
-        "half": torch.tensor([1.5], dtype=torch.bfloat16),
-        "numbers": torch.tensor([float("nan"), float("inf"), -0.0]),
-        "empty": torch.zeros(0, 3),
-        "one": torch.tensor(3),
-    }
-    saved = Checkpoint(1, tensors, None, {}, {}, "{}")
-    loaded = read_checkpoint(write_checkpoint(tmp_path, saved, 2)).adapter
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert loaded[name].shape == tensor.shape
-        assert loaded[name].view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist() if tensor.ndim else True
-
-
 def test_only_the_newest_are_kept(tmp_path):
     for step in (3, 6, 9, 12):
         write_checkpoint(tmp_path, example(step), keep_last=3)
     assert names(tmp_path) == ["step-00000006", "step-00000009", "step-00000012"]
     write_checkpoint(tmp_path, example(15), keep_last=2)
     assert names(tmp_path) == ["step-00000012", "step-00000015"]
-
-
-def test_later_damaged_checkpoints_do_not_push_out_the_one_just_saved(tmp_path):
-    for step in (6, 9):
-        write_checkpoint(tmp_path, example(step), keep_last=2)
-        (tmp_path / f"step-{step:08d}" / "manifest.json").unlink()
-    write_checkpoint(tmp_path, example(2), keep_last=2)
-    assert names(tmp_path) == ["step-00000002"]
 
 
 def test_the_same_step_again_replaces_it(tmp_path):
