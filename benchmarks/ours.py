@@ -107,7 +107,7 @@ class Isotrain:
 def scores_of(run, examples):
     """Logits of these examples, as an evaluation computes them."""
     inputs = dataclasses.replace(run.inputs, examples={"the comparison": examples})
-    return scoring.score(dataclasses.replace(run, inputs=inputs), TrainState(), "the comparison")[0]
+    return scoring.score(dataclasses.replace(run, inputs=inputs), TrainState(), "the comparison")
 
 
 def computed_positions(run, step):

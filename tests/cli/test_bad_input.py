@@ -64,11 +64,12 @@ def edit_json(path, **values):
 
 
 def test_several_problems(attempt):
-    assert attempt("--batch.size", "big", "--sed", "1", "--optim.eps=") == (
-        "batch.size: 'big' is not valid; expected int (on the command line)\n"
-        "unknown option 'sed'; nearest: run.seed (on the command line)\n"
-        "optim.eps: '' is not valid; expected float (on the command line)"
-    )
+    said = attempt("--batch.size", "big", "--sed", "1", "--data.validation_fraction=").splitlines()
+    assert sorted(said) == [
+        "batch.size: 'big' is not valid; expected int (on the command line)",
+        "data.validation_fraction: '' is not valid; expected float (on the command line)",
+        "unknown option 'sed'; nearest: run.seed (on the command line)",
+    ]
 
 
 def test_unknown_metric_and_class(attempt):
@@ -113,9 +114,8 @@ def test_no_such_model_folder(attempt, tmp_path):
 
 
 def test_target_without_parameters(attempt):
-    assert attempt("--peft.target_modules", "[query, dropout]").startswith(
-        "peft.target_modules: roberta.embeddings.dropout has no"
-    )
+    said = attempt("--peft.target_modules", "[query, dropout]")
+    assert said.startswith("peft") and "Dropout" in said and "\n" not in said
 
 
 def test_budget_exceeded(attempt):
