@@ -29,16 +29,9 @@ class Family:
     """logits [B, C] from the model and the last layer's first tokens [B, 1, H]"""
 
 
-def _classify_like_bert(model: Any, first_tokens: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model.classifier(model.dropout(model.base_model.pooler(first_tokens)))
-    return logits
-
-
-BERT = Family(first_position=lambda config: 0, classify=_classify_like_bert)
+BERT = Family(lambda config: 0, lambda model, x: model.classifier(model.dropout(model.base_model.pooler(x))))
 # RoBERTa's positions begin behind the id of padding
-ROBERTA = Family(
-    first_position=lambda config: int(config.pad_token_id) + 1, classify=lambda model, x: model.classifier(x)
-)
+ROBERTA = Family(lambda config: int(config.pad_token_id) + 1, lambda model, x: model.classifier(x))
 FAMILIES: dict[type, Family] = {
     BertForSequenceClassification: BERT,
     RobertaForSequenceClassification: ROBERTA,
