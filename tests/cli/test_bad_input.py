@@ -253,7 +253,7 @@ def test_loss_that_is_not_finite(tiny_arguments, backbone, tmp_path):
     )  # fmt: skip
     assert done.code == 2, done.stderr
     assert checked(done.stderr) == (
-        "step 0: the loss is not finite for 2 examples: id 17, 42 (row of train, counted from 0)\n"
+        "step 1: the loss is not finite for 2 examples: id 17, 42 (row of train, counted from 0)\n"
         "Nothing of this step was applied. Try a lower optim.learning_rate, or --run.precision no."
     )
     assert not (tmp_path / "runs" / "tiny" / "summary.json").exists()

@@ -231,6 +231,13 @@ def test_a_damaged_file_of_the_adapter_is_named(place, hub, predicted, tmp_path,
     assert said.startswith("--run: ") and str(run / "adapter") in said and "cannot be read: " in said
 
 
+def test_an_adapter_of_a_version_without_a_record_predicts_with_a_warning(place, predicted, tmp_path, capsys):
+    run = shutil.copytree(place / "runs" / "nli", tmp_path / "old")
+    (run / "adapter" / "backbone" / "identity.json").unlink()
+    assert predicted(run) == predicted("nli")
+    assert f"warning: {run} does not record its backbone: " in capsys.readouterr().err
+
+
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 

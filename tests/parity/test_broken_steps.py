@@ -7,7 +7,7 @@ from tests.harness.ranks import call_on_ranks
 from tests.parity.ranks import broken_step, reads
 
 SETTINGS = ("--batch.size", "20", "--batch.max_tokens", "60")
-SAYS = {"loss": "step 0: the loss is not finite for ", "gradient": "step 0: the gradient of base_model.model."}
+SAYS = {"loss": "step 1: the loss is not finite for ", "gradient": "step 1: the gradient of base_model.model."}
 
 
 def arguments_of(parity_arguments, name):

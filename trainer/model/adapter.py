@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trainer.compat import adapter_state, trained_module
 from trainer.config.schema import Config, ModelConfig
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError, one_line, print_once
 from trainer.files import UNFINISHED, publish, replace_folder, writing
 from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
 from trainer.model.build import set_precision
@@ -124,10 +124,14 @@ def save_adapter(
 
 def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str], problem_type: str) -> Backbone:
     """Finds the backbone that a finished run trained on, or refuses another; the tokenizer is the adapter's own."""
-    folder = run / "adapter"
+    folder, recorded = run / "adapter", None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
+        if (folder / IDENTITY).is_file():
+            recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
+        else:
+            line = f"{run} does not record its backbone: {config.name} may not be the one it was trained on"
+            print_once(f"warning: {line}", quiet=False)
     except Exception as error:  # tokenizers raise bare exceptions
         raise UserError(f"--run: tokenizer or {IDENTITY} of {folder} cannot be read: {one_line(error)}") from None
     try:
@@ -135,7 +139,8 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
     except UserError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason}\nName an unchanged copy of the run's backbone: --model.name FOLDER") from None
-    check_same_backbone(recorded, backbone.identity, run)
+    if recorded is not None:
+        check_same_backbone(recorded, backbone.identity, run)
     return backbone
 
 

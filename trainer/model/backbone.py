@@ -91,7 +91,8 @@ class Backbone:
     def identity(self) -> Identity:
         """Hashes the files; downloads those of a hub model that the cache lacks."""
         weights, folder = getattr(self.config, "transformers_weights", None) or "model.safetensors", self.path
-        patterns = ["config.json", "adapter_config.json", f"{weights.partition('.')[0]}*.safetensors*"]
+        shards = f"{weights.removesuffix('.safetensors')}-*-of-*.safetensors"
+        patterns = ["config.json", "adapter_config.json", weights, f"{weights}.index.json", shards]
         try:
             if self.commit is not None:
                 folder = snapshot_download(self.path, revision=self.commit, allow_patterns=patterns)

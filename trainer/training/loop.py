@@ -78,7 +78,7 @@ def shrink_token_budget(run: Run, state: TrainState, plan: Plan) -> TrainState:
             "data.max_length or run.precision bf16 needs less"
         )
     max_tokens = num_tokens // 2
-    run.log.print_line(f"step {state.step}: out of memory; continuing with at most {max_tokens:,} tokens at a time")
+    run.log.print_line(f"step {state.step + 1}: out of memory; continuing with at most {max_tokens:,} tokens at a time")
     if run.learner.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return dataclasses.replace(state, max_tokens=max_tokens)

@@ -133,7 +133,7 @@ def apply_gradient(learner: Learner, step: int, norm: torch.Tensor) -> None:
     without = [name for name, parameter in learner.parameters.items() if parameter.grad is None]
     if without:
         raise UserError(
-            f"step {step}: no gradient reached {without[0]} ({len(without)} of {len(learner.parameters)} tensors); "
+            f"step {step + 1}: no gradient reached {without[0]} ({len(without)} of {len(learner.parameters)} tensors); "
             "leave out what the classifier does not use, with peft.target_modules or peft.exclude_modules"
         )
     learner.accelerator.unscale_gradients()
@@ -158,7 +158,7 @@ def seed_unkeyed_operations(learner: Learner, step: int) -> None:
 def _refuse_broken_gradient(learner: Learner, step: int, norms: torch.Tensor) -> None:
     named = zip(learner.parameters, norms.tolist(), strict=True)
     worst = next((name for name, norm in named if not np.isfinite(norm)), "all parameters together")
-    raise UserError(f"step {step}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
+    raise UserError(f"step {step + 1}: the gradient of {worst} is not finite; try a lower optim.learning_rate")
 
 
 def _refuse_broken_loss(run: Run, step: int, ids: np.ndarray) -> None:
@@ -166,6 +166,6 @@ def _refuse_broken_loss(run: Run, step: int, ids: np.ndarray) -> None:
     rows = sorted(set(gather_object(run.inputs.corpus.splits["train"].rows[ids].tolist())))
     shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
     raise UserError(
-        f"step {step}: the loss is not finite for {len(rows)} examples: id {shown} (row of train, counted from 0)\n"
+        f"step {step + 1}: the loss is not finite for {len(rows)} examples: id {shown} (row of train, counted from 0)\n"
         "Nothing of this step was applied. Try a lower optim.learning_rate, or --run.precision no."
     )
