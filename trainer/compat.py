@@ -1,7 +1,7 @@
 """Private names of other libraries, one small function each, and what differs between devices.
 
 Always holds: no other module of trainer/ touches a private name of a library (tests/contracts/test_private_names.py).
-Checked with torch 2.11 and 2.13, transformers 5.17 and 5.23, peft 0.21.2. Of accelerate none is used.
+Checked with torch 2.11 and 2.13, transformers 5.17 and 5.23, peft 0.21.2, accelerate 1.15.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -52,6 +53,14 @@ def reordered_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     """x weight^T + bias, with a weight of `reorder_weight`: [..., H] -> [..., O] (torch 2.11, 2.13)."""
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
+
+
+# --- accelerate ---
+
+
+def forget_precision() -> None:
+    """Lets the next Accelerator of this process have another precision (accelerate 1.15)."""
+    AcceleratorState._reset_state()
 
 
 # --- transformers ---

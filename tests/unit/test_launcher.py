@@ -259,3 +259,32 @@ def test_the_topologys_file_may_set_the_precision(monkeypatch, tmp_path):
 )  # fmt: skip
 def test_which_ends_are_a_loss(code, lost):
     assert launcher.is_lost(code) == lost
+
+
+# ---- --verify --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "num_gpus", "topology", "processes"),
+    [
+        ([], 0, "cpu_multi", 2),
+        (["--topology=cpu"], 2, "cpu_multi", 2),
+        (["--processes=4"], 0, "cpu_multi", 4),
+        ([], 1, "gpu", 1),
+        ([], 4, "multi_gpu", 4),
+    ],
+)
+def test_verify_runs_on_all_gpus_or_two_processes(monkeypatch, capsys, words, num_gpus, topology, processes):
+    monkeypatch.setattr(launcher, "count_gpus", lambda environment: num_gpus)
+    assert launcher.follow_options(launcher.Choice("python", "a test"), True, ["--verify", "--dry-run", *words]) == 0
+    command = capsys.readouterr().out.split()
+    assert command == ["python", launcher.VERIFY, "--topology", topology, "--processes", str(processes)]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [(["--optim.epochs", "1"], "such as --optim.epochs"), (["--topology=fsdp", "--processes=2"], "one machine")],
+)
+def test_verify_refuses_what_it_does_not_check(words, problem):
+    with pytest.raises(launcher.Mistake, match=problem):
+        launcher.follow_options(launcher.Choice("python", "a test"), True, ["--verify", "--dry-run", *words])

@@ -1,0 +1,1 @@
+"""The promise, checked on this machine: `./launch.sh --verify`."""
