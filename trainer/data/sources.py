@@ -70,9 +70,8 @@ class Origin:
                 may_lack_columns = file_type(path) in (".json", *formats.LINES)
                 for count, chunk in formats.read_file(path, request):
                     columns.update(set(chunk) & set(wanted))
-                    if (
-                        chunk and not may_lack_columns
-                    ):  # also without rows: its header may be a row of a file without one
+                    # also without rows: its header may be a row of a file without one
+                    if chunk and not may_lack_columns:
                         first = first or (path, columns)
                         for column in sorted(columns ^ first[1]):
                             lacks, has = (path, first[0]) if column in first[1] else (first[0], path)

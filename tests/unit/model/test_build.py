@@ -16,6 +16,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from trainer.config.loading import RECIPES, parse_config
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.errors import UserError
 from trainer.model.adapter import adapter_config_json, adapter_tensors, load_adapter_tensors, load_trained_model
@@ -111,19 +112,22 @@ def published(tiny_tokenizer):
     return Backbone("roberta-base", None, config, tiny_tokenizer, "")
 
 
-def test_the_published_run_trains_888580_parameters(published):
-    settings = PeftConfig(options={"r": 8, "lora_alpha": 16, "target_modules": ATTENTION})
+@pytest.mark.parametrize(
+    ("recipe", "of_adapter", "of_all"),
+    [("agnews-roberta-lora", 294_912, 125_537_288), ("agnews-roberta-lora-all-linear", 331_776, 125_574_152)],
+)
+def test_a_published_run_trains_as_many_parameters_as_its_recipe_says(published, recipe, of_adapter, of_all):
+    settings, of_head = parse_config(["--recipe", recipe]).peft, 593_668
+    assert f"{of_adapter + of_head:,} trainable parameters" in (RECIPES / f"{recipe}.yaml").read_text()
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(published.config)
         model = add_adapter(model, adapter_config(settings, "roberta-base"), set())
-    assert model.get_nb_trainable_parameters() == (888_580, 125_537_288)
-    adapter = sum(parameter.numel() for name, parameter in trained(model).items() if ".lora_" in name)
-    assert (adapter, 888_580 - adapter) == (294_912, 593_668)
+    assert model.get_nb_trainable_parameters() == (of_adapter + of_head, of_all)
+    assert sum(p.numel() for name, p in trained(model).items() if ".lora_" in name) == of_adapter
     rows = parameter_table(model)
-    assert sum(row["trainable"] for row in rows) == 888_580
-    assert sum(row["total"] for row in rows) == 125_537_288
-    head = sum(row["trainable"] for row in rows if row["module"].startswith("classifier"))
-    assert head == 593_668
+    assert sum(row["trainable"] for row in rows) == of_adapter + of_head
+    assert sum(row["total"] for row in rows) == of_all
+    assert sum(row["trainable"] for row in rows if row["module"].startswith("classifier")) == of_head
 
 
 def test_positions_behind_the_padding_id_are_counted(published):
