@@ -72,7 +72,7 @@ def check_launch(words, environment):
         return
     options = launcher.parse_options(words)
     if options.verify:
-        return  # tests/verification runs it
+        return  # tests/cli/test_verify.py runs it
     num_gpus = 2 if options.topology in ("gpu", "multi_gpu") else 0
     launcher.make_plan(options, launcher.Choice(sys.executable, "a test"), environment, num_gpus)
     try:
