@@ -190,7 +190,7 @@ def padded_gradient(run, step, parts, width):
         batch = padded(run, ids, width)
         with run.learner.dropout.micro_batch(step, batch.ids, batch.lengths):
             logits = run.learner.model(**batch.inputs).logits
-        (example_losses(run.learner.task, logits, batch, 0.0).sum() / total * scale).backward()
+        (example_losses(run.learner.losses, logits, batch).sum() / total * scale).backward()
     return taken_gradient(run) / scale
 
 

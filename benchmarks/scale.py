@@ -82,13 +82,11 @@ def write_rows(path, count, seed=0):
 
 
 def load(chosen):
-    from trainer.config.schema import DataConfig
+    from trainer.config.schema import DataConfig, TaskConfig
     from trainer.data.corpus import load_corpus
-    from trainer.tasks.single_label import TASK
 
-    return load_corpus(
-        DataConfig(train=chosen["file"], validation_fraction=chosen.get("fraction", FRACTION)), TASK, SEED, quiet=True
-    )
+    config = DataConfig(train=chosen["file"], validation_fraction=chosen.get("fraction", FRACTION))
+    return load_corpus(config, TaskConfig(), SEED, quiet=True)
 
 
 def tokenizer_of(chosen):

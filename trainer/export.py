@@ -53,10 +53,10 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
     # these imports take seconds; --help needs none of them
     from trainer.model.adapter import export_merged, find_trained_backbone
     from trainer.model.backbone import silence_libraries
-    from trainer.tasks import TASKS
+    from trainer.tasks import make_task
 
     silence_libraries()
-    backbone = find_trained_backbone(run, config.model, label_names, TASKS[config.task.type].problem_type)
+    backbone = find_trained_backbone(run, config.model, label_names, make_task(config.task).problem_type)
     difference = export_merged(run / "adapter", backbone, config, output)
     print(f"exported to {output}: logits within {difference:.1e} of the adapter's", file=sys.stderr)
     return 0

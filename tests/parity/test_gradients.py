@@ -1,10 +1,12 @@
 """The gradient of a step is the same however its global batch is shared out; wrong ways to do it are told apart."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
 
+from tests.harness.data import topic_rows
 from tests.harness.ranks import call_on_ranks
 from tests.parity.ranks import gradients, plain_gradient
 
@@ -126,3 +128,29 @@ def test_the_step_is_that_of_torchs_own_loss_and_autograd(found, parity_argument
         assert plain[(batch_size, step, 70)]["loss"] == pytest.approx(loss, rel=TOLERANCE)
         assert np.abs(plain[(batch_size, step, 70)]["gradient"] - gradient).max() < TOLERANCE
         assert abs(loss - weighted_loss) > 1e-4
+
+
+def test_several_labels_give_one_gradient_too(parity_arguments, tmp_path):
+    """With weights of labels; all labels of two examples in a row make one list, and some lists are empty."""
+    for name, seed, count in (("train", 1, 61), ("validation", 3, 13)):
+        rows = topic_rows(count, seed)
+        labels = [[rows[i][1], rows[i - 1][1]] if i % 3 else [] for i in range(count)]
+        content = [{"text": text, "label": label} for (text, _), label in zip(rows, labels, strict=True)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+
+    def results(world_size, packed, weights, wrong=None):
+        arguments = parity_arguments(
+            f"labels-{world_size}-{packed}-{weights}-{wrong}", 0.1, *STEP_IS_GRADIENT, "--model.packed", packed,
+            "--data.train", tmp_path / "train.json", "--data.validation", tmp_path / "validation.json",
+            "--optim.label_smoothing", "0", "--optim.class_weights", weights,
+        )  # fmt: skip
+        return call_on_ranks(world_size, gradients, arguments, CASES[:5], wrong)
+
+    whole = results(1, "false", "balanced")[0][CASES[0]]
+    assert len(whole["sizes"]) == 1 and np.abs(whole["gradient"]).max() > 1e-3
+    for world_size, packed in ((1, "true"), (2, "true"), (2, "false")):
+        for rank in results(world_size, packed, "balanced"):
+            assert max(distance(result, whole) for result in rank.values()) < TOLERANCE
+            assert all(result["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE) for result in rank.values())
+    wrong = results(2, "true", "balanced", "mean of means")[0]
+    assert sum(distance(result, whole) > 1e6 * TOLERANCE for result in wrong.values()) >= 2

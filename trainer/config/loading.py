@@ -19,7 +19,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from trainer.config.schema import GROUPS, SPLITS, Config, Source, as_dict, find_problems
+from trainer.config.schema import GROUPS, SPLITS, Config, Source, as_dict, fill_recorded, find_problems
 from trainer.errors import UserError, one_line
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -88,7 +88,7 @@ def load_finished_run(folder: Path, name: str | None = None, revision: str | Non
         label_names = [str(label) for label in labels]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--run: {folder}: adapter/labels.json cannot be read: {error}") from None
-    config = load_config(folder / "config.yaml")
+    config = fill_recorded(load_config(folder / "config.yaml"))
     model = config.model if name is None else dataclasses.replace(config.model, name=name, revision=None)
     model = model if revision is None else dataclasses.replace(model, revision=revision)
     return dataclasses.replace(config, model=model), label_names

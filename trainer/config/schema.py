@@ -69,6 +69,8 @@ class Format:
     """columns with the second text of a pair"""
     label_column: str | None = None
     """column with the label"""
+    label_columns: list[str] | None = None
+    """columns of 0 and 1, one for each label; [] = read label_column"""
     label_names: list[str] | dict[str, str] | None = None
     """class names in order (labels count from 0), or {value in the file: class name}"""
 
@@ -100,6 +102,8 @@ class ResolvedSource:
     """empty for single texts"""
     label_column: str | None
     """None: no labels are read"""
+    label_columns: list[str]
+    """columns of 0 and 1 that are read instead; empty for a label column"""
     label_names: list[str] | dict[str, str] | None
 
 
@@ -131,7 +135,9 @@ class DataConfig:
     text_pair_columns: list[str] | None = None
     """columns with the second text of a pair, joined by a space; null = single texts"""
     label_column: str = "label"
-    """column with the label: a name or a number"""
+    """column with the label: a name or a number; for multi_label a list of them, or text with task.separator"""
+    label_columns: list[str] | None = None
+    """columns of 0 and 1, one for each label, instead of label_column (multi_label); null = read label_column"""
     label_names: list[str] | dict[str, str] | None = None
     """class names in order (labels count from 0), or {value in the data: class name}; null = the sorted labels found"""
     max_length: int = field(default=512, metadata=at_least(4))
@@ -142,8 +148,12 @@ class DataConfig:
 class TaskConfig:
     """What a label is."""
 
-    type: Literal["single_label"] = "single_label"
-    """single_label = each example has one label, the name of its class"""
+    type: Literal["single_label", "multi_label"] | None = None
+    """single_label = each example has one label, the name of its class; multi_label = it has any number of labels;
+    null = multi_label for lists, label_columns or a separator, else single_label"""
+    separator: str | None = None
+    """what separates the labels in a text (multi_label), such as '|'; it joins the labels of a prediction too;
+    null = the labels are no text, and '|' joins predictions"""
 
 
 @dataclass(frozen=True)
@@ -213,9 +223,10 @@ class OptimConfig:
     max_steps: int | None = field(default=None, metadata=at_least(1))
     """optimizer steps of the whole run, overrides epochs; null = as many as the epochs need"""
     label_smoothing: float = field(default=0.0, metadata=BELOW_ONE)
-    """probability mass of the target that is spread evenly over all classes"""
+    """probability mass of the target that is spread evenly over all classes (single_label)"""
     class_weights: Literal["balanced"] | dict[str, float] | None = None
-    """{class name: weight} or balanced (inverse frequency in the training split); null = 1 for all"""
+    """{class name: weight} or balanced; null = 1 for all. single_label: weight of the examples of a class, balanced =
+    inverse frequency. multi_label: weight of a label where it holds, balanced = negatives / positives"""
 
 
 @dataclass(frozen=True)
@@ -224,9 +235,9 @@ class EvaluationConfig:
 
     every_steps: int | None = field(default=None, metadata=at_least(1))
     """steps between evaluations; null = at the end of each epoch"""
-    metric: str = "accuracy"
+    metric: str | None = None
     """what selects the best adapter: a metric of the task, such as accuracy, f1_macro, mcc, loss or f1/CLASS
-    (an unknown name lists all)"""
+    (an unknown name lists all); null = accuracy, or average_precision_macro for multi_label"""
     patience: int | None = field(default=None, metadata=at_least(1))
     """evaluations without improvement after which training stops; null = never"""
 
@@ -285,6 +296,8 @@ CHANGEABLE_OPTIONS = {
     "tracking": {"every_steps", "backends"},
 }
 BY_CONTENT = ("data", "model")
+DEFAULT_METRICS = {"single_label": "accuracy", "multi_label": "average_precision_macro"}
+"""by task: evaluation.metric if it is null"""
 
 
 def as_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -309,9 +322,13 @@ def identity(config: Config, by_name: bool = False) -> dict[str, dict[str, Any]]
 
 def find_differences(before: Config, now: Config, by_name: bool) -> list[str]:
     """Names the options that make two runs different, each with both values."""
-    there, here = identity(before, by_name), identity(now, by_name)
+    there, here = identity(fill_recorded(before), by_name), identity(now, by_name)
     if now.run.precision == "auto":  # it keeps what it chose when the run began
         here["run"]["precision"] = there["run"]["precision"]
+    if now.task.type is None:  # the run found it in its labels, which are compared too
+        here["task"]["type"] = there["task"]["type"]
+    if now.evaluation.metric is None:
+        here["evaluation"]["metric"] = DEFAULT_METRICS.get(there["task"]["type"])
     return [
         f"{group}.{name} (there {there[group].get(name)!r}, now {here[group].get(name)!r})"
         for group in here
@@ -320,12 +337,32 @@ def find_differences(before: Config, now: Config, by_name: bool) -> list[str]:
     ]
 
 
+def fill_task(config: Config, task: TaskConfig) -> Config:
+    """Fills in the task that the labels showed, and its metric."""
+    metric = config.evaluation.metric or DEFAULT_METRICS.get(task.type or "")
+    return dataclasses.replace(config, task=task, evaluation=dataclasses.replace(config.evaluation, metric=metric))
+
+
+def fill_recorded(config: Config) -> Config:
+    """Fills in the task of a recorded run; where earlier versions recorded none, it is single_label."""
+    return fill_task(config, dataclasses.replace(config.task, type=config.task.type or "single_label"))
+
+
+def chosen_metric(config: Config) -> str:
+    """The metric of a configuration with a task, see `fill_task`."""
+    assert config.evaluation.metric is not None, "a task without a default is refused before"
+    return config.evaluation.metric
+
+
 def resolve(source: str | Source, default: DataConfig | ResolvedSource) -> ResolvedSource:
     """Fills the null fields of a split from a default."""
     split = source if isinstance(source, Source) else Source(path=source)
     values = {name: getattr(default, name) if value is None else value for name, value in vars(split).items()}
     values["column_names"] = values["column_names"] or None
     values["text_pair_columns"] = values["text_pair_columns"] or []
+    if split.label_column is not None and split.label_columns is None:
+        values["label_columns"] = []  # the split's own column, not the columns of the default
+    values["label_columns"] = values["label_columns"] or []
     return ResolvedSource(**values)
 
 
@@ -344,13 +381,21 @@ def find_problems(config: Config) -> Iterator[str]:
         yield "optim.name sgd with run.precision fp16: small gradients are lost; use bf16 or adamw"
     if not data.train:
         yield "data.train is missing: --data.train FILE (csv, tsv, json, jsonl, parquet) or hub id, or a --recipe"
-    yield from find_source_problems("data.", resolve("", data))
+    sources = {"data.": resolve("", data)}
     for key in SPLITS:
         source = getattr(data, key.partition(".")[2])
         if source == "" and key != "data.train":
             yield f"{key} is empty; use null for no split"
         if isinstance(source, Source):
-            yield from find_source_problems(f"{key}.", resolve(source, data))
+            sources[f"{key}."] = resolve(source, data)
+    for prefix, resolved in sources.items():
+        yield from find_source_problems(prefix, resolved)
+        if resolved.label_columns and config.task.type == "single_label":
+            yield f"{prefix}label_columns are for task.type multi_label; for single_label use label_column"
+    if config.task.separator == "":
+        yield "task.separator is empty; use null for none, or a text such as '|'"
+    elif config.task.separator is not None and config.task.type == "single_label":
+        yield f"task.separator {config.task.separator!r} is for task.type multi_label; leave one of them out"
     if data.validation is None and data.validation_fraction == 0 and config.evaluation.patience is not None:
         yield "evaluation.patience needs a validation split, but data.validation_fraction is 0"
     name = run_name(config)
@@ -374,8 +419,13 @@ def find_source_problems(prefix: str, source: ResolvedSource) -> Iterator[str]:
     """Yields one line for each invalid setting of a source. The prefix begins its options."""
     if source.text_columns == []:
         yield f"{prefix}text_columns is empty: name at least one column"
-    if source.label_column in [*source.text_columns, *source.text_pair_columns]:
+    texts = {*source.text_columns, *source.text_pair_columns}
+    if source.label_column in texts and not source.label_columns:
         yield f"{prefix}label_column {source.label_column!r} is also a text column"
+    if both := [column for column in source.label_columns if column in texts]:
+        yield f"{prefix}label_columns: {both[0]!r} is also a text column"
+    if len(source.label_columns) == 1 or len(set(source.label_columns)) < len(source.label_columns):
+        yield f"{prefix}label_columns: {source.label_columns} must name at least two columns, each once"
     delimiter, encoding = source.delimiter, source.encoding
     if delimiter is not None and (len(delimiter.replace("\\t", "\t")) != 1 or delimiter in '"\r\n'):
         yield f"{prefix}delimiter: {delimiter!r} must be one character, such as ';' or '\\t'"

@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.config.labels import INVISIBLE, look_alikes, quoted
-from trainer.config.schema import DataConfig, ResolvedSource, Source, resolve
+from trainer.config.schema import DataConfig, ResolvedSource, Source, TaskConfig, resolve
 from trainer.data.formats import Columns
 from trainer.data.rows import Table, TextSplit, read_table
 from trainer.data.sources import find_origin, for_each, option_name
 from trainer.errors import UserError
-from trainer.tasks.task import Task
+from trainer.tasks import Task, find_task, make_task
+from trainer.tasks.multi_label import suggest_separator
 
 MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}
 """what libraries write for a missing value"""
@@ -30,6 +31,8 @@ MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}
 class Corpus:
     """All splits of a run, with one order of label names."""
 
+    task: TaskConfig
+    """with the type that the labels of train show"""
     label_names: list[str]
     """name of each logit, [C]"""
     label_values: dict[str, str]
@@ -41,25 +44,32 @@ class Corpus:
     """what the user should know, a line each"""
 
 
-def load_corpus(config: DataConfig, task: Task, seed: int, quiet: bool = False) -> Corpus:
+def load_corpus(config: DataConfig, task_config: TaskConfig, seed: int, quiet: bool = False) -> Corpus:
     """Reads and checks all splits of a run. Holds out a validation split if none is named."""
     named = [name for name in ("train", "validation", "test") if getattr(config, name) is not None]
     sources = {name: resolve(getattr(config, name), config) for name in named}
     _refuse_mixed_pairs(sources)
-    tables = for_each(named, lambda name: read_table(name, sources[name], quiet=quiet))
+    separator = task_config.separator
+    tables = for_each(named, lambda name: read_table(name, sources[name], quiet=quiet, separator=separator))
     train_labels = tables["train"].labels
     assert train_labels is not None, "read_table refuses a split without labels"
+    found = find_task(task_config, train_labels)
+    task = make_task(found)
     label_names, doubt = task.name_labels(train_labels)
+    hint = suggest_separator(train_labels) if task_config.type is None else None
     try:
         splits, counts, warnings = _make_splits(tables, config.validation_fraction, task, label_names, seed)
     except UserError as error:
-        raise UserError(f"{doubt}\n{error}" if doubt else str(error)) from None
-    if doubt and len(label_names) > 20:  # a few rows with a class each are somebody's first try
+        raise UserError("\n".join(filter(None, [hint or doubt, str(error)]))) from None
+    if hint:
+        warnings.insert(0, hint)
+    elif doubt and len(label_names) > 20:  # a few rows with a class each are somebody's first try
         warnings.insert(0, doubt)
     if alike := look_alikes(label_names):
         shown = "; ".join(map(quoted, alike[:3])) + ("; ..." if len(alike) > 3 else "")
         warnings.append(f"classes differ only in {INVISIBLE}: {shown}")
-    return Corpus(label_names, task.label_values(train_labels, label_names), splits, counts, warnings)
+    label_values = task.label_values(train_labels, label_names)
+    return Corpus(found, label_names, label_values, splits, counts, warnings)
 
 
 def load_for_prediction(
@@ -83,9 +93,11 @@ def load_for_prediction(
         has, lacks = ("the run", "--input") if trained.text_pair_columns else ("--input", "the run")
         raise UserError(f"--text_pair_columns: {has} has pairs of texts and {lacks} has single texts; both must agree")
     # every row gets a prediction
-    full = replace(full, empty_text="keep", label_column=None if ignore_labels else full.label_column)
-    labels_required = source.label_column is not None and not ignore_labels
-    table = read_table("input", full, labels_required, id_column, quiet)
+    full = replace(full, empty_text="keep")
+    if ignore_labels:
+        full = replace(full, label_column=None, label_columns=[])
+    labels_required = bool(source.label_column or source.label_columns) and not ignore_labels
+    table = read_table("input", full, labels_required, id_column, quiet, task.separator)
     warnings: list[str] = []
     split = _encode_labels(table, task, label_names, warnings)
     if table.ids is None:
@@ -96,7 +108,7 @@ def load_for_prediction(
 def find_id_columns(source: Source, config: DataConfig) -> list[str]:
     """Finds the columns of an input that are called ID, in any case, and hold neither texts nor labels."""
     full = resolve(source, resolve(config.train or "", config))
-    used = {*full.text_columns, *full.text_pair_columns, full.label_column}
+    used = {*full.text_columns, *full.text_pair_columns, full.label_column, *full.label_columns}
     columns: Columns = next((columns for _, (_, columns) in find_origin("input", full).read_chunks([]) if columns), {})
     return [column for column in columns if column.strip().casefold() == "id" and column not in used]
 

@@ -101,7 +101,7 @@ def read_file(path: str, request: Request) -> Iterator[Chunk]:
 
 
 def read_class_names(path: str, label_column: str | None) -> list[str] | None:
-    """Reads the names that `datasets` stored in a parquet or Arrow file for the numbers of a ClassLabel column."""
+    """Reads the names that `datasets` stored in a parquet or Arrow file for class numbers, or lists of them."""
     kind = file_type(path)
     if kind in PARQUET:
         schema = pyarrow.parquet.read_schema(path)
@@ -112,8 +112,9 @@ def read_class_names(path: str, label_column: str | None) -> list[str] | None:
         return None
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label_column]
+        feature = feature.get("feature") or feature  # of a list
         return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else None
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, AttributeError):
         return None
 
 

@@ -38,6 +38,8 @@ ROWS_FORMAT = 8
 """version of the cached rows; a new number makes every start read them again"""
 ROWS_FILE, FACTS_FILE = "rows.arrow", "facts.json"
 TEXT_ROLES = ("text", "text_pair")
+NO_TEXT = (dict, bytes, list)
+"""types of values that are no text"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,8 @@ class Reading:
     """number of rows of each file"""
     columns: list[str]
     """names of the source's columns"""
+    separator: str | None = None
+    """what separates the labels in a text; None = a text is one label"""
 
     def describe_rows(self, rows: Sequence[int]) -> str:
         """Names rows, counted from 1: "row 3, 5", or "row 3, 5 of a.csv; row 1 of b.csv"."""
@@ -151,27 +155,35 @@ class Table:
 
 
 def read_table(
-    name: str, source: ResolvedSource, labels_required: bool = True, id_column: str | None = None, quiet: bool = False
+    name: str,
+    source: ResolvedSource,
+    labels_required: bool = True,
+    id_column: str | None = None,
+    quiet: bool = False,
+    separator: str | None = None,
 ) -> Table:
     """Reads all rows of a source, from the cache if it is large and was read before.
 
-    Refuses a source without a requested column, and rows without a text, label or id.
+    `separator` cuts a text label into a list. Refuses a source without a requested column, and rows without a text,
+    label or id.
     """
     origin = find_origin(name, source)
     roles = {"text": source.text_columns, "text_pair": source.text_pair_columns}
     roles = {role: columns for role, columns in roles.items() if columns}
-    roles["label"] = [source.label_column] if source.label_column is not None else []
+    roles["label"] = source.label_columns or ([source.label_column] if source.label_column is not None else [])
     roles |= {"id": [id_column]} if id_column is not None else {}
     if sum(Path(path).stat().st_size for path in origin.paths) >= MIN_CACHED_BYTES:
         contents = origin.hash_files()
         entry = load_or_create(
-            _cache_name(origin, roles, contents), lambda folder: _write(folder, origin, roles, contents, quiet), quiet
+            _cache_name(origin, roles, contents, separator),
+            lambda folder: _write(folder, Reading(origin, roles, [], [], separator), contents, quiet),
+            quiet,
         )
         if entry is not None:
             file, facts = entry[ROWS_FILE], json.loads(entry[FACTS_FILE][:])
             rows = pa.ipc.open_file(pa.py_buffer(file)).read_all()
-            return _make_table(Reading(origin, roles, **facts), rows, file, labels_required)
-    reading = Reading(origin, roles, [0] * len(origin.paths), [])
+            return _make_table(Reading(origin, roles, **facts, separator=separator), rows, file, labels_required)
+    reading = Reading(origin, roles, [], [], separator)
     rows = pa.Table.from_batches(_read_batches(reading, quiet), _schema(roles))
     return _make_table(reading, rows, None, labels_required)
 
@@ -197,17 +209,17 @@ def _schema(roles: dict[str, list[str]]) -> pa.Schema:
     return pa.schema([*texts, ("digest", pa.binary(16)), (TRAILING_TEXT, pa.bool_())])
 
 
-def _cache_name(origin: Origin, roles: dict[str, list[str]], contents: list[str]) -> str:
+def _cache_name(origin: Origin, roles: dict[str, list[str]], contents: list[str], separator: str | None) -> str:
     settings = asdict(replace(origin.source, path="", label_names=None))
-    key = [ROWS_FORMAT, settings, list(map(file_type, origin.paths)), roles, contents]
+    key = [ROWS_FORMAT, settings, list(map(file_type, origin.paths)), roles, contents, separator]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8", "surrogatepass"))
     return f"{digest.hexdigest()[:32]}.rows"
 
 
-def _write(folder: Path, origin: Origin, roles: dict[str, list[str]], contents: list[str], quiet: bool) -> None:
+def _write(folder: Path, reading: Reading, contents: list[str], quiet: bool) -> None:
     """Reads a source into files for the cache."""
-    reading = Reading(origin, roles, [0] * len(origin.paths), [])
-    with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, _schema(roles)) as writer:
+    origin = reading.origin
+    with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, _schema(reading.roles)) as writer:
         for batch in _read_batches(reading, quiet):
             writer.write_batch(batch)
     if origin.hash_files() != contents:
@@ -218,6 +230,9 @@ def _write(folder: Path, origin: Origin, roles: dict[str, list[str]], contents: 
 def _make_table(reading: Reading, rows: pa.Table, file: mmap.mmap | None, labels_required: bool) -> Table:
     _refuse_incomplete(reading, labels_required)
     source, roles = reading.origin.source, reading.roles
+    if reading.separator is not None and len(roles["label"]) == 1 and roles["label"][0] in reading.columns:
+        place = rows.schema.get_field_index("label")
+        rows = rows.set_column(place, "label", pc.fill_null(rows["label"], "[]"))  # an empty cell: no labels
     texts = {role: rows[role] for role in TEXT_ROLES if role in roles}
     missing = {role: pc.fill_null(pc.equal(rows[role], ""), True).to_numpy() for role in roles}
     has_text = ~np.any([missing[role] for role in texts], axis=0)
@@ -268,6 +283,7 @@ def _make_labels(reading: Reading, column: pa.ChunkedArray, describe_row: Callab
 
 def _read_batches(reading: Reading, quiet: bool) -> Iterator[pa.RecordBatch]:
     wanted = [column for columns in reading.roles.values() for column in columns]
+    reading.file_rows[:] = [0] * len(reading.origin.paths)
     with progress_bar(f"reading {reading.origin.name}", "rows", None, quiet) as bar:
         for file, (count, columns) in reading.origin.read_chunks(wanted):
             trailing = columns.pop(TRAILING_TEXT, [False] * count)
@@ -284,11 +300,12 @@ def _make_batch(count: int, columns: Columns, trailing: list[bool], reading: Rea
     for role, used in reading.roles.items():
         cells = [columns.get(column) or [None] * count for column in used]
         for column, part in zip(used, cells, strict=True):
-            _refuse_other_types(part, column, (dict, bytes) if role == "label" else (dict, bytes, list), reading)
+            _refuse_other_types(part, column, (dict, bytes) if role == "label" else NO_TEXT, reading)
         if role in TEXT_ROLES:
             values[role] = _join_texts(cells)
         elif role == "label":
-            values[role] = list(map(_encode_label, zip(*cells, strict=True))) if cells else [None] * count
+            rows = zip(*cells, strict=True) if cells else [(None,)] * count
+            values[role] = [_encode_label(row, reading.separator) for row in rows]
         else:
             values[role] = ["" if value is None else str(value) for value in cells[0]]
     hashes = pa.py_buffer(hash_texts(values["text"], values.get("text_pair")))
@@ -297,20 +314,26 @@ def _make_batch(count: int, columns: Columns, trailing: list[bool], reading: Rea
     return pa.RecordBatch.from_arrays([*arrays, pa.array(trailing)], schema=_schema(reading.roles))
 
 
-def _encode_label(cells: tuple[Any, ...]) -> str | None:
+def _encode_label(cells: tuple[Any, ...], separator: str | None = None) -> str | None:
     """The label of a row as JSON; None if it is missing.
 
-    It is a text, or a list of texts: of a list in one column, or of several columns. The task decides what it takes.
+    It is a text, or a list of texts: of a list in one column, of a text with separators, or of several columns. The
+    task decides what it takes.
     """
-    if len(cells) == 1 and not isinstance(cells[0], list):
-        return _encode_text(cells[0])
-    return json.dumps(list(map(label_text, cells[0] if len(cells) == 1 else cells)))
+    if len(cells) > 1:
+        texts = list(map(label_text, cells))
+        return json.dumps(texts) if any(texts) else None
+    if isinstance(cells[0], list):
+        return json.dumps(list(map(label_text, cells[0])))
+    return _encode_text(cells[0], separator)
 
 
 @functools.lru_cache(typed=True)  # few labels in many rows
-def _encode_text(value: Any) -> str | None:
+def _encode_text(value: Any, separator: str | None) -> str | None:
     text = label_text(value)
-    return text and json.dumps(text)
+    if text is None or separator is None:
+        return text and json.dumps(text)
+    return json.dumps([label_text(part) for part in text.split(separator) if part.strip()])
 
 
 def _join_texts(columns: list[list[Any]]) -> list[str]:
@@ -320,19 +343,25 @@ def _join_texts(columns: list[list[Any]]) -> list[str]:
 
 
 def _refuse_other_types(values: list[Any], column: str, types: tuple[type, ...], reading: Reading) -> None:
-    """Refuses values of these types, and text that cannot be stored."""
+    """Refuses values of these types, lists with such values, and text that cannot be stored."""
     origin = reading.origin
     for row, value in enumerate(values, start=sum(reading.file_rows) - len(values)):
-        if isinstance(value, str):
-            if value.isascii() or not re.search("[\ud800-\udfff]", value):
-                continue
-            kind = "half a character (a lone surrogate such as \\ud83d)"
-        elif isinstance(value, types):
-            kind = f"a {type(value).__name__}, not text"
-        else:
-            continue
-        place = f"{origin.option}: {origin.source.path}: {reading.describe_rows([row])}"
-        raise UserError(f"{place}: column {column!r} holds {kind}")
+        kind = _find_type_fault(value, types)
+        if kind is not None:
+            place = f"{origin.option}: {origin.source.path}: {reading.describe_rows([row])}"
+            raise UserError(f"{place}: column {column!r} holds {kind}")
+
+
+def _find_type_fault(value: Any, types: tuple[type, ...]) -> str | None:
+    if isinstance(value, str):
+        is_whole = value.isascii() or not re.search("[\ud800-\udfff]", value)
+        return None if is_whole else "half a character (a lone surrogate such as \\ud83d)"
+    if isinstance(value, types):
+        return f"a {type(value).__name__}, not text"
+    if isinstance(value, list):
+        faults = (_find_type_fault(item, NO_TEXT) for item in value)
+        return next((f"a list with {fault}" for fault in faults if fault), None)
+    return None
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -345,7 +374,9 @@ def _refuse_incomplete(reading: Reading, labels_required: bool) -> None:
     missing = [pair for pair in needed if pair[1] not in columns and (pair[0] != "label" or labels_required)]
     if columns and missing:
         group = "--" if reading.origin.name == "input" else "data."
-        setting = {"label": "label_column", "id": "id_column"}.get(missing[0][0]) if len(missing) == 1 else None
+        of_labels = "label_columns" if source.label_columns else "label_column"
+        kinds = {role for role, _ in missing}
+        setting = {"label": of_labels, "id": "id_column"}.get(missing[0][0]) if len(kinds) == 1 else None
         hint = "" if source.column_names else f"; if the file has no header, name its columns in {group}column_names"
         alike = "".join(describe_look_alikes(column, columns) for _, column in missing)
         raise UserError(

@@ -153,12 +153,13 @@ def find_files(name: str, path: str) -> list[str]:
 def find_origin(name: str, source: ResolvedSource) -> Origin:
     """Finds the files of a source, and the class names in them."""
     paths = _fetch_hub(name, source.path) if is_hub_id(source.path) else find_files(name, source.path)
+    label_column = None if source.label_columns else source.label_column
     stored: list[list[str] | None] = []
     for path in paths:
         with _refusals(option_name(name), path):
-            stored.append(formats.read_class_names(path, source.label_column))
+            stored.append(formats.read_class_names(path, label_column))
             if stored[-1] != stored[0]:
-                raise ValueError(f"the stored class names of {source.label_column!r} are not those of {paths[0]}")
+                raise ValueError(f"the stored class names of {label_column!r} are not those of {paths[0]}")
     return Origin(name, source, paths, stored[0])
 
 

@@ -30,7 +30,7 @@ from trainer.model.backbone import Backbone, Identity, check_same_backbone, find
 from trainer.model.build import set_precision
 from trainer.model.tokenizer import save_tokenizer
 
-IDENTITY, WEIGHTS = "backbone/identity.json", "adapter_model.safetensors"
+IDENTITY, WEIGHTS, CONSTANTS = "backbone/identity.json", "adapter_model.safetensors", "task.json"
 PROBES = (
     "The committee met on Tuesday and postponed its decision.",
     "A short one.",
@@ -104,9 +104,10 @@ def save_adapter(
     backbone: Backbone,
     max_length: int,
     label_names: list[str],
+    constants: Mapping[str, Any],
     card: str,
 ) -> None:
-    """Writes the adapter folder. If that raises an `OSError`, an existing folder is unchanged."""
+    """Writes the adapter folder, with the constants of the task. An `OSError` leaves an existing folder unchanged."""
     temporary = folder.with_name(f"{UNFINISHED}{folder.name}")  # in a container only this place may be writable
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
@@ -118,8 +119,19 @@ def save_adapter(
     files["backbone/config.json"] = backbone.config.to_json_string().encode()
     files[IDENTITY] = (json.dumps(dataclasses.asdict(backbone.identity), indent=2, ensure_ascii=False) + "\n").encode()
     files["labels.json"] = (json.dumps(label_names, ensure_ascii=False) + "\n").encode()
+    if constants:
+        files[CONSTANTS] = (json.dumps(constants, indent=2, ensure_ascii=False) + "\n").encode()
     files["README.md"] = card.encode("utf-8", "backslashreplace")
     replace_folder(folder, files)
+
+
+def read_constants(folder: Path) -> dict[str, Any]:
+    """The constants of the task that `save_adapter` wrote; {} without any."""
+    path = folder / CONSTANTS
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--run: {path} cannot be read: {one_line(error)}") from None
 
 
 def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str], problem_type: str) -> Backbone:

@@ -13,9 +13,14 @@ from trainer.model.backbone import Backbone
 
 
 def model_card(
-    name: str, config: Config, backbone: Backbone, label_names: list[str], summary: Mapping[str, Any]
+    name: str,
+    config: Config,
+    backbone: Backbone,
+    label_names: list[str],
+    summary: Mapping[str, Any],
+    constants: Mapping[str, Any],
 ) -> str:
-    """Text of README.md, from the run's summary."""
+    """Text of README.md, from the run's summary and the constants of its task."""
     front = {"library_name": "peft", "pipeline_tag": "text-classification"}
     if backbone.commit:  # the hub accepts no local folder as a base model
         front["base_model"] = backbone.path
@@ -24,6 +29,12 @@ def model_card(
         numbers = [f"{name} {value:.4f}" for name, value in summary[split].items() if name != "num_examples"]
         scores += f"- {split}, {summary[split]['num_examples']} examples: {', '.join(numbers)}\n"
     names = "\n".join(f"    {i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(label_names))
+    heading = "Classes by number (also in labels.json)"
+    if config.task.type != "single_label":
+        heading = "Labels by number (also in labels.json)"
+    if constants:
+        names += "\n\nNumbers that turn the scores below into predictions (also in task.json):\n\n    "
+        names += json.dumps(constants, ensure_ascii=False)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
@@ -34,7 +45,7 @@ trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]
 backbone, with its commit on the hub and the SHA-256 of its files.
 
 {scores}
-Classes by number (also in labels.json):
+{heading}:
 
 {names}
 

@@ -1,6 +1,31 @@
 """What a label is. `TASKS` holds every task, by the name that `task.type` takes."""
 
-from trainer.tasks import single_label
-from trainer.tasks.task import Task
+from __future__ import annotations
 
-TASKS: dict[str, Task] = {"single_label": single_label.TASK}
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from trainer.config.schema import TaskConfig
+from trainer.tasks import multi_label, single_label
+from trainer.tasks.task import LabelColumn, Task
+
+TASKS: dict[str, Callable[[TaskConfig, Mapping[str, Any]], Task]] = {
+    "single_label": lambda config, constants: single_label.TASK,
+    "multi_label": multi_label.make_task,
+}
+"""by name: (the task's options, its constants) -> the task; `Task.find_constants` finds the constants"""
+
+
+def find_task(config: TaskConfig, train: LabelColumn) -> TaskConfig:
+    """The options with a type: if it is null, lists of labels and a separator show multi_label."""
+    if config.type is not None:
+        return config
+    has_lists = any(isinstance(value, list) for value in train.values)
+    return replace(config, type="multi_label" if has_lists or config.separator is not None else "single_label")
+
+
+def make_task(config: TaskConfig, constants: Mapping[str, Any] | None = None) -> Task:
+    """The task of a configuration that names its type. Without constants it has their defaults."""
+    assert config.type is not None, "the labels of train choose it"
+    return TASKS[config.type](config, constants or {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,25 @@ def class_values(train: LabelColumn, label_names: list[str]) -> dict[str, str]:
     present = set(values.values())
     values |= {label: number for label, number in meaning.items() if number not in present}
     return {value: label_names[number] for value, number in values.items()}
+
+
+def named_weights(class_weights: Mapping[str, float] | None, label_names: list[str]) -> np.ndarray:
+    """The weight of each class, float64 [C]; 1 for a class that is not named.
+
+    Raises:
+        UserError: a class that does not exist or is named twice, or a weight below 0.
+    """
+    weights = class_weights or {}
+    matched = match_labels(weights, label_names)
+    if unknown := sorted(set(weights) - set(matched)):
+        hint = describe_look_alikes(unknown[0], label_names)
+        raise UserError(f"optim.class_weights: {unknown[0]!r} is not a class; classes: {label_names}{hint}")
+    if len(set(matched.values())) < len(matched):
+        raise UserError(f"optim.class_weights: {list(weights)} name a class twice; classes: {label_names}")
+    if any(not 0 <= weight < float("inf") for weight in weights.values()):
+        raise UserError("optim.class_weights: weights must be at least 0")
+    named = {label: weights[word] for word, label in matched.items()}
+    return np.array([float(named.get(name, 1.0)) for name in label_names])
 
 
 def output_labels(mappings: Mappings, label_names: list[str]) -> tuple[list[str], str]:

@@ -5,17 +5,18 @@ scikit-learn computes the metrics. It is imported when the first of them is comp
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import numpy as np
 import torch
 
-from trainer.config.labels import describe_look_alikes, match_labels
+from trainer.config.schema import OptimConfig
 from trainer.errors import UserError
 from trainer.files import csv_text
 from trainer.tasks import classes
-from trainer.tasks.task import ClassWeights, Metric, Task
+from trainer.tasks.task import ClassWeights, Losses, Metric, Task
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 
@@ -32,6 +33,11 @@ def find_fault(targets: np.ndarray, label_names: list[str]) -> str | None:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+
+def make_losses(optim: OptimConfig, targets: np.ndarray, label_names: list[str]) -> Losses:
+    """`losses` with the smoothing of a configuration."""
+    return functools.partial(losses, label_smoothing=optim.label_smoothing)
 
 
 def losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -54,22 +60,10 @@ def example_weights(class_weights: ClassWeights, targets: np.ndarray, label_name
     if class_weights == "balanced":
         counts = np.bincount(targets, minlength=len(label_names))
         return (len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[targets]
-    matched = match_labels(class_weights, label_names)
-    _check_class_weights(class_weights, matched, label_names)
-    named = {label: class_weights[word] for word, label in matched.items()}
-    return np.array([float(named.get(name, 1.0)) for name in label_names])[targets]
-
-
-def _check_class_weights(weights: Any, matched: dict[str, str], label_names: list[str]) -> None:
-    if unknown := sorted(set(weights) - set(matched)):
-        hint = describe_look_alikes(unknown[0], label_names)
-        raise UserError(f"optim.class_weights: {unknown[0]!r} is not a class; classes: {label_names}{hint}")
-    if len(set(matched.values())) < len(matched):
-        raise UserError(f"optim.class_weights: {list(weights)} name a class twice; classes: {label_names}")
-    if any(not 0 <= weight < float("inf") for weight in weights.values()):
-        raise UserError("optim.class_weights: weights must be at least 0")
-    if sum(weight > 0 for weight in weights.values()) + len(label_names) - len(weights) < 2:
+    weights = classes.named_weights(class_weights, label_names)
+    if np.count_nonzero(weights) < 2:
         raise UserError("optim.class_weights: at least two classes need a weight above 0")
+    return weights[targets]
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -185,7 +179,7 @@ TASK = Task(
     count_labels=count_labels,
     find_fault=find_fault,
     strata=lambda targets: targets,
-    losses=losses,
+    make_losses=make_losses,
     example_weights=example_weights,
     metrics=METRICS,
     headline=("accuracy", "f1_macro", "loss"),

@@ -1,7 +1,7 @@
 """What a task is: how labels become targets, and logits become losses, metrics and predictions.
 
 Always holds: a metric is a function of all logits and targets of a split, never of batches. So it is equal on any
-number of processes. To add a task, write a module like single_label.py and add it to `TASKS` and to config/schema.py.
+number of processes. docs/architecture.md says how to add a task.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import numpy as np
 import torch
 
 from trainer.config.labels import match_labels
+from trainer.config.schema import OptimConfig
 from trainer.errors import UserError
 
 Label = str | list[str | None]
 """the label of a row: a text; or a list of texts, from a list in JSON or Parquet, or from several columns"""
+Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits [B, C], targets of B examples) -> loss of each example [B], not yet weighted"""
 ClassWeights = Literal["balanced"] | Mapping[str, float] | None
 Mappings = Iterable[tuple[str, Any]]
 """(where it is from, {label: class name}) each"""
@@ -42,7 +45,7 @@ class LabelColumn:
     path: str
     columns: list[str]
     """names of the columns with the labels"""
-    values: list[Label]
+    values: Sequence[Label]
     """the labels that occur, each once"""
     codes: np.ndarray
     """position of each example's label in `values`, int64 [N]"""
@@ -62,7 +65,8 @@ class LabelColumn:
         for code, value in enumerate(self.values):
             if isinstance(value, list):
                 row = self.describe_row(int(np.argmax(self.codes == code)))
-                raise UserError(f"{self.option}: {self.path}: {row}: column {self.columns[0]!r} holds a list, not text")
+                place = f"{self.option}: {self.path}: {row}: column {self.columns[0]!r}"
+                raise UserError(f"{place} holds a list, not text; lists of labels need task.type multi_label")
         return [value for value in self.values if isinstance(value, str)]
 
 
@@ -92,8 +96,9 @@ class Task:
     """labels of train -> label names [C], and why the column may be the wrong one"""
     encode: Callable[[LabelColumn, list[str]], tuple[np.ndarray, list[str]]]
     """(labels of a source, label names) -> targets and warnings; a UserError for a label that has no target"""
-    losses: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-    """(logits [B, C], targets of B examples, label smoothing) -> loss of each example [B], not yet weighted"""
+    make_losses: Callable[[OptimConfig, np.ndarray, list[str]], Losses]
+    """(the options of the loss, targets of train, label names) -> the function that computes the losses; a UserError
+    for an option that the task does not take"""
     metrics: Mapping[str, Metric]
     """by the names that evaluation.metric accepts; the report draws `loss` and `accuracy` as curves"""
     prediction_columns: Callable[[np.ndarray, list[str]], dict[str, list[Any]]]
@@ -101,6 +106,11 @@ class Task:
     format_targets: Callable[[np.ndarray, list[str]], list[Any]]
     """(targets, label names) -> the `label` column of a predictions table [N]"""
 
+    separator: str | None = None
+    """cuts a text label into a list of labels; None = a text is one label"""
+    find_constants: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, Any]] = lambda logits, targets, names: {}
+    """(logits and targets of validation, label names) -> numbers that the task needs to predict, such as thresholds.
+    They are saved in adapter/task.json, and `TASKS` makes the task with them"""
     headline: Sequence[str] = ()
     """metrics that the console, the report and summary.json show, beside evaluation.metric; () = all"""
     find_fault: Callable[[np.ndarray, list[str]], str | None] = lambda targets, names: None

@@ -29,7 +29,7 @@ from accelerate.utils import broadcast_object_list
 from trainer.batching.plan import split_by_tokens
 from trainer.compat import peak_memory_bytes
 from trainer.config.loading import config_text, load_config
-from trainer.config.schema import Config, as_dict
+from trainer.config.schema import Config, as_dict, chosen_metric
 from trainer.distributed.session import StopRequest, check_agreement, check_device, choose_precision, join_processes
 from trainer.errors import UserError, quote_path
 from trainer.files import hold_run_folder, remove_unfinished, write_atomic
@@ -45,6 +45,7 @@ from trainer.model.build import COMPUTE_TYPES
 from trainer.model.card import model_card
 from trainer.model.peft_options import parameter_table
 from trainer.packed.forward import PaddedForward
+from trainer.tasks import make_task
 from trainer.tasks.task import headline_values
 from trainer.training.checkpoint import Checkpoint, load_newest, restore
 from trainer.training.loop import train
@@ -91,7 +92,7 @@ def train_and_report(config: Config, folder: Path, check_folder: Callable[[], bo
             stop.deferred = True
             try:
                 run.log.open(
-                    config.tracking.backends, state.step, state.evaluated_step, run.total_steps, as_dict(config)
+                    config.tracking.backends, state.step, state.evaluated_step, run.total_steps, as_dict(run.config)
                 )
                 state, best = train(run, state, best)
                 finish(run, state, best)
@@ -203,14 +204,14 @@ def describe_data(run: Run) -> list[str]:
     cut = sum(int((split.lengths == max_length).sum()) for split in run.inputs.examples.values())
     is_held_out = run.config.data.validation is None and "validation" in corpus.splits
     together = "; the held-out validation has none of its texts" if is_held_out else ""
-    classes = counts["train"]["label_counts"]
+    labels, kind = counts["train"]["label_counts"], "classes" if corpus.task.type == "single_label" else "labels"
     notes = {
         f"duplicates within train{together}": counts["train"]["num_duplicates"],
         **{f"rows of {name} found in train": counts[name]["num_in_train"] for name in corpus.splits if name != "train"},
         f"examples fill all {max_length} tokens and may be cut": cut,
     }
     return [
-        f"{sizes} examples{f' of {len(classes)} classes' if classes else ''}",
+        f"{sizes} examples{f' of {len(labels)} {kind}' if labels else ''} (task.type {corpus.task.type})",
         *(f"note: {count:,} {what}" for what, count in notes.items() if count),
         *(f"warning: {line}" for line in corpus.warnings),
     ]
@@ -231,13 +232,13 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     """Tests the best adapter; the main process saves it and writes the report and, last, the summary."""
     run.log.close_bar()
     load_adapter_tensors(run.learner.model, best, "best adapter")
-    results = write_evaluations(run, state)
+    results, constants = write_evaluations(run, state)
     run.watch.position = "the end"
     batch, expected = probe(run, state)
     if not run.learner.accelerator.is_main_process:
         return
     summary, log = summarize(run, state, results), run.log
-    save_final_adapter(run, best, summary, batch, expected)
+    save_final_adapter(run, best, summary, constants, batch, expected)
     scores = {f"final/{split}_{name}": value for split, values in results.items() for name, value in values.items()}
     log.log_final_metrics(as_dict(run.config), scores, state.step, state.step / run.plan.steps_per_epoch)
     from trainer.reporting.page import build_report  # matplotlib can wait until the first step is done
@@ -258,19 +259,27 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     log.print_line(f"{'next':>10}: {predict}")
 
 
-def write_evaluations(run: Run, state: TrainState) -> dict[str, dict[str, float]]:
-    """Scores validation and test and writes evaluation/<split>/; returns the headline metrics by split."""
+def write_evaluations(run: Run, state: TrainState) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Scores validation and test and writes evaluation/<split>/.
+
+    Returns:
+        the headline metrics by split, and the constants of the task that validation showed.
+    """
     results: dict[str, dict[str, float]] = {}
+    task, constants = run.learner.task, {}
     for name in ("validation", "test"):
         if name not in run.inputs.examples:
             continue
         logits = score(run, state, name)
         if run.learner.accelerator.is_main_process:
-            task, targets, corpus = run.learner.task, run.inputs.examples[name].targets, run.inputs.corpus
+            targets, corpus = run.inputs.examples[name].targets, run.inputs.corpus
+            if name == "validation":
+                constants = task.find_constants(logits, targets, corpus.label_names)
+                task = make_task(run.config.task, constants)
             folder = run.folder / "evaluation" / name
             metrics = write_evaluation(folder, task, logits, targets, corpus.label_names, corpus.splits[name])
-            results[name] = headline_values(task, metrics, run.config.evaluation.metric)
-    return results
+            results[name] = headline_values(task, metrics, chosen_metric(run.config))
+    return results, constants
 
 
 def probe(run: Run, state: TrainState) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -292,13 +301,15 @@ def save_final_adapter(
     run: Run,
     best: dict[str, torch.Tensor],
     summary: dict[str, Any],
+    constants: dict[str, Any],
     batch: dict[str, torch.Tensor],
     expected: torch.Tensor,
 ) -> None:
     """Writes adapter/, checks that plain PEFT computes the same logits from it, and adds its size to the summary."""
     folder, backbone, label_names = run.folder / "adapter", run.inputs.backbone, run.inputs.corpus.label_names
-    card = model_card(run.folder.name, run.config, backbone, label_names, summary)
-    save_adapter(folder, run.learner.model, best, backbone, run.config.data.max_length, label_names, card)
+    card = model_card(run.folder.name, run.config, backbone, label_names, summary, constants)
+    max_length = run.config.data.max_length
+    save_adapter(folder, run.learner.model, best, backbone, max_length, label_names, constants, card)
     tolerance = 0.05 if run.learner.sharded else 1e-3
     check_adapter(folder, backbone, batch, expected, COMPUTE_TYPES[run.config.run.precision], tolerance)
     summary["adapter_bytes"] = (folder / "adapter_model.safetensors").stat().st_size

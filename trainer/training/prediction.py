@@ -22,11 +22,11 @@ from trainer.data.tokens import Examples, tokenize
 from trainer.distributed.session import choose_precision, join_processes
 from trainer.errors import UserError
 from trainer.files import write_atomic
-from trainer.model.adapter import find_trained_backbone, load_trained_model
+from trainer.model.adapter import find_trained_backbone, load_trained_model, read_constants
 from trainer.model.backbone import Backbone, silence_libraries
 from trainer.model.build import COMPUTE_TYPES
 from trainer.packed.forward import Padding, build_forward
-from trainer.tasks import TASKS
+from trainer.tasks import make_task
 from trainer.tasks.task import Task, measure
 from trainer.training.scoring import predictions_csv, score_split
 
@@ -40,7 +40,8 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
     `config` and `label_names` are those of the run.
     """
     silence_libraries()
-    run, task, source = Path(options.run), TASKS[config.task.type], source_of(options)
+    run, source = Path(options.run), source_of(options)
+    task = make_task(config.task, read_constants(run / "adapter"))
     check_label_names(source, label_names)
     summary = read_summary(run)
     labels, about_labels = choose_labels(options, task, summary, label_names)
@@ -128,7 +129,8 @@ def render_predictions(options: Options, ids: list[str], columns: dict[str, list
     table: dict[str, list[Any]] = {"id": ids, **columns}
     in_json = options.output.lower().endswith(".jsonl")
     if options.layout == "contest":
-        if in_json and all(re.fullmatch("0|-?[1-9][0-9]*", label) for label in labels.values()):
+        are_names = labels.keys() >= set(columns["prediction"])
+        if in_json and are_names and all(re.fullmatch("0|-?[1-9][0-9]*", label) for label in labels.values()):
             labels = {name: int(label) for name, label in labels.items()}
         table = {"ID": ids, "Label": [labels.get(name, name) for name in columns["prediction"]]}
     if not in_json:

@@ -25,7 +25,7 @@ from trainer.model.adapter import SavedAdapter
 from trainer.model.backbone import Backbone
 from trainer.packed.forward import Forward
 from trainer.reporting.tracking import RunLog
-from trainer.tasks import Task
+from trainer.tasks.task import Losses, Task
 from trainer.training.state import TrainState
 
 
@@ -58,6 +58,8 @@ class Learner:
     """those that train, by name, in the optimizer's order"""
     dropout: DropoutKeys
     task: Task
+    losses: Losses
+    """of the task, with the options of the configuration"""
     optim_config: OptimConfig
     sharded: bool
     """the frozen weights are sharded over the ranks, so each forward is a collective"""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from trainer.batching.plan import split_by_tokens
 from trainer.compat import on_device
+from trainer.config.schema import chosen_metric
 from trainer.data.rows import TextSplit
 from trainer.data.tokens import Examples
 from trainer.errors import UserError, bar_settings
@@ -137,7 +138,7 @@ def evaluate(
         return dataclasses.replace(state, evaluated_step=state.step), None
     logits = score(run, state, "validation")
     log, task, label_names = run.log, run.learner.task, run.inputs.corpus.label_names
-    metric, patience = run.config.evaluation.metric, run.config.evaluation.patience
+    metric, patience = chosen_metric(run.config), run.config.evaluation.patience
     targets = run.inputs.examples["validation"].targets
     metrics = measure(task, logits, targets, label_names)
     value = metric_value(metrics, metric)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from trainer.batching.plan import Plan
 from trainer.config.labels import describe_look_alikes, match_labels
-from trainer.config.schema import Config
+from trainer.config.schema import Config, fill_task
 from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.tokens import tokenize
 from trainer.distributed.session import StopRequest
@@ -27,7 +27,7 @@ from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_preci
 from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Forward, build_forward, check_packed
 from trainer.reporting.tracking import RunLog
-from trainer.tasks import TASKS
+from trainer.tasks import make_task
 from trainer.training.optim import build_optimizer
 from trainer.training.records import Inputs, Learner, Run
 from trainer.training.start_check import check_start
@@ -43,12 +43,12 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     `recorded` is the backbone of the run's checkpoints, which must be found again.
     """
     start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
-    corpus = load_corpus(config.data, TASKS[config.task.type], config.run.seed, config.run.quiet)
+    corpus = load_corpus(config.data, config.task, config.run.seed, config.run.quiet)
     check_names(config, corpus)
     if start is not None and start.label_names != corpus.label_names:
         classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
         raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
-    problem_type = TASKS[config.task.type].problem_type
+    problem_type = make_task(corpus.task).problem_type
     backbone = find_backbone(config.model, corpus.label_names, recorded, problem_type=problem_type)
     if config.run.precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
@@ -75,7 +75,8 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
 def build(
     config: Config, folder: Path, inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch
 ) -> Run:
-    """Builds the run, with the model on its device."""
+    """Builds the run, with the model on its device. Its configuration names the task, also if the labels showed it."""
+    config = fill_task(config, inputs.corpus.task)
     on_cpu, train = accelerator.device.type == "cpu", inputs.examples["train"]
     learner = _build_learner(config, inputs, accelerator)
     default_tokens = CPU_TOKENS if on_cpu else GPU_TOKENS
@@ -121,6 +122,7 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     if device.type == "cuda":
         _use_deterministic_kernels()
     model, notes = build_model(backbone, config.peft, config.run.seed)
+    task, train, label_names = make_task(config.task), inputs.examples["train"], inputs.corpus.label_names
     texts, max_length = inputs.corpus.splits["train"], config.data.max_length
     keys, padding = check_start(model, config.run.seed, texts, backbone.tokenizer, max_length, backbone.path)
     backbone.tokenizer.padding_side = "left" if padding.left else "right"  # it is saved with the adapter
@@ -142,7 +144,8 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
         optimizer=accelerator.prepare_optimizer(optimizer),
         parameters=parameters,
         dropout=keys,
-        task=TASKS[config.task.type],
+        task=task,
+        losses=task.make_losses(config.optim, train.targets, label_names),
         optim_config=config.optim,
         sharded=sharded,
         notes=[*notes, *describe_forward(forward, keys)],
@@ -157,12 +160,16 @@ def _use_deterministic_kernels() -> None:
 
 
 def check_names(config: Config, corpus: Corpus) -> None:
-    """Refuses unknown metrics and classes, and class weights that nothing can be trained with."""
-    task, metric, names = TASKS[config.task.type], config.evaluation.metric, corpus.label_names
+    """Refuses unknown metrics and classes, and options of the loss that nothing can be trained with."""
+    config = fill_task(config, corpus.task)
+    task, metric, names = make_task(config.task), config.evaluation.metric, corpus.label_names
     targets = corpus.splits["train"].known_targets
     classes = task.count_labels(targets, names)
+    if metric is None:
+        raise UserError(f"evaluation.metric: {config.task.type} has no default; known: {', '.join(task.metrics)}")
     if metric not in task.metrics and not (metric.startswith("f1/") and match_labels([metric[3:]], classes)):
         allowed = [*task.metrics, *(f"f1/{name}" for name in classes)]
         hint = describe_look_alikes(metric, allowed)
         raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}{hint}")
     task.example_weights(config.optim.class_weights, targets, names)
+    task.make_losses(config.optim, targets, names)

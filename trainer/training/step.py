@@ -20,7 +20,7 @@ from trainer.compat import gradient_norms, on_device
 from trainer.data.tokens import Examples
 from trainer.distributed.session import STOP_SIGNALS
 from trainer.errors import UserError
-from trainer.tasks import Task
+from trainer.tasks.task import Losses
 from trainer.training.records import Learner, Run
 
 
@@ -90,15 +90,15 @@ def add_gradient(learner: Learner, examples: Examples, step: int, ids: np.ndarra
     with learner.dropout.micro_batch(step, batch.ids, batch.lengths):
         with learner.accelerator.autocast():
             logits = learner.forward(batch.inputs, batch.lengths)
-        losses = example_losses(learner.task, logits, batch, learner.optim_config.label_smoothing)
+        losses = example_losses(learner.losses, logits, batch)
         learner.accelerator.backward(losses.sum())
     return losses.detach()
 
 
-def example_losses(task: Task, logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
+def example_losses(losses_of: Losses, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Weighted loss of each example, [B], in at least fp32."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    losses = task.losses(wide, batch.targets, label_smoothing)
+    losses = losses_of(wide, batch.targets)
     return losses * batch.weights.to(losses.dtype)
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.harness.data import write_csv
 from trainer.config.labels import label_text, look_alikes, match_labels
 from trainer.config.predict_options import Options
-from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source
+from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source, TaskConfig
 from trainer.data.corpus import find_id_columns, load_corpus, load_for_prediction
 from trainer.errors import UserError
 from trainer.predict import main
@@ -34,7 +34,7 @@ def own_cache(cache):
 
 
 def load(train, seed=1, **settings):
-    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TASK, seed)
+    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TaskConfig(), seed)
 
 
 def labelled(path, labels):

@@ -9,7 +9,16 @@ from trainer.config.loading import (
     option_names,
     parse_config,
 )
-from trainer.config.schema import Config, DataConfig, Source, identity
+from trainer.config.schema import (
+    Config,
+    DataConfig,
+    Source,
+    TaskConfig,
+    fill_task,
+    find_differences,
+    identity,
+    resolve,
+)
 from trainer.errors import UserError
 
 TRAIN = ["--data.train", "train.csv"]
@@ -311,6 +320,7 @@ OTHER = {
     "run.seed": "7", "run.precision": "bf16", "data.validation_fraction": "0.2", "data.column_names": "[a]",
     "data.empty_text": "skip",
     "data.text_columns": "[b]", "data.text_pair_columns": "[c]", "data.label_column": "d", "data.label_names": "[e]",
+    "data.label_columns": "[f, g]", "task.type": "multi_label", "task.separator": "|",
     "data.max_length": "9", "batch.size": "3", "model.dropout": "0.3", "peft.peft_type": "IA3", "peft.r": "3",
     "optim.name": "adam", "optim.learning_rate": "1", "optim.weight_decay": "0.5", "optim.betas": "[0, 0]",
     "optim.eps": "1", "optim.max_grad_norm": "null", "optim.schedule": "linear", "optim.warmup_fraction": "0.5",
@@ -351,6 +361,53 @@ def test_invalid_formats_are_refused(key, value):
         assert f"{option}: {value!r} " in problems("--data.test.path", "x", f"--{option}", value)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--task.separator", ""], "task.separator is empty"),
+        (["--task.separator", "|", "--task.type", "single_label"], "task.separator '|' is for task.type multi_label"),
+        (["--data.label_columns", "[a]"], "data.label_columns: ['a'] must name at least two"),
+        (
+            ["--data.label_columns", "[a, a]"],
+            "data.label_columns: ['a', 'a'] must name at least two columns",
+        ),
+        (["--data.label_columns", "[a, text]"], "data.label_columns: 'text' is also a text column"),
+        (["--data.label_columns", "[a, b]", "--task.type", "single_label"], "data.label_columns are for task.type"),
+        (["--task.type", "several"], "task.type: 'several' is not valid; expected 'single_label' or 'multi_label'"),
+    ],
+)
+def test_options_of_labels_that_do_not_fit(words, says):
+    assert says in problems(*words)
+
+
+def test_separators_are_taken_literally(tmp_path):
+    for separator in ("|", ";", " ", "#", "&", ", ", ":"):
+        config = parse("--task.separator", separator)
+        assert config.task.separator == separator
+        (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
+        assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_split_with_its_own_label_column_has_no_columns_of_labels():
+    config = parse("--data.label_columns", "[a, b]", "--data.test", "x.csv", "--data.test.label_column", "c")
+    assert resolve(config.data.test, config.data).label_columns == []
+    assert resolve("y.csv", config.data).label_columns == ["a", "b"]
+
+
+def test_what_the_labels_decide_may_be_left_out_later():
+    recorded = fill_task(parse(), TaskConfig("multi_label"))
+    assert recorded.evaluation.metric == "average_precision_macro"
+    for words in ([], ["--task.type", "multi_label"], ["--evaluation.metric", "average_precision_macro"]):
+        assert find_differences(recorded, parse(*words), by_name=True) == []
+    for words in (["--task.type", "single_label"], ["--evaluation.metric", "loss"]):
+        assert find_differences(recorded, parse(*words), by_name=True)
+    for words in (["--task.type", "single_label"], []):  # as earlier versions recorded it
+        old = parse(*words, "--evaluation.metric", "accuracy")
+        assert find_differences(old, parse(), by_name=True) == []
+    other = fill_task(parse("--evaluation.metric", "loss"), TaskConfig("single_label"))
+    assert find_differences(other, parse(), by_name=True) == ["evaluation.metric (there 'loss', now 'accuracy')"]
+
+
 def test_only_null_is_null_on_the_command_line():
     for text in ("#1", "~", "&x", "NULL", "null"):
         config = parse("--data.test", text, "--run.name", text)
@@ -358,8 +415,7 @@ def test_only_null_is_null_on_the_command_line():
 
 
 def test_identity_has_no_options_that_keep_the_result():
-    one_value = {"task.type"}
-    assert {*OTHER} - {"peft.r"} | set(SAME) | one_value == set(option_names())
+    assert {*OTHER} - {"peft.r"} | set(SAME) == set(option_names())
     arguments = [word for key, value in SAME.items() for word in (f"--{key}", value)]
     assert identity(parse(*arguments)) == identity(parse())
 
@@ -379,4 +435,4 @@ def test_load_finished_run(tmp_path):
     with pytest.raises(UserError, match=r"labels\.json cannot be read"):
         load_finished_run(tmp_path)
     (tmp_path / "adapter" / "labels.json").write_text('["a", "b"]')
-    assert load_finished_run(tmp_path) == (config, ["a", "b"])
+    assert load_finished_run(tmp_path) == (fill_task(config, TaskConfig("single_label")), ["a", "b"])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness.data import write_csv
 from trainer.config.loading import parse_config
-from trainer.config.schema import DataConfig, Source
+from trainer.config.schema import DataConfig, Source, TaskConfig
 from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.errors import UserError
 from trainer.tasks.single_label import TASK
@@ -28,7 +28,7 @@ def large(cache, monkeypatch):
 
 
 def load(train, seed=1, **settings):
-    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TASK, seed)
+    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TaskConfig(), seed)
 
 
 def refused(train, **settings):
@@ -147,7 +147,7 @@ def test_classes_called_by_numbers_are_met_under_their_names(tmp_path):
         ("x.csv", "text,label\n,a\n ,b\nx,a\n", f": 2 rows have an empty or missing text (text): row 1, 2; {SKIP}"),
         ("x.csv", "text,label\nx,\n", ": 1 row has an empty or missing label: row 1"),
         ("x.jsonl", '{"text": NaN, "label": 1}', f": 1 row has an empty or missing text (text): row 1; {SKIP}"),
-        ("x.jsonl", '{"text": "a", "label": [0, 1]}', ": row 1: column 'label' holds a list, not text"),
+        ("x.jsonl", '{"text": "a", "label": [0, [1]]}', ": row 1: column 'label' holds a list with a list, not text"),
         (
             "x.jsonl",
             '{"text": "a", "label": 0}\n{"text": "\\ud83d", "label": 1}',

@@ -12,7 +12,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from trainer.config.schema import DataConfig, Source
+from trainer.config.schema import DataConfig, Source, TaskConfig
 from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.data.sources import check_paths, is_hub_id
 from trainer.errors import UserError
@@ -43,7 +43,7 @@ def write(path, content):
 
 
 def rows(path, **settings):
-    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), TASK, 1, quiet=True)
+    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), TaskConfig(), 1, quiet=True)
     split = corpus.splits["train"]
     return list(zip(split.texts, [corpus.label_names[i] for i in split.targets], strict=True))
 
@@ -145,7 +145,9 @@ def test_rows_without_text_are_refused_skipped_or_kept(monkeypatch):
     assert refused(path) == f"{said}; --data.empty_text skip skips them"
     for large in (2**26, 0, 0):  # read, then cached, then from the cache
         monkeypatch.setattr("trainer.data.rows.MIN_CACHED_BYTES", large)
-        corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), TASK, 1, quiet=True)
+        corpus = load_corpus(
+            DataConfig(train=path, validation_fraction=0.0, empty_text="skip"), TaskConfig(), 1, quiet=True
+        )
         split = corpus.splits["train"]
         assert (list(split.texts), split.targets.tolist(), split.rows.tolist()) == (["a", "b"], [0, 1], [0, 2])
         assert corpus.label_names == ["x", "y"] and len(split.digests) == 2
@@ -175,7 +177,7 @@ def test_an_input_keeps_rows_without_text_and_says_so():
 
 def spilled(path, **settings):
     """The warnings about text that no column with a name holds."""
-    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), TASK, 1, quiet=True)
+    corpus = load_corpus(DataConfig(train=path, validation_fraction=0.0, **settings), TaskConfig(), 1, quiet=True)
     return [line for line in corpus.warnings if "behind the last named column" in line]
 
 
@@ -231,7 +233,7 @@ def test_a_header_with_some_other_names_is_no_row_either():
     layout = {"column_names": ["label", "title", "description"], "text_columns": ["title", "description"]}
     assert "line 1 is a header (Class Index, Title, Description)" in refused(path, **layout)
     path = write("y.csv", "review,stars\n" + "a,x\nb,y\n" * 3)
-    corpus = load_corpus(DataConfig(train=path, column_names=["text", "label"], validation_fraction=0), TASK, 1)
+    corpus = load_corpus(DataConfig(train=path, column_names=["text", "label"], validation_fraction=0), TaskConfig(), 1)
     assert corpus.label_names == ["stars", "x", "y"]
     write("part/a.csv", "1,a,b\n2,c,d\n")
     assert rows("part/*.csv", **layout) == [("a b", "1"), ("c d", "2")]
@@ -276,7 +278,7 @@ def test_another_delimiter_of_a_file_without_header_and_of_one_split():
     assert rows(path, column_names=["text", "label"], delimiter=";") == ROWS
     write("ok.csv", CSV)
     with pytest.raises(UserError, match=r"^data.test: .*: --data.test.delimiter ';'$"):
-        load_corpus(DataConfig(train="ok.csv", test=Source(path, column_names=["text", "label"])), TASK, 1)
+        load_corpus(DataConfig(train="ok.csv", test=Source(path, column_names=["text", "label"])), TaskConfig(), 1)
     with pytest.raises(UserError, match=r"^--input: .*: --delimiter ','$"):
         predicted("ok.csv", delimiter=";")
 
@@ -352,9 +354,11 @@ def test_stored_class_names_are_used(name):
     assert refused(f"*{name}") == f"z{name}: the stored class names of 'label' are not those of {name}"
     write("other.csv", "text,label\na,n\nb,y\n")
     with pytest.raises(UserError, match=r"^data.test: its stored class names have 'no', which is not a class"):
-        load_corpus(DataConfig(train="other.csv", test=name, validation_fraction=0.0), TASK, 1)
+        load_corpus(DataConfig(train="other.csv", test=name, validation_fraction=0.0), TaskConfig(), 1)
     mapped = Source(name, label_names={"0": "n", "1": "y"})
-    assert load_corpus(DataConfig(train="other.csv", test=mapped, validation_fraction=0.0), TASK, 1).label_names == [
+    assert load_corpus(
+        DataConfig(train="other.csv", test=mapped, validation_fraction=0.0), TaskConfig(), 1
+    ).label_names == [
         "n",
         "y",
     ]

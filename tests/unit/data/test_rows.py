@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.harness.data import write_csv
-from trainer.config.schema import DataConfig, Source, resolve
+from trainer.config.schema import DataConfig, Source, TaskConfig, resolve
 from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.data.rows import Texts, _encode_label, hash_texts, read_table
 from trainer.data.sources import Origin
@@ -41,7 +41,9 @@ def keep_all(cache, monkeypatch):
 
 
 def load(train, seed=1, **settings):
-    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TASK, seed, quiet=True)
+    return load_corpus(
+        DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TaskConfig(), seed, quiet=True
+    )
 
 
 def in_memory(*arguments, **settings):
@@ -199,7 +201,7 @@ def test_without_a_cache_the_rows_are_read_all_the_same(tmp_path, cache, monkeyp
         monkeypatch.setattr("trainer.data.cache.publish", fails)
     else:
         monkeypatch.setattr(fcntl, "flock", fails)
-    corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), TASK, 1, quiet=False)
+    corpus = load_corpus(DataConfig(train=str(path), validation_fraction=0.0), TaskConfig(), 1, quiet=False)
     assert content(corpus) == expected
     said = [line for line in capsys.readouterr().err.splitlines() if "continuing without the cache" in line]
     if what == "unknown locks":  # a lock only saves work
@@ -270,7 +272,7 @@ def test_a_prediction_takes_the_layout_of_the_training_file(tmp_path):
     path = write_csv(tmp_path / "x.csv", ROWS, header=["title", "class"])
     source = Source(path=str(path), text_columns=["title"], label_column="class")
     config = DataConfig(train=source, validation_fraction=0.0)
-    names = load_corpus(config, TASK, 1).label_names
+    names = load_corpus(config, TaskConfig(), 1).label_names
     split, _, _ = load_for_prediction(Source(path=str(path)), config, TASK, names, None)
     assert split.texts[:] == [text for text, _ in ROWS]
     assert [names[label] for label in split.targets] == [label for _, label in ROWS]
@@ -316,7 +318,9 @@ def test_a_label_may_be_a_list_and_the_task_decides(tmp_path, kind):
         column = read_table("train", resolve(str(path), DataConfig())).labels
         assert column.columns == ["label"] and column.codes.tolist() == [0, 1, 2, 0]
         assert column.values == [["a", "2"], [], ["a", None]]
-        with pytest.raises(UserError, match=r"x\..*: row 1: column 'label' holds a list, not text$"):
+        with pytest.raises(
+            UserError, match=r"x\..*: row 1: column 'label' holds a list, not text; .*task\.type multi_label$"
+        ):
             column.texts()
 
 
