@@ -41,6 +41,8 @@ BAD_BYTE = "\ud800"
 DELIMITERS = ",;|\t"
 TRAILING_TEXT = "text behind the last named column"
 """key in the columns of a chunk: whether each row has such text"""
+EXACT_BELOW = {pa.float16(): 2**11, pa.float32(): 2**24}
+"""whole numbers below are exact in these types"""
 UNREADABLE = (
     *(OSError, ValueError, EOFError, RuntimeError, OverflowError),
     *(zlib.error, zipfile.BadZipFile, pa.ArrowException),
@@ -349,17 +351,28 @@ def _read_json(path: str, request: Request) -> Iterator[Chunk]:
     text = "".join(lines) if file_type(path) == ".json" else ""
     records = _parse_lines(text.split("\n") if text else lines)
     if text.lstrip().startswith("["):
-        records = (_checked_object(item, f"row {row}") for row, item in enumerate(json.loads(text), start=1))
+        records = (_checked_object(item, f"row {row}") for row, item in enumerate(_parse_list(text), start=1))
     for chunk in _in_chunks(records):
         names = dict.fromkeys(name for record in chunk for name in record)
         yield len(chunk), {n: [r.get(n) for r in chunk] if n in request.wanted else [] for n in names}
+
+
+def _parse_list(text: str) -> list[Any]:
+    items: list[Any] = json.loads(text, object_pairs_hook=_make_object)
+    return items
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(made := dict(pairs)) < len(pairs):
+        _refuse_repeated([name for name, _ in pairs])
+    return made
 
 
 def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=_make_object)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg} (character {error.pos + 1})") from None
             except ValueError as error:  # a number with too many digits
@@ -418,7 +431,13 @@ def _open_arrow(path: str) -> Iterator[Any]:
 def _values(column: Any, name: str, first: int) -> list[Any]:
     """Converts a column whose first value is that of row `first`, counted from 0."""
     try:
-        return list(column.to_pylist())
+        values: list[Any] = column.to_pylist()
+        limit = EXACT_BELOW.get(column.type)
+        for row, value in enumerate(values if limit else (), start=first + 1):
+            if value is not None and abs(value) >= limit and value.is_integer():
+                reason = f"is {column.type}, in which {value:.0f} may have lost digits"
+                raise ValueError(f"row {row}: column {name!r} {reason}")
+        return values
     except UnicodeDecodeError:
         for row, value in enumerate(column, start=first + 1):
             try:

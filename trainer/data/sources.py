@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -21,14 +22,12 @@ from trainer.data import formats
 from trainer.data.formats import Chunk, Request, file_type
 from trainer.errors import UserError, one_line
 
-SAVED_NOTES = ("dataset_info.json", "state.json")
-"""what `save_to_disk` writes beside the data"""
 LFS_POINTER = b"version https://git-lfs.github.com"
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/\w[\w.-]*(/\w[^/\\:]*)?(:\w[\w.+-]*)?")
 # a hub name like this needs its split: owner/name.abc:train
 _FILE_NAME = re.compile(r".*\.([a-z]{3,7}|gz|pq)", re.IGNORECASE)
-_PART = re.compile(r"part[-_.]?\d.*|data-\d+-of-\d+\.arrow")  # written by Spark, Dask and others; by save_to_disk
+_PART = re.compile(r"part[-_.]?\d.*")  # written by Spark, Dask and others
 _Part = TypeVar("_Part")
 
 
@@ -177,10 +176,16 @@ def _files_in(folder: Path, name: str) -> list[str]:
     """Lists the files of a folder that holds one table: part files, or what `save_to_disk` wrote."""
     if (folder / "dataset_dict.json").is_file() and (folder / name).is_dir():
         folder = folder / name
+    if (folder / "state.json").is_file():  # the folder may still hold files of an earlier `save_to_disk`
+        with open(folder / "state.json", encoding="utf-8") as file:
+            try:
+                return [str(folder / part["filename"]) for part in json.load(file)["_data_files"]]
+            except (ValueError, LookupError, TypeError):
+                raise ValueError(f"{folder / 'state.json'} was not written by save_to_disk") from None
     entries = sorted(os.listdir(folder))
     if {"_delta_log", "_temporary"} & set(entries):
         raise ValueError(f"{folder} is a Delta table, or the output of an unfinished Spark job; export it as parquet")
-    parts = [entry for entry in entries if not entry.startswith((".", "_")) and entry not in SAVED_NOTES]
+    parts = [entry for entry in entries if not entry.startswith((".", "_"))]
     if not parts or not all(_PART.fullmatch(part) and (folder / part).is_file() for part in parts):
         raise ValueError(f"{folder} is a folder; name what belongs to this split, as '{folder}/*.csv'")
     return [str(folder / part) for part in parts]

@@ -72,7 +72,9 @@ def join_ranks(facts: dict[str, str]) -> Group:
         reason = str(error).partition("\n")[0]
         if "EADDRINUSE" in reason:
             reason = "another program on this machine uses the port; set another MASTER_PORT for all processes"
-        raise UserError(_failure(reason)) from None
+            raise UserError(_failure(reason)) from None
+        is_mistake = isinstance(error, (ValueError, socket.gaierror))
+        raise (UserError if is_mistake else LostError)(_failure(reason)) from None  # rank 0 may have been lost
 
 
 def check_equal(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> None:

@@ -48,8 +48,8 @@ def read_facts() -> dict[str, Any]:
     }
 
 
-def find_problems(facts: dict[str, Any], num_processes: int) -> list[str]:
-    """What is wrong with a machine for this number of processes, a line each."""
+def find_problems(facts: dict[str, Any], num_gpu_processes: int) -> list[str]:
+    """What is wrong with a machine for a group of this many GPU processes, a line each."""
     problems = []
     for name, pinned in re.findall(r"^([\w.-]+)==([\w.]+)", REQUIREMENTS.read_text("utf-8"), re.MULTILINE):
         try:
@@ -61,7 +61,7 @@ def find_problems(facts: dict[str, Any], num_processes: int) -> list[str]:
     free = {
         "memory_bytes": ("memory", NEEDED_MEMORY),
         "disk_bytes": ("disk in this folder", NEEDED_DISK),
-        "shared_memory_bytes": ("/dev/shm", NEEDED_SHARED * num_processes if facts["num_gpus"] > 1 else 0),
+        "shared_memory_bytes": ("/dev/shm", NEEDED_SHARED * num_gpu_processes),
     }
     for name, (what, needed) in free.items():
         if facts[name] is not None and facts[name] < needed:

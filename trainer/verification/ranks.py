@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from trainer.batching.plan import Plan
 from trainer.compat import forget_precision
 from trainer.config.loading import parse_config
+from trainer.distributed.environment import read_environment, set_environment
 from trainer.distributed.session import StopRequest, choose_precision, join_processes, start_accelerator
 from trainer.distributed.watch import Watch
 from trainer.dropout.masks import Masks, Site
@@ -76,6 +77,8 @@ class Setting:
 def main() -> int:
     """Measures every part; returns the exit code."""
     folder = Path(sys.argv[1])
+    read_environment()
+    set_environment()
     silence_libraries()
     precision = choose_precision("auto")
     with join_processes("no", {}) as (accelerator, watch):

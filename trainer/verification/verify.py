@@ -33,6 +33,11 @@ def main() -> int:
     if not os.access(options.output.absolute().parent, os.W_OK):
         raise UserError(f"--output: {options.output.absolute()} cannot be written; name a file in another folder")
 
+    if options.folder and options.folder.is_dir() and any(options.folder.iterdir()):
+        raise UserError(f"--folder: {options.folder} is not empty; name a new folder")
+    if options.topology.startswith("cpu"):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
     from trainer.model.backbone import silence_libraries
     from trainer.verification.checks import Evidence, fill_rows
     from trainer.verification.environment import one_line_summary, read_facts

@@ -497,7 +497,22 @@ def test_saved_data_sets():
     with pytest.raises(UserError, match="all is a folder; name what belongs to this split, as "):
         predicted("all")
     write("broken/state.json", "{}")
-    assert refused("broken").startswith("broken is a folder; name what belongs")
+    assert "broken/state.json was not written by save_to_disk" in refused("broken")
+
+
+def test_files_of_an_earlier_save_in_the_same_folder_are_not_read():
+    for texts in (["old", "older"], ["a", "b"]):
+        data = datasets.Dataset.from_dict({"text": texts, "label": ["x", "y"]})
+        data.save_to_disk("again", num_shards=1 if texts[0] == "old" else 2)
+    assert [text for text, _ in rows("again")] == ["a", "b"]
+
+
+def test_what_cannot_be_read_exactly_is_refused():
+    write("twice.jsonl", '{"text": "a", "label": "x", "text": "b"}')
+    assert "line 1: two columns have the same name 'text'" in refused("twice.jsonl")
+    table = pa.table({"text": ["a", "b"], "label": pa.array([1.0, 16777217.0], pa.float32())})
+    pyarrow.parquet.write_table(table, "wide.parquet")
+    assert "row 2: column 'label' is float, in which 16777216 may have lost digits" in refused("wide.parquet")
 
 
 # --- several files ----------------------------------------------------------------------------------------------------
