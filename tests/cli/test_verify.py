@@ -97,6 +97,8 @@ def test_a_failed_check_is_told_and_fails_the_command(tmp_path, monkeypatch, cap
     output = tmp_path / "verify.json"
     words = ["verify.py", "--topology", "cpu_multi", "--processes", "2", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", words)
+    for name in ("ACCELERATE_USE_CPU", "HF_DATASETS_CACHE"):  # which it sets; restored for the tests behind this one
+        monkeypatch.setenv(name, "")
     assert verify.main() == 1
     said = capsys.readouterr().out
     assert "FAILED   memory" in said and "buy more" in said and "1 ok, 1 FAILED, 0 skipped" in said

@@ -45,7 +45,9 @@ def main() -> int:
     silence_libraries()
     began, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="isotrain-verify-") as temporary:
-        for row in fill_rows(Evidence(options.folder or Path(temporary), options.topology, options.processes)):
+        folder = options.folder or Path(temporary)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # of the processes that the checks start
+        for row in fill_rows(Evidence(folder, options.topology, options.processes)):
             rows.append(row)
             bound = f"  (bound {row.bound})" if row.bound else ""
             print(f"{row.verdict:<8} {row.check:<28} {row.figure}{bound}", flush=True)
