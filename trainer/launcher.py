@@ -6,7 +6,7 @@
 
 Always true: what --dry-run prints is what starts. A signal goes to the ranks, which save and exit; the launcher stays
 until they are gone. The exit code is that of the first rank to fail. If one process is lost, all ranks end and start
-again, on each machine by its own launcher, unless somebody asked them to stop.
+again, on each machine by its own launcher, unless a signal asked them to stop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RUN, VERIFY, VENV = str(ROOT / "trainer/run.py"), str(ROOT / "trainer/verificati
 TOPOLOGIES = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
 USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-run] [--setup-only]
                    [options of trainer/run.py]
-       ./launch.sh --verify [--topology NAME] [--processes N]
+       ./launch.sh --verify [--topology NAME] [--processes N] [--output FILE] [--folder DIR]
 
   --topology NAME   {", ".join(TOPOLOGIES)}; default: by srun, NNODES and the visible GPUs.
                     multi_node needs NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, or srun, or the pods of a
@@ -104,9 +104,8 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
         of_run.add_argument(name, dest=short)
     options, arguments = own.parse_known_args(["--help" if word == "-h" else word for word in words])
     options.max_restarts = parse_number(Choice(options.max_restarts, "--max-restarts"), least=0)
-    if options.verify and arguments:
-        raise Mistake(f"--verify takes no options of trainer/run.py, such as {arguments[0]}")
-    if not of_run.parse_known_args(arguments, options)[0].recipe:
+    of_run.parse_known_args(arguments, options)
+    if not (options.recipe or options.verify):
         options.recipe, arguments = "quickstart", ["--recipe", "quickstart", *arguments]
     options.arguments = arguments
     return options
@@ -158,7 +157,7 @@ def follow_options(python: Choice, is_ready: bool, words: Sequence[str]) -> int:
             if rows["topology"].value in ("fsdp", "multi_node"):
                 raise Mistake("--verify checks one machine: use --topology cpu, cpu_multi, gpu or multi_gpu")
             group = ("--topology", rows["topology"].value, "--processes", rows["processes"].value)
-            command = [python.value, VERIFY, *group]
+            command = [python.value, VERIFY, *group, *options.arguments]
         is_first = os.environ.get("SLURM_PROCID", "0") == "0" or not count_tasks_here(os.environ)
         if options.dry_run or (is_ready and is_first):  # srun joins the output of all tasks
             print_plan(rows, os.environ)

@@ -21,7 +21,6 @@ from trainer.data.rows import Table, TextSplit, read_table
 from trainer.data.sources import find_origin, for_each, option_name
 from trainer.errors import UserError
 from trainer.tasks import Task, find_task, make_task
-from trainer.tasks.multi_label import suggest_separator
 
 MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}
 """what libraries write for a missing value"""
@@ -53,10 +52,9 @@ def load_corpus(config: DataConfig, task_config: TaskConfig, seed: int, quiet: b
     tables = for_each(named, lambda name: read_table(name, sources[name], quiet=quiet, separator=separator))
     train_labels = tables["train"].labels
     assert train_labels is not None, "read_table refuses a split without labels"
-    found = find_task(task_config, train_labels)
+    found, hint = find_task(task_config, train_labels)
     task = make_task(found)
     label_names, doubt = task.name_labels(train_labels)
-    hint = suggest_separator(train_labels) if task_config.type is None else None
     try:
         splits, counts, warnings = _make_splits(tables, config.validation_fraction, task, label_names, seed)
     except UserError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from trainer.config.schema import TaskConfig
 from trainer.tasks import multi_label, single_label
@@ -17,12 +17,16 @@ TASKS: dict[str, Callable[[TaskConfig, Mapping[str, Any]], Task]] = {
 """by name: (the task's options, its constants) -> the task; `Task.find_constants` finds the constants"""
 
 
-def find_task(config: TaskConfig, train: LabelColumn) -> TaskConfig:
-    """The options with a type: if it is null, lists of labels and a separator show multi_label."""
+def find_task(config: TaskConfig, train: LabelColumn) -> tuple[TaskConfig, str | None]:
+    """The options with a type, and a warning if the labels may show another.
+
+    If the type is null, lists of labels and a separator show multi_label.
+    """
     if config.type is not None:
-        return config
+        return config, None
     has_lists = any(isinstance(value, list) for value in train.values)
-    return replace(config, type="multi_label" if has_lists or config.separator is not None else "single_label")
+    found: Literal["multi_label", "single_label"] = "multi_label" if has_lists or config.separator else "single_label"
+    return replace(config, type=found), multi_label.suggest_separator(train)
 
 
 def make_task(config: TaskConfig, constants: Mapping[str, Any] | None = None) -> Task:

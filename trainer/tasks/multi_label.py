@@ -28,7 +28,7 @@ DEFAULT_SEPARATOR = "|"
 SEPARATORS = "|;,"
 """that `suggest_separator` looks for"""
 BITS = {"0": False, "false": False, "1": True, "true": True}
-"""cells of a column that stands for one label"""
+"""cells of data.label_columns"""
 
 Decide = Callable[[np.ndarray], np.ndarray]
 """logits [N, C] -> which labels are predicted, bool [N, C]"""

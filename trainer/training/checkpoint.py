@@ -140,7 +140,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return read_checkpoint(path), damage
         except DamagedCheckpoint as error:
-            damage.append(f"checkpoint {path.name} is damaged ({error}); it is passed over")
+            damage.append(f"checkpoint {path.name} is damaged ({error}); it is skipped")
     return None, [*damage, "no whole checkpoint is left; starting from the beginning"] if damage else []
 
 

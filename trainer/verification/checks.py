@@ -89,10 +89,8 @@ class Evidence:
     @cached_property
     def options(self) -> dict[str, list[str]]:
         """Options of run.py for the tiny and the medium model."""
-        options = {"tiny": write_material(self.folder / "tiny", TINY)}
-        options["medium"] = write_material(self.folder / "medium", MEDIUM)
-        (self.folder / "options.json").write_text(json.dumps(options))
-        return options
+        sizes = {"tiny": TINY, "medium": MEDIUM}
+        return {name: write_material(self.folder / name, size) for name, size in sizes.items()}
 
     @cached_property
     def one(self) -> dict[str, Any]:
@@ -126,7 +124,7 @@ class Evidence:
 
     def _measure(self, num_processes: int) -> dict[str, Any]:
         """What each part of ranks.py found; the first part that is missing has an error."""
-        assert self.options
+        (self.folder / "options.json").write_text(json.dumps(self.options))
         command = self.command(num_processes, "-m", "trainer.verification.ranks", str(self.folder))
         failure = ""
         try:
@@ -180,7 +178,7 @@ def kill_all(process: subprocess.Popen[Any]) -> None:
 
 
 def _is_running(member: psutil.Process) -> bool:
-    """Whether a process runs; a zombie does not, though nobody may ever reap it in a container."""
+    """Whether a process runs; a zombie does not, which a container may keep."""
     try:
         return bool(member.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

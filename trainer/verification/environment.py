@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from accelerate.commands.config import default_config_file
 
 from trainer.compat import has_fast_bf16
 from trainer.distributed.session import is_on_cpu
+from trainer.launcher import find_missing_pin
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 GIB = 2**30
@@ -50,14 +51,9 @@ def read_facts() -> dict[str, Any]:
 
 def find_problems(facts: dict[str, Any], num_gpu_processes: int) -> list[str]:
     """What is wrong with a machine for a group of this many GPU processes, a line each."""
-    problems = []
-    for name, pinned in re.findall(r"^([\w.-]+)==([\w.]+)", REQUIREMENTS.read_text("utf-8"), re.MULTILINE):
-        try:
-            found = version(name).partition("+")[0]
-        except PackageNotFoundError:
-            found = "missing"
-        if found != pinned:
-            problems.append(f"{name} is {found}, requirements.txt pins {pinned}")
+    # the user chose the versions of ISOTRAIN_PYTHON
+    pin = find_missing_pin(REQUIREMENTS, any_version="ISOTRAIN_PYTHON" in os.environ)
+    problems = [f"{pin} is pinned in requirements.txt, and missing or another version here"] if pin else []
     free = {
         "memory_bytes": ("memory", NEEDED_MEMORY),
         "disk_bytes": ("disk in this folder", NEEDED_DISK),

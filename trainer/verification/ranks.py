@@ -57,7 +57,7 @@ class Setting:
     accelerator: Accelerator
     watch: Watch
     precision: str
-    """that run.precision auto stands for here"""
+    """what run.precision auto chooses on this machine"""
 
     def build(self, options: list[str], *more: str) -> Run:
         """A run, set up as run.py does; its precision is the accelerator's."""
