@@ -1,7 +1,11 @@
 """Tiny inputs: rows whose words follow their label, a tokenizer, a random backbone, and the options of a small run."""
 
 import csv
+import json
 import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tests.harness.processes import ROOT
 
@@ -38,6 +42,19 @@ OPTIONS = {
 def write_csv(path, rows, header=("text", "label")):
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows] if header else rows)
+    return path
+
+
+def write_labelled(path, labels):
+    """A file of one text for each label, by its ending: csv as text, json and parquet by type."""
+    texts = [f"text {i}" for i in range(len(labels))]
+    if path.suffix == ".csv":
+        return write_csv(path, zip(texts, labels, strict=True))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts, "label": labels}), path)
+        return path
+    rows = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+    path.write_text("\n".join(rows) if path.suffix == ".jsonl" else f"[{','.join(rows)}]")
     return path
 
 

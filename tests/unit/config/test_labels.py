@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.harness.data import write_csv
+from tests.harness.data import write_csv, write_labelled
 from trainer.config.labels import label_text, look_alikes, match_labels
 from trainer.config.predict_options import Options
 from trainer.config.schema import Config, DataConfig, EvaluationConfig, OptimConfig, Source, TaskConfig
@@ -35,18 +35,6 @@ def own_cache(cache):
 
 def load(train, seed=1, **settings):
     return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TaskConfig(), seed)
-
-
-def labelled(path, labels):
-    """A file of one text for each label, by its ending: csv as text, json and parquet by type."""
-    texts = [f"text {i}" for i in range(len(labels))]
-    if path.suffix == ".csv":
-        return write_csv(path, zip(texts, labels, strict=True))
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"text": texts, "label": labels}), path)
-    else:
-        path.write_text(json.dumps([{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]))
-    return path
 
 
 # --- spelling ---------------------------------------------------------------------------------------------------------
@@ -79,7 +67,7 @@ def test_a_word_means_its_own_spelling_first_and_then_its_value():
 ])  # fmt: skip
 def test_classes_that_look_alike_are_named(tmp_path, group):
     assert look_alikes(["other", *group, "another"]) == [group]
-    corpus = load(labelled(tmp_path / "x.json", ["other", *group]))
+    corpus = load(write_labelled(tmp_path / "x.json", ["other", *group]))
     assert len(corpus.label_names) == 1 + len(group), "they stay classes of their own"
     (warning,) = corpus.warnings
     said = warning.partition("Unicode form: ")[2]
@@ -90,12 +78,12 @@ def test_classes_that_look_alike_are_named(tmp_path, group):
 def test_classes_that_differ_are_not_called_alike(tmp_path):
     names = ["a", "b", "1", "-1", "+1", "C", "C++", "C#", "a-b", "a_b", "ab", "\u0430", "\u044f"]
     assert look_alikes(names) == []
-    assert load(labelled(tmp_path / "x.csv", names)).warnings == []
+    assert load(write_labelled(tmp_path / "x.csv", names)).warnings == []
 
 
 def test_an_unknown_label_names_the_class_that_it_looks_like(tmp_path):
-    train = labelled(tmp_path / "x.json", ["Caf\u00e9", "Bar"])
-    test = labelled(tmp_path / "y.json", ["Bar", "Cafe\u0301"])
+    train = write_labelled(tmp_path / "x.json", ["Caf\u00e9", "Bar"])
+    test = write_labelled(tmp_path / "y.json", ["Bar", "Cafe\u0301"])
     with pytest.raises(UserError, match=r"'Cafe\\u0301', 'Caf\\xe9' differ only in case, spaces, invisible") as error:
         load(train, test=str(test))
     assert str(error.value).count("\n") == 0
@@ -106,9 +94,9 @@ BOOLS = {"x.csv": ["false", "true"], "p.csv": ["False", "True"], "x.json": [Fals
 
 @pytest.mark.parametrize("train", BOOLS)
 def test_truth_values_of_any_file_meet_those_of_any_other(tmp_path, train):
-    path = labelled(tmp_path / train, BOOLS[train])
+    path = write_labelled(tmp_path / train, BOOLS[train])
     for other, labels in BOOLS.items():
-        test = labelled(tmp_path / f"test-{other}", labels)
+        test = write_labelled(tmp_path / f"test-{other}", labels)
         assert load(path, test=str(test)).splits["test"].targets.tolist() == [0, 1]
         for names in ({"false": "other", "true": "praise"}, {"False": "other", "True": "praise"}):
             mapped = load(path, test=str(test), label_names=names)
@@ -120,7 +108,7 @@ def test_truth_values_of_any_file_meet_those_of_any_other(tmp_path, train):
     "word", ["false", "null", "~", "NA", "1.0", "yes", "on", "1e3", "0x1", "2020-01-01", ".5", "007"]
 )
 def test_words_of_yaml_meet_those_of_the_data(tmp_path, word):
-    path = labelled(tmp_path / "x.csv", [word, "other"])
+    path = write_labelled(tmp_path / "x.csv", [word, "other"])
     mapped = load(path, label_names={word: "a", "other": "b"})
     assert (mapped.label_names, mapped.splits["train"].targets.tolist()) == (["a", "b"], [0, 1])
     listed = load(path, label_names=["other", word])
@@ -133,7 +121,7 @@ def test_words_of_yaml_meet_those_of_the_data(tmp_path, word):
 
 
 def test_a_class_that_is_weighted_twice_or_is_none(tmp_path):
-    corpus = load(labelled(tmp_path / "x.csv", ["1", "Sports"]))
+    corpus = load(write_labelled(tmp_path / "x.csv", ["1", "Sports"]))
     for weights, said in (
         ({"1": 2, "1.0": 3}, "name a class twice"),
         ({"sports": 2}, "'sports', 'Sports' differ only"),
@@ -177,7 +165,7 @@ def submission(folder, classes, values, output="x.csv", **options):
 )  # fmt: skip
 def test_a_submission_holds_the_labels_of_the_data(tmp_path, data, names, written, told):
     kind = ".parquet" if isinstance(data[0], bool | float) else ".csv"
-    corpus = load(labelled(tmp_path / f"x{kind}", data), label_names=names)
+    corpus = load(write_labelled(tmp_path / f"x{kind}", data), label_names=names)
     values = json.loads(json.dumps(corpus.label_values))
     text, said = submission(tmp_path, corpus.label_names, values)
     assert text == "ID,Label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(written))
@@ -359,7 +347,7 @@ def test_a_hold_out_that_equal_texts_forbid_says_so(tmp_path):
 def test_the_hold_out_of_earlier_versions(tmp_path):
     """Without equal texts, the split of a seed is fixed for ever."""
     labels = [i % 3 for i in range(30)]
-    held = load(labelled(tmp_path / "x.csv", labels), seed=42, validation_fraction=0.2).splits["validation"]
+    held = load(write_labelled(tmp_path / "x.csv", labels), seed=42, validation_fraction=0.2).splits["validation"]
     assert held.rows.tolist() == [0, 5, 6, 13, 17, 25]
 
 
@@ -381,7 +369,7 @@ def test_texts_with_two_labels_are_counted(tmp_path):
     ],
 )
 def test_what_is_wrong_with_a_label_column_is_said_first(tmp_path, labels):
-    path = labelled(tmp_path / "x.csv", labels)
+    path = write_labelled(tmp_path / "x.csv", labels)
     with pytest.raises(UserError) as error:
         load(path, validation_fraction=0.1)
     first = str(error.value).splitlines()[0]
@@ -393,12 +381,12 @@ def test_what_is_wrong_with_a_label_column_is_said_first(tmp_path, labels):
 
 @pytest.mark.parametrize(("count", "each"), [(77, 20), (4, 1), (150, 3), (20, 1), (9, 2)])
 def test_many_classes_are_no_fault(tmp_path, count, each):
-    corpus = load(labelled(tmp_path / "x.csv", [f"class {i}" for i in range(count)] * each))
+    corpus = load(write_labelled(tmp_path / "x.csv", [f"class {i}" for i in range(count)] * each))
     assert corpus.warnings == [] and len(corpus.label_names) == count
 
 
 def test_a_class_for_each_row_is_warned_of_where_it_can_be_trained(tmp_path):
-    path = labelled(tmp_path / "x.csv", [f"class {i}" for i in range(77)])
+    path = write_labelled(tmp_path / "x.csv", [f"class {i}" for i in range(77)])
     assert "77 classes in 77 rows" in load(path, validation=str(path)).warnings[0]
     assert load(path, label_names=[f"class {i}" for i in range(77)]).warnings == []
 

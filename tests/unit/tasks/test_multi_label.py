@@ -5,13 +5,11 @@ import json
 import re
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
-from tests.harness.data import write_csv
+from tests.harness.data import write_csv, write_labelled
 from trainer.config.schema import DataConfig, OptimConfig, Source, TaskConfig
 from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.errors import UserError
@@ -35,19 +33,6 @@ def load(path, task=None, **settings):
     return load_corpus(config, task or TaskConfig(), 1, quiet=True)
 
 
-def write(path, labels):
-    """A file of one text for each label, by its ending."""
-    texts = [f"text {i}" for i in range(len(labels))]
-    if path.suffix == ".csv":
-        return write_csv(path, zip(texts, labels, strict=True))
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"text": texts, "label": labels}), path)
-        return path
-    rows = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
-    path.write_text("\n".join(rows) if path.suffix == ".jsonl" else f"[{','.join(rows)}]")
-    return path
-
-
 def bits(path, rows=TARGETS, names=NAMES):
     return write_csv(path, [(f"text {i}", *row) for i, row in enumerate(rows)], ("text", *names))
 
@@ -64,10 +49,10 @@ def test_all_ways_to_write_labels_are_read_alike(tmp_path, monkeypatch, name, la
         bits(path)
         settings = {"label_columns": NAMES}
     elif name == "x.csv":
-        write(path, ["a|c", "", " b |", "c|b|a|a", "b"])
+        write_labelled(path, ["a|c", "", " b |", "c|b|a|a", "b"])
         task = TaskConfig(separator="|")
     else:
-        write(path, ROWS)
+        write_labelled(path, ROWS)
     for _ in range(2 if large == 0 else 1):
         corpus = load(path, task, **settings)
         assert corpus.task.type == "multi_label" and corpus.label_names == NAMES
@@ -76,7 +61,7 @@ def test_all_ways_to_write_labels_are_read_alike(tmp_path, monkeypatch, name, la
 
 
 def test_numbers_names_and_stored_classes(tmp_path):
-    path = write(tmp_path / "x.json", [[1, 2.0], [0], []])
+    path = write_labelled(tmp_path / "x.json", [[1, 2.0], [0], []])
     assert load(path).label_names == ["0", "1", "2"]
     named = load(path, label_names=["x", "y", "z"])
     assert (named.label_names, named.splits["train"].targets.tolist()) == (
@@ -101,13 +86,13 @@ def test_columns_keep_their_order_and_take_truth_values(tmp_path):
 
 
 def test_one_label_a_row_is_single_label(tmp_path):
-    corpus = load(write(tmp_path / "x.csv", ["a", "b"]))
+    corpus = load(write_labelled(tmp_path / "x.csv", ["a", "b"]))
     assert (corpus.task.type, corpus.splits["train"].targets.tolist()) == ("single_label", [0, 1])
 
 
 @pytest.mark.parametrize("labels", [["a|b", "b", "a", "a|c", "b|c", "a|b|c"], ["x;y", "y;z", "x;z", "z;x;y"]])
 def test_labels_that_look_like_several_are_pointed_out(tmp_path, labels):
-    path = write(tmp_path / "x.csv", labels)
+    path = write_labelled(tmp_path / "x.csv", labels)
     [warning] = [line for line in load(path).warnings if "--task.separator" in line]
     assert "column 'label'" in warning and labels[0] in warning
     assert not [line for line in load(path, TaskConfig("single_label")).warnings if "--task.separator" in line]
@@ -117,7 +102,9 @@ def test_labels_that_look_like_several_are_pointed_out(tmp_path, labels):
     "labels", [["a|b", "c|d"], ["Sci/Tech", "World"], ["Arts, Crafts", "Sports"], ["a", "b", "a|b"]]
 )
 def test_names_with_a_separator_are_not(tmp_path, labels):
-    assert not [line for line in load(write(tmp_path / "x.csv", labels)).warnings if "--task.separator" in line]
+    assert not [
+        line for line in load(write_labelled(tmp_path / "x.csv", labels)).warnings if "--task.separator" in line
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,19 +153,19 @@ def test_missing_columns_are_named(tmp_path):
 
 
 def test_a_separator_that_no_row_has_is_a_warning(tmp_path):
-    [warning] = load(write(tmp_path / "x.csv", ["a|b", "b"]), TaskConfig(separator=";")).warnings
+    [warning] = load(write_labelled(tmp_path / "x.csv", ["a|b", "b"]), TaskConfig(separator=";")).warnings
     assert "task.separator: ';'" in warning and "'label'" in warning
 
 
 def test_the_input_of_a_prediction(tmp_path):
     run = DataConfig(train="x")
-    path = write(tmp_path / "x.json", [["a"], ["x"]])
+    path = write_labelled(tmp_path / "x.json", [["a"], ["x"]])
     with pytest.raises(UserError, match=r"row 2; known: 'a', 'b', 'c'; --ignore_labels"):
         load_for_prediction(Source(str(path)), run, TASK, NAMES, None)
     split, _, _ = load_for_prediction(Source(str(path)), run, TASK, NAMES, None, ignore_labels=True)
     assert split.targets is None
     with_separator = make_task(TaskConfig("multi_label", "|"))
-    path = write(tmp_path / "x.csv", ["c|a", ""])
+    path = write_labelled(tmp_path / "x.csv", ["c|a", ""])
     split, _, _ = load_for_prediction(Source(str(path)), run, with_separator, NAMES, None)
     assert split.targets.tolist() == [[1, 0, 1], [0, 0, 0]]
     path = write_csv(tmp_path / "bare.csv", [("x",)], ("text",))
@@ -193,7 +180,7 @@ def test_the_hold_out_has_its_share_of_rare_labels(tmp_path):
     generator = np.random.default_rng(0)
     rows = [["often", *(["rare"] if i % 10 == 0 else []), *(["half"] if i % 2 else [])] for i in range(200)]
     rows = [row if generator.random() < 0.9 else [] for row in rows]
-    corpus = load(write(tmp_path / "x.json", rows), validation_fraction=0.2)
+    corpus = load(write_labelled(tmp_path / "x.json", rows), validation_fraction=0.2)
     train, held = (corpus.counts[name]["label_counts"] for name in ("train", "validation"))
     for name in train:
         assert held[name] == pytest.approx(0.2 * (train[name] + held[name]), abs=1.5), name
