@@ -18,6 +18,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trainer.compat import path_in_model, plain_owner
 from trainer.config.schema import PeftConfig
@@ -27,6 +28,10 @@ from trainer.errors import UserError, one_line
 PEFT_TYPES = ("LORA", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA")
 # These initializations change backbone weights, so the saved adapter would not fit the backbone that it names.
 BACKBONE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "eva", "lora_ga")
+
+MATRIX_LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
+TARGETS = {"LORA": (*MATRIX_LAYERS, nn.Embedding)}
+"""by method: the kinds of layers that messages name as its targets"""
 
 
 def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
@@ -98,13 +103,15 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
         raise UserError(f"peft: {error.pattern!r} is not a regular expression: {error}") from None
     except Exception as error:  # its methods raise many kinds at modules that they do not support
         reason = f"{type(error).__name__}: {error}"  # StopIteration: of a module without parameters
-        if any(part in reason for part in ("No modules were targeted", "not found in the base model", "StopIteration")):
-            raise UserError(
-                "peft.target_modules: no module gets an adapter, or one without parameters does; choose from "
-                f"{_linear_layers(model)}. The head trains whole, and peft.exclude_modules and "
-                "peft.layers_to_transform leave modules out"
-            ) from None
-        raise UserError(f"peft: {one_line(error)}") from None
+        if "Please specify `target_modules`" in reason:
+            fault = f"PEFT has no default for {model.config.model_type}"  # type: ignore[union-attr]
+        elif any(part in reason for part in ("No modules were targeted", "not found in the base", "StopIteration")):
+            fault = "no module gets an adapter, or one without parameters does"
+        else:
+            raise UserError(f"peft: {one_line(error)}") from None
+        targets = _describe_targets(model, str(config.peft_type.value), [*head, *inside])  # type: ignore[union-attr]
+        hint = "The head trains whole, and peft.exclude_modules and peft.layers_to_transform leave modules out"
+        raise UserError(f"peft.target_modules: {fault}; choose from {targets}. {hint}") from None
 
 
 def check_effects(model: PeftModel, settings: PeftConfig) -> None:
@@ -125,8 +132,9 @@ def check_effects(model: PeftModel, settings: PeftConfig) -> None:
             continue
         for wanted in value if isinstance(value, list | dict) else [value]:
             if not any(_matches(option, wanted, name, is_regex=isinstance(value, str)) for name in names):
+                targets = _describe_targets(model, settings.peft_type, saved_whole)
                 raise UserError(
-                    f"peft.{option}: {wanted!r} has no effect; adapters fit {_linear_layers(model)}, and "
+                    f"peft.{option}: {wanted!r} has no effect; adapters fit {targets}; "
                     f"{', '.join(saved_whole)} trains whole"
                 )
 
@@ -140,11 +148,16 @@ def _matches(option: str, wanted: Any, name: str, is_regex: bool) -> bool:
     return re.fullmatch(wanted, name) is not None if is_regex else f".{name}".endswith(f".{wanted}")
 
 
-def _linear_layers(model: nn.Module) -> str:
-    """Last names of the linear layers, without those that PEFT saves whole."""
-    owners = {plain_owner(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    whole = tuple(f"{path_in_model(n)}." for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper))
-    return ", ".join(sorted({name.rpartition(".")[2] for name in owners if not f"{name}.".startswith(whole)}))
+def _describe_targets(model: nn.Module, peft_type: str, whole: Iterable[str]) -> str:
+    """Last names of the layers that a method can target, without those in `whole`, which train and are saved whole."""
+    if peft_type == "LN_TUNING":
+        modules = {name: m for name, m in model.named_modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 1}
+    else:
+        modules = {name: m for name, m in model.named_modules() if isinstance(m, TARGETS.get(peft_type, MATRIX_LAYERS))}
+    owners = {plain_owner(f"{name}.weight") for name in modules}
+    heads = tuple(f"{name}." for name in whole)
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in owners if not f"{name}.".startswith(heads)}))
+    return names if peft_type == "LN_TUNING" else f"{names}, or all-linear"
 
 
 def parameter_table(model: PeftModel) -> list[dict[str, Any]]:

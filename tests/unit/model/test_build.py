@@ -13,6 +13,8 @@ from transformers import (
     BertForMaskedLM,
     DebertaV2Config,
     DebertaV2Model,
+    GPT2Config,
+    ModernBertConfig,
     RobertaConfig,
 )
 
@@ -31,6 +33,7 @@ METHODS = {
     "LORA": {"r": 4, "target_modules": ATTENTION},
     "LORA dora": {"r": 4, "target_modules": ATTENTION, "use_dora": True},
     "LORA rslora": {"r": 4, "target_modules": ATTENTION, "use_rslora": True, "lora_alpha": 16},
+    "LORA embeddings": {"r": 4, "target_modules": ["word_embeddings", "query"]},
     "LORA bias": {"r": 4, "target_modules": ATTENTION, "bias": "lora_only"},
     "LORA all bias": {"r": 4, "target_modules": ATTENTION, "bias": "all"},
     "C3A": {"block_size": 16, "target_modules": ATTENTION},
@@ -397,6 +400,29 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
 def test_wrong_adapter_settings_are_refused_in_words(backbone, peft_type, options, message):
     with pytest.raises(UserError, match=message):
         check_fit(backbone, PeftConfig(peft_type=peft_type, options=options), 32, pairs=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "peft_type", "message"),
+    [
+        (
+            GPT2Config(n_layer=1, n_embd=8, n_head=2),
+            "LORA",
+            r"choose from c_attn, c_fc, c_proj, wpe, wte, or all-linear",
+        ),
+        (
+            ModernBertConfig(num_hidden_layers=1),
+            "LORA",
+            r"PEFT has no default for modernbert; choose from Wi, Wo, Wqkv",
+        ),
+        (ModernBertConfig(num_hidden_layers=1), "LN_TUNING", r"choose from \w*norm, .*norm\. The head"),
+    ],
+)
+def test_all_layers_that_can_be_targets_are_named(config, peft_type, message):
+    options = {} if config.model_type == "modernbert" else {"target_modules": ["query"]}
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        model = AutoModelForSequenceClassification.from_config(config)
+        add_adapter(model, adapter_config(PeftConfig(peft_type, options=options), "none"), set())
 
 
 def test_a_word_for_a_truth_value_is_one(backbone):
