@@ -10,12 +10,13 @@ import pytest
 import safetensors.numpy
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from transformers import CamembertForSequenceClassification
+from transformers import Data2VecTextForSequenceClassification
 
 from tests.harness.data import TOPICS, topic_rows, write_csv
 from trainer.config.loading import parse_config
 from trainer.errors import UserError
-from trainer.packed.families import FAMILIES, Family
+from trainer.packed.encoder import encoder_layers, modules_of_bert
+from trainer.packed.families import FAMILIES, Family, embed_from_padding
 from trainer.tasks import TASKS
 from trainer.tasks.single_label import METRICS
 from trainer.tasks.task import Metric, Task
@@ -197,16 +198,20 @@ def test_an_optimizer_and_a_schedule(train, monkeypatch):
 
 
 def test_a_family(train, tiny_backbone, tmp_path, monkeypatch):
-    folder = shutil.copytree(tiny_backbone, tmp_path / "camembert")
+    folder = shutil.copytree(tiny_backbone, tmp_path / "data2vec")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "camembert", "architectures": ["CamembertForMaskedLM"]}
+    config |= {"model_type": "data2vec-text", "architectures": ["Data2VecTextModel"]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"model\.packed: true is not supported here: camembert"):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("roberta."): tensor for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.packed: true is not supported here: data2vec-text"):
         train("--model.name", folder, "--model.packed", "true")
     family = Family(
-        first_position=lambda config: config.pad_token_id + 1,
-        classify=lambda model, first_tokens: model.classifier(first_tokens),
+        embed=embed_from_padding,
+        layers=lambda model, trains: encoder_layers(model.base_model.encoder.layer, modules_of_bert, trains),
+        classify=lambda model, x: model.classifier(x),
     )
-    monkeypatch.setitem(FAMILIES, CamembertForSequenceClassification, family)
+    monkeypatch.setitem(FAMILIES, Data2VecTextForSequenceClassification, family)
     run = train("--model.name", folder, "--model.packed", "true")
     assert json.loads((run / "summary.json").read_text())["padding_fraction"] == 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig, XLMRobertaConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from tests.unit.model.test_build import METHODS
 from trainer.dropout import masks
@@ -23,7 +24,8 @@ from trainer.packed.families import why_not_packed
 from trainer.packed.forward import PackedForward, PaddedForward
 
 PAD = 1
-FAMILIES = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
+FAMILIES = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig, "mpnet": MPNetConfig}
+TARGETS = {family: ["query", "value"] for family in FAMILIES} | {"mpnet": ["q", "v"]}
 SIZE = {
     "vocab_size": 60, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "num_labels": 3, "type_vocab_size": 2,
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
@@ -50,7 +52,7 @@ PLACES = [
     {"modules_to_save": ["key"]},
     {"modules_to_save": ["self"], "target_modules": ["intermediate.dense"]},
 ]
-LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False, "lora_dropout": 0.1}
+LORA = {"r": 2, "target_modules": TARGETS["roberta"], "init_lora_weights": False, "lora_dropout": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +122,7 @@ def difference(one, other):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_is_padded_is_one_by_one(family, p, segments):
-    model, keys = build(family, options={**LORA, "lora_dropout": p}, p=p)
+    model, keys = build(family, options={**LORA, "lora_dropout": p, "target_modules": TARGETS[family]}, p=p)
     assert why_not_packed(model) is None
     expected = results(PaddedForward(model, 1), keys, segments=segments)
     assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
@@ -164,16 +166,18 @@ def test_joining_takes_no_memory_and_changes_no_weight():
     assert all(joined.frozen.weight.untyped_storage().data_ptr() in kept for joined in projections(forward))
 
 
-IN_BF16 = {name: (name.split(" ")[0], options) for name, options in METHODS.items()} | {
-    str(options): ("LORA", {**LORA, **options}) for options in (PLACES[0], PLACES[6], PLACES[8])
+IN_BF16 = {
+    **{name: ("roberta", name.split(" ")[0], options) for name, options in METHODS.items()},
+    **{str(options): ("roberta", "LORA", {**LORA, **options}) for options in (PLACES[0], PLACES[6], PLACES[8])},
+    **{family: (family, "LORA", {**LORA, "target_modules": targets}) for family, targets in TARGETS.items()},
 }
 
 
 @pytest.mark.parametrize("name", IN_BF16)
-def test_every_peft_method_in_bf16(name):
+def test_every_peft_method_and_family_in_bf16(name):
     """Whatever trains gets its gradient, no further from that in fp32 than the padded forward's."""
-    method, options = IN_BF16[name]
-    model, keys = build(method=method, options=options, dtype=torch.float32, **LARGER)
+    family, method, options = IN_BF16[name]
+    model, keys = build(family, method, options, dtype=torch.float32, **LARGER)
     exact = results(PaddedForward(model, 1), keys)
     set_precision(model, torch.bfloat16)
     padded = relative(exact, results(PaddedForward(model, 1), keys, compute_type=torch.bfloat16))
@@ -244,6 +248,16 @@ def test_a_wrong_layout_would_be_seen(mistake, monkeypatch):
     assert same_logits == (MISTAKES[mistake] == "gradients")
 
 
+def test_a_relative_bias_one_bucket_off_would_be_seen(monkeypatch):
+    model, keys = build("mpnet", options={**LORA, "target_modules": TARGETS["mpnet"]})
+    expected = results(PaddedForward(model, 1), keys)
+    bucket = MPNetEncoder.relative_position_bucket
+    monkeypatch.setattr(
+        MPNetEncoder, "relative_position_bucket", lambda *args, **sizes: (bucket(*args[1:], **sizes) + 1) % 32
+    )
+    assert difference(expected, results(PackedForward(model), keys)) > 1e-4
+
+
 WRITTEN_OUT = [
     attention._Attention, attention._Gather, products._Product, masks._Drop,
 ]  # fmt: skip
@@ -312,3 +326,9 @@ def test_what_cannot_be_packed_says_why():
     other = copy.deepcopy(model)
     other.get_base_model().config.position_embedding_type = "relative_key"
     assert "relative_key" in why_not_packed(other)
+    for options in (
+        {"target_modules": ["q", "relative_attention_bias"]},
+        {"modules_to_save": ["relative_attention_bias"]},
+    ):
+        biased, _ = build("mpnet", options={**LORA, "target_modules": ["q"], **options})
+        assert "relative_attention_bias" in why_not_packed(biased)

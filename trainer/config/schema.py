@@ -181,7 +181,7 @@ class ModelConfig:
     dropout: float | None = field(default=None, metadata=BELOW_ONE)
     """dropout probability of the backbone's layers; null = the backbone's setting"""
     packed: Literal["auto"] | bool = "auto"
-    """compute without padding; auto = if the backbone is supported (BERT, RoBERTa), true = refuse if it is not"""
+    """compute without padding; auto = if the family is packed (docs/backbones.md), true = refuse if it is not"""
 
 
 @dataclass(frozen=True)

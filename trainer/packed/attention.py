@@ -8,7 +8,7 @@ attention for packed examples (varlen_attn, flex_attention) has no dropout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Group:
     longest: int
     """tokens of the longest example, N"""
     bias: torch.Tensor
-    """added to the scores: minus infinity where a key is padding, else 0; [G * heads, 1, N]"""
+    """added to the scores: minus infinity where a key is padding, else 0 or `add_bias`'s; [G * heads, 1 or N, N]"""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,19 @@ def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: to
         attended=_rows(places, num_tokens, 1, num_heads),
         whole=Rows(whole.take % num_tokens, whole.back),
     )
+
+
+def add_bias(layout: Layout, bias: torch.Tensor) -> Layout:
+    """The layout with a bias on the scores of each head, query and key: [heads or 1, N, N] of the longest example.
+
+    It has no gradient. It must leave each query a finite score, also the queries of padding.
+    """
+    groups = []
+    for group in layout.groups:
+        own = bias[:, : group.longest, : group.longest].to(group.bias.dtype)
+        per_head = group.bias.unflatten(0, (group.size, layout.num_heads)) + own
+        groups.append(replace(group, bias=per_head.flatten(0, 1)))
+    return replace(layout, groups=tuple(groups))
 
 
 def _rows(tokens: list[torch.Tensor], num_tokens: int, components: int, num_heads: int) -> Rows:
@@ -155,7 +168,7 @@ class Attention:
         for group in self.layout.groups:
             own = gathered[begin : begin + group.size * group.longest].view(group.size, group.longest, -1)
             asking = asked[group.first : group.first + group.size]
-            bias = group.bias.view(group.size, num_heads, -1)
+            bias = group.bias[:, 0].view(group.size, num_heads, -1)
             shares = _softmax(torch.baddbmm(bias, asking, own.transpose(1, 2), alpha=self.scaling)).unsqueeze(2)
             sums.append(dropped(shares, self.draw(shares, group.first)).squeeze(2).bmm(own))
             begin += group.size * group.longest

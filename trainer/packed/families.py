@@ -1,53 +1,108 @@
 """Which backbones the packed forward computes: a family is one entry of `FAMILIES`.
 
-Always holds: a family has BERT's layers. Its modules have the names that they have in transformers' BERT, from
-`embeddings` to `encoder.layer[i].output`. What differs between families is in `Family`.
+Always holds: the packed forward knows a family only through the functions of its `Family`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import (
     BertForSequenceClassification,
+    MPNetForSequenceClassification,
     RobertaForSequenceClassification,
     XLMRobertaForSequenceClassification,
 )
 
+from trainer.packed.attention import Layout, add_bias
+from trainer.packed.encoder import embed, encoder_layers, modules_of_bert, modules_of_mpnet
+
+Layer = Callable[[torch.Tensor, Any], torch.Tensor]
+"""[T, H] to [T, H], with what `Family.prepare` made; the last layer may give the tokens alone that the head reads"""
+
 
 @dataclass(frozen=True)
 class Family:
-    """What the packed forward must know of a family."""
+    """How the packed forward computes a family. Each function takes the classifier, without PEFT's outer wrapper."""
 
-    first_position: Callable[[Any], int]
-    """from the configuration: the position of an example's first token"""
+    embed: Callable[[Any, dict[str, torch.Tensor], Layout], torch.Tensor]
+    """hidden states [T, H] before the first layer, from input_ids and perhaps token_type_ids, [T] each"""
+    layers: Callable[[Any, bool], Sequence[Layer]]
+    """its layers, built once per model; also takes whether the model trains"""
     classify: Callable[[Any, torch.Tensor], torch.Tensor]
-    """logits [B, C] from the model and the last layer's first tokens [B, 1, H]"""
-
-
-BERT = Family(lambda config: 0, lambda model, x: model.classifier(model.dropout(model.base_model.pooler(x))))
-# RoBERTa's positions begin behind the id of padding
-ROBERTA = Family(lambda config: int(config.pad_token_id) + 1, lambda model, x: model.classifier(x))
-FAMILIES: dict[type, Family] = {
-    BertForSequenceClassification: BERT,
-    RobertaForSequenceClassification: ROBERTA,
-    XLMRobertaForSequenceClassification: ROBERTA,
-}
+    """logits [B, C] from what the last layer gives"""
+    prepare: Callable[[Any, Layout], Any] = lambda model, layout: layout
+    """what all layers of a micro-batch take beside hidden states, computed once: the layout, with a bias perhaps"""
+    why_not: Callable[[Any], str | None] = lambda model: None
+    """a reason against packing this model"""
 
 
 def why_not_packed(model: PeftModel) -> str | None:
     """Why this model needs its own, padded forward; None where `PackedForward` can take its place."""
-    backbone = model.get_base_model()
-    config: Any = backbone.config
+    backbone: Any = model.get_base_model()
     if type(backbone) not in FAMILIES:
         known = ", ".join(family.config_class.model_type for family in FAMILIES)  # type: ignore[attr-defined]
-        return f"{config.model_type} is not among {known}"
-    if config.is_decoder or config.add_cross_attention:
+        return f"{backbone.config.model_type} is not among {known}"
+    return FAMILIES[type(backbone)].why_not(backbone)
+
+
+# --- BERT and its relatives ---
+
+
+def embed_from_zero(model: Any, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
+    """BERT's positions begin at 0."""
+    return embed(model, inputs, layout.positions)
+
+
+def embed_from_padding(model: Any, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
+    """RoBERTa's positions begin behind the id of padding."""
+    return embed(model, inputs, layout.positions + (model.base_model.embeddings.padding_idx + 1))
+
+
+def why_not_bert(model: Any) -> str | None:
+    """BERT's classes can also be decoders; an older configuration may have relative positions."""
+    if model.config.is_decoder or model.config.add_cross_attention:
         return "this backbone is a decoder"
-    if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        return f"its positions are {config.position_embedding_type}"
-    return None
+    positions = getattr(model.config, "position_embedding_type", "absolute")
+    return None if positions == "absolute" else f"its positions are {positions}"
+
+
+# --- MPNet ---
+
+
+def add_mpnet_bias(model: Any, layout: Layout) -> Layout:
+    """The bias of a head and a relative position, the same in all layers."""
+    longest = max(group.longest for group in layout.groups)
+    one_example = torch.empty(1, longest, device=layout.starts.device)  # only its shape and device are read
+    return add_bias(layout, model.base_model.encoder.compute_position_bias(one_example)[0])
+
+
+def why_not_mpnet(model: Any) -> str | None:
+    """Attention has no gradient for a bias, so the bias must be frozen."""
+    trains = any(p.requires_grad for p in model.base_model.encoder.relative_attention_bias.parameters())
+    return "its relative_attention_bias trains" if trains else None
+
+
+BERT = Family(
+    embed=embed_from_zero,
+    layers=lambda model, trains: encoder_layers(model.base_model.encoder.layer, modules_of_bert, trains),
+    classify=lambda model, x: model.classifier(model.dropout(model.base_model.pooler(x))),
+    why_not=why_not_bert,
+)
+ROBERTA = replace(BERT, embed=embed_from_padding, classify=lambda model, x: model.classifier(x))
+MPNET = replace(
+    ROBERTA,
+    layers=lambda model, trains: encoder_layers(model.base_model.encoder.layer, modules_of_mpnet, trains),
+    prepare=add_mpnet_bias,
+    why_not=why_not_mpnet,
+)
+FAMILIES: dict[type, Family] = {
+    BertForSequenceClassification: BERT,
+    RobertaForSequenceClassification: ROBERTA,
+    XLMRobertaForSequenceClassification: ROBERTA,
+    MPNetForSequenceClassification: MPNET,
+}

@@ -2,7 +2,7 @@
 
 Always holds: logits and gradients are those of the model's own forward over the padded examples, dropout included, up
 to rounding. The model's own modules compute, PEFT's wrappers too. Only frozen products (projections.py) and attention
-(attention.py) are ours. The head reads the first token of each example. So the last layer computes no other token.
+(attention.py) are ours. What differs between families is in families.py.
 
 Unpadding before the embeddings follows ModernBERT (Warner et al., arXiv 2412.13663).
 """
@@ -17,14 +17,10 @@ import torch
 from peft import PeftModel
 
 from trainer.batching.collate import Batch, collate_packed, collate_padded
-from trainer.compat import trained_module
 from trainer.data.tokens import Examples
-from trainer.dropout.masks import Mask, dropped
-from trainer.dropout.sites import draw_mask
 from trainer.errors import UserError
-from trainer.packed.attention import Attention, Layout, lay_out
+from trainer.packed.attention import lay_out
 from trainer.packed.families import FAMILIES, why_not_packed
-from trainer.packed.projections import Projection, is_joinable, widened
 
 
 @dataclass(frozen=True)
@@ -90,12 +86,11 @@ class PackedForward:
     packed, padding, padded_because = True, Padding(), ""
 
     def __init__(self, model: PeftModel) -> None:
-        """The model does not train if none of its parameters requires a gradient."""
+        """The model does not train if none of its parameters requires a gradient. Its dropout is installed before."""
         self.model = model
-        classifier: Any = model.get_base_model()
-        self._classifier, self._family = classifier, FAMILIES[type(classifier)]
-        layers, trains = classifier.base_model.encoder.layer, any(p.requires_grad for p in model.parameters())
-        self._layers = [_Layer(layer, layer is layers[-1], trains) for layer in layers]
+        self._classifier: Any = model.get_base_model()
+        self._family = FAMILIES[type(self._classifier)]
+        self._layers = self._family.layers(self._classifier, any(p.requires_grad for p in model.parameters()))
 
     def collate(self, examples: Examples, ids: np.ndarray, weights: np.ndarray, device: torch.device) -> Batch:
         """Puts the examples `ids` [B] on the device, packed."""
@@ -109,60 +104,11 @@ class PackedForward:
         device, model = inputs["input_ids"].device, self._classifier
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
         layout = lay_out(lengths, model.config.num_attention_heads, device, dtype)
-        x = self._embed(inputs, layout)
+        x = self._family.embed(model, inputs, layout)
+        prepared = self._family.prepare(model, layout)
         for layer in self._layers:
-            x = layer(x, layout)
+            x = layer(x, prepared)
         return self._family.classify(model, x)
-
-    def _embed(self, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
-        """[T, H]"""
-        embeddings, ids = self._classifier.base_model.embeddings, inputs["input_ids"]
-        segments = inputs.get("token_type_ids", torch.zeros_like(ids[:1]))
-        positions = layout.positions + self._family.first_position(self._classifier.config)
-        x = embeddings.word_embeddings(ids) + embeddings.token_type_embeddings(segments)
-        x = x + embeddings.position_embeddings(positions)
-        hidden: torch.Tensor = embeddings.dropout(embeddings.LayerNorm(x))
-        return hidden
 
 
 Forward = PackedForward | PaddedForward
-
-
-class _Layer:
-    """One layer. The last one computes the first token of each example alone."""
-
-    def __init__(self, layer: Any, last: bool, trains: bool) -> None:
-        self.attention = trained_module(layer.attention.self)  # dropout's sites are of the copy that trains
-        self.attention_output = layer.attention.output
-        self.intermediate, self.output = layer.intermediate, layer.output
-        query, key, value = self.attention.query, self.attention.key, self.attention.value
-        self.last = last
-        # whether no key and no value needs to be computed, see Attention.of_first
-        self.reads_first = last and all(map(is_joinable, (query, key, value)))
-        self.projection = Projection(query, *(() if self.reads_first else (key, value)), trains=trains)
-        self.join = Projection(self.attention_output.dense, trains=trains)
-        self.up = Projection(self.intermediate.dense, trains=trains)
-        self.down = Projection(self.output.dense, trains=trains)
-
-    def __call__(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """[T, H] -> [T, H], or [B, 1, H] of the last layer."""
-        attention = Attention(layout, self.attention.scaling, self._draw)
-        first = x[layout.starts].unsqueeze(1) if self.last else x
-        if self.reads_first:
-            wide, (key, value) = widened(x, (self.attention.key, self.attention.value))
-            attended = attention.of_first(self.projection(first), wide, key, value)
-        else:
-            attended = attention.of_all(self.projection(x))
-            attended = attended[layout.starts].unsqueeze(1) if self.last else attended
-        x = _add_and_norm(self.attention_output, self.join(attended), first)
-        return _add_and_norm(self.output, self.down(self.intermediate.intermediate_act_fn(self.up(x))), x)
-
-    def _draw(self, shares: torch.Tensor, first: int) -> Mask | None:
-        return draw_mask(shares, self.attention.dropout.p, self.attention, first)
-
-
-def _add_and_norm(module: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """LayerNorm(residual + dropout(x))"""
-    mask = draw_mask(x, module.dropout.p, module.dropout)
-    normed: torch.Tensor = module.LayerNorm(dropped(x, mask, residual))
-    return normed
