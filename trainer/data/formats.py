@@ -2,7 +2,7 @@
 
 Always holds: each record of the file is one row, in order, and its text is unchanged ("NA" and "null" too). What cannot
 be read exactly is refused. In a message a "line" is a line of the file, and a "row" is a row of data. Both count from
-1, and rows do not count the header. Nothing pickled is opened. Only a chunk is in memory, except of a .json file.
+1, and rows do not count the header. Only a chunk is in memory, except of a .json file and of a pickle.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from trainer.config.schema import ResolvedSource
+from trainer.data.pickles import read_pickled_dataset
 
 LINES = (".jsonl", ".ndjson")
 TEXT_TYPES = (".csv", ".tsv", ".json", *LINES)
-PARQUET, ARROW = (".parquet", ".pq"), (".arrow", ".feather")
-FILE_TYPES = (*TEXT_TYPES, *PARQUET, *ARROW, ".xlsx")
+PARQUET, ARROW, PICKLES = (".parquet", ".pq"), (".arrow", ".feather"), (".pkl", ".pickle")
+FILE_TYPES = (*TEXT_TYPES, *PARQUET, *ARROW, ".xlsx", *PICKLES)
 PACKED = (".gz", ".zip")
 CHUNK = 10_000
 """rows read at a time"""
@@ -404,6 +405,11 @@ def _read_arrow(path: str, request: Request) -> Iterator[Chunk]:
         yield from _read_batches(reader.schema.names, used, batches)
 
 
+def _read_pickle(path: str, request: Request) -> Iterator[Chunk]:
+    names, table = read_pickled_dataset(path, request.wanted)
+    return _read_batches(names, table.column_names, table.to_batches())
+
+
 def _read_batches(names: list[str], used: list[str], batches: Iterable[pa.RecordBatch]) -> Iterator[Chunk]:
     """Reads the columns `used` of batches that have the columns `names`."""
     yield 0, {name: [] for name in names}
@@ -454,4 +460,5 @@ _READERS: dict[str, Callable[[str, Request], Iterator[Chunk]]] = {
     **dict.fromkeys(PARQUET, _read_parquet),
     **dict.fromkeys(ARROW, _read_arrow),
     ".xlsx": _read_xlsx,
+    **dict.fromkeys(PICKLES, _read_pickle),
 }
