@@ -125,11 +125,13 @@ def test_budget_exceeded(attempt):
         "         512  roberta.encoder.layer.*.attention.self.query",
         "         512  roberta.encoder.layer.*.attention.self.value",
         "         132  classifier.out_proj",
-        "largest rank that fits: --peft.r 3",
+        "largest rank that fits: --peft.r 3, or --peft.fit_budget true",
     ]
     assert attempt("--peft.max_trainable_parameters", "1400").splitlines()[-1] == (
         "no rank fits: the head alone has 1,188; choose a smaller backbone"
     )
+    said = attempt("--peft.max_trainable_parameters", "1400", "--peft.fit_budget", "true")
+    assert said.startswith("peft.max_trainable_parameters: 1,400 is below the 1,444 that rank 1 trains; raise it")
 
 
 def test_packing_that_cannot_be(attempt, backbone):

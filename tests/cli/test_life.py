@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.harness.commands import changed, command
-from tests.harness.runs import assert_same, tensors
+from tests.harness.runs import assert_same, outcome, tensors
 
 LESS = ("no_figures",)
 UNREAD = ("at_call", "load_corpus")  # killed if it reads any data
@@ -84,6 +84,23 @@ def test_a_run_that_nobody_reads_goes_on(kind, killed, reference):
     folder, arguments = killed
     assert command("run", arguments, [LESS, ("stderr_left", kind)]).code == 0
     assert_same(folder, reference)
+
+
+def test_a_rank_that_fits_a_budget_is_recorded_and_resumed(options, tmp_path):
+    budget = {"peft__fit_budget": "true", "peft__max_trainable_parameters": 2500, "peft__lora_alpha": 8}
+    arguments = changed(options, run__output_dir=tmp_path / "whole", optim__epochs=1, **budget)
+    ended = command("run", arguments, [LESS])
+    assert ended.code == 0, ended.stderr
+    assert "rank 5 with lora_alpha 10 is the largest within 2,500 trained parameters" in ended.stderr
+    text = (tmp_path / "whole" / "run" / "config.yaml").read_text()
+    assert "\n  r: 5\n" in text and "\n  lora_alpha: 10\n" in text and "\n  fit_budget: true\n" in text
+    arguments = changed(arguments, run__output_dir=tmp_path)
+    assert command("run", arguments, [LESS, ("at_call", "train_step", 5)]).code == -signal.SIGKILL
+    raised = command("run", changed(arguments, peft__max_trainable_parameters=3000), [UNREAD])
+    assert "peft.max_trainable_parameters (there 2500, now 3000)" in error_of(raised)
+    ended = command("run", arguments, [LESS])
+    assert ended.code == 0, ended.stderr
+    assert_same(tmp_path / "run", outcome(tmp_path / "whole" / "run"))
 
 
 # --- training on ------------------------------------------------------------------------------------------------------

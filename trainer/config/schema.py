@@ -186,12 +186,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The adapter: these two and the options of the PEFT method (r, lora_alpha, target_modules, ...)."""
+    """The adapter: these three and the options of the PEFT method (r, lora_alpha, target_modules, ...)."""
 
     peft_type: str = "LORA"
     """PEFT method: LORA, IA3, LOHA, LOKR, OFT, VERA, ... (an unknown name lists all)"""
     max_trainable_parameters: int | None = field(default=None, metadata=at_least(1))
     """maximum number of trained parameters, with the head; null = no limit"""
+    fit_budget: bool = False
+    """true = choose the largest rank r within max_trainable_parameters; it keeps lora_alpha / r as given (rounded), or
+    lora_alpha itself with use_rslora"""
     options: dict[str, Any] = field(default_factory=dict)
     """options of the PEFT method, written as peft.NAME; null = PEFT's default, even if the recipe sets another"""
 
@@ -295,6 +298,9 @@ CHANGEABLE_OPTIONS = {
     "checkpoint": {"every_steps", "keep_last"},
     "tracking": {"every_steps", "backends"},
 }
+RANKED_METHODS = {"LORA": "lora_alpha", "LOHA": "alpha", "HRA": None, "MISS": None, "VERA": None}
+"""methods that train more parameters the higher r is; by method: the option that is divided by r"""
+DEFAULT_RANK = DEFAULT_ALPHA = 8  # PEFT's, of the methods with an option that is divided by r
 BY_CONTENT = ("data", "model")
 DEFAULT_METRICS = {"single_label": "accuracy", "multi_label": "average_precision_macro"}
 """by task: evaluation.metric if it is null"""
@@ -329,12 +335,29 @@ def find_differences(before: Config, now: Config, by_name: bool) -> list[str]:
         here["task"]["type"] = there["task"]["type"]
     if now.evaluation.metric is None:
         here["evaluation"]["metric"] = DEFAULT_METRICS.get(there["task"]["type"])
+    if now.peft.fit_budget and before.peft.fit_budget and now.peft.peft_type == before.peft.peft_type:
+        # the rank that the run chose; what it follows from is compared, the budget too
+        here["peft"].update(with_rank(now.peft, before.peft.options.get("r", DEFAULT_RANK)).options)
+        for side, settings in ((there, before.peft), (here, now.peft)):
+            side["peft"]["max_trainable_parameters"] = settings.max_trainable_parameters
     return [
         f"{group}.{name} (there {there[group].get(name)!r}, now {here[group].get(name)!r})"
         for group in here
         for name in {**there[group], **here[group]}
         if there[group].get(name) != here[group].get(name)
     ]
+
+
+def with_rank(settings: PeftConfig, rank: int) -> PeftConfig:
+    """Options with this rank, for `peft.fit_budget`: the scale of the adapter's output stays as given.
+
+    PEFT takes whole numbers, so lora_alpha is rounded. With use_rslora the scale hardly depends on r.
+    """
+    options, alpha = {**settings.options, "r": rank}, RANKED_METHODS[settings.peft_type]
+    if alpha and options.get("use_rslora") is not True:
+        ratio = options.get(alpha, DEFAULT_ALPHA) / settings.options.get("r", DEFAULT_RANK)
+        options[alpha] = max(1, round(ratio * rank))
+    return dataclasses.replace(settings, options=options)
 
 
 def fill_task(config: Config, task: TaskConfig) -> Config:
@@ -396,12 +419,29 @@ def find_problems(config: Config) -> Iterator[str]:
         yield "task.separator is empty; use null for none, or a text such as '|'"
     elif config.task.separator is not None and config.task.type == "single_label":
         yield f"task.separator {config.task.separator!r} is for task.type multi_label; leave one of them out"
+    if config.peft.fit_budget:
+        yield from _find_budget_problems(config.peft)
     if data.validation is None and data.validation_fraction == 0 and config.evaluation.patience is not None:
         yield "evaluation.patience needs a validation split, but data.validation_fraction is 0"
     name = run_name(config)
     is_folder_name = re.fullmatch(r"(?!\.\.?$)[^/\\]+", name) and name.isprintable() and len(name.encode()) <= 200
     if config.run.name == "" or not is_folder_name:
         yield f"run.name: {config.run.name!r} must be a folder name, not a path (see run.output_dir)"
+
+
+def _find_budget_problems(peft: PeftConfig) -> Iterator[str]:
+    if peft.max_trainable_parameters is None:
+        yield "peft.fit_budget needs a budget; add --peft.max_trainable_parameters NUMBER"
+    if peft.peft_type not in RANKED_METHODS:
+        known = ", ".join(RANKED_METHODS)
+        yield f"peft.fit_budget: {peft.peft_type} has no rank that grows with its parameters; use one of {known}"
+    for name in ("r", "lora_alpha", "alpha"):
+        value = peft.options.get(name, 1)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            yield f"peft.{name}: {value!r} must be a number above 0"
+    for name in ("rank_pattern", "alpha_pattern"):
+        if peft.options.get(name):
+            yield f"peft.{name}: peft.fit_budget chooses one rank for all modules; leave one of them out"
 
 
 def _find_values_out_of_range(config: Config) -> Iterator[str]:

@@ -35,6 +35,14 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
     An example has `max_length` tokens at most; with `pairs` it is two texts.
     """
     _check_max_length(backbone, max_length, pairs)
+    model = build_without_weights(backbone, settings)
+    check_effects(model, settings)
+    check_parameter_budget(model, settings)
+    return model
+
+
+def build_without_weights(backbone: Backbone, settings: PeftConfig) -> PeftModel:
+    """Builds the model on the meta device: shapes and names, and no numbers."""
     with torch.device("meta"):
         try:
             # a copy, since PEFT's layer_replication changes the configuration
@@ -42,9 +50,15 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
         except Exception as error:  # a family's code raises many kinds at sizes that do not fit together
             raise UserError(f"model.name: {backbone.path} cannot be built: {one_line(error)}") from None
         model = add_adapter(model, adapter_config(settings, backbone.path), set())
-    check_effects(model, settings)
-    check_parameter_budget(model, settings)
+    _widen_trained(model)
     return model
+
+
+def _widen_trained(model: PeftModel) -> None:
+    """Keeps what trains in fp32, whatever type config.json names."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32, copy=True)
 
 
 def _check_max_length(backbone: Backbone, max_length: int, pairs: bool) -> None:
@@ -69,9 +83,7 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> tuple[Pe
     model = add_adapter(model, adapter_config(settings, backbone.path), new_modules)
     model.peft_config["default"].revision = backbone.commit
     check_parameter_budget(model, settings)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32, copy=True)
+    _widen_trained(model)
     return model, notes
 
 

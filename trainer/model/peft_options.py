@@ -188,5 +188,6 @@ def check_parameter_budget(model: PeftModel, settings: PeftConfig) -> None:
         config: Any = model.peft_config["default"]
         rank = (budget - head) * config.r // max(1, adapter)
         none_fits = f"no rank fits: the head alone has {head:,}; choose a smaller backbone"
-        lines.append(f"largest rank that fits: --peft.r {rank}" if rank >= 1 else none_fits)
+        fix = f"{rank} --peft.fit_budget false" if settings.fit_budget else f"{rank}, or --peft.fit_budget true"
+        lines.append(f"largest rank that fits: --peft.r {fix}" if rank >= 1 else none_fits)
     raise UserError("\n".join(lines))

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from trainer.batching.plan import Plan
-from trainer.config.schema import Config, OptimConfig
+from trainer.config.schema import Config, OptimConfig, PeftConfig
 from trainer.data.corpus import Corpus
 from trainer.data.tokens import Examples
 from trainer.distributed.session import StopRequest
@@ -37,6 +37,8 @@ class Inputs:
     examples: dict[str, Examples]
     """the corpus in tokens, by split"""
     backbone: Backbone
+    peft: PeftConfig
+    """the options of the adapter, with the rank that fits the budget"""
     start: SavedAdapter | None
     """the adapter it starts from; None = a new one"""
     fingerprints: dict[str, str]

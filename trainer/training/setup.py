@@ -6,6 +6,7 @@ process builds the same.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from accelerate import Accelerator
 
 from trainer.batching.plan import Plan
 from trainer.config.labels import describe_look_alikes, match_labels
-from trainer.config.schema import Config, fill_task
+from trainer.config.schema import Config, PeftConfig, fill_task
 from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.tokens import tokenize
 from trainer.distributed.session import StopRequest
 from trainer.distributed.watch import Watch
 from trainer.dropout.sites import DropoutKeys
-from trainer.errors import UserError
+from trainer.errors import UserError, print_once
 from trainer.model.adapter import read_adapter
-from trainer.model.backbone import FP32_ONLY_FAMILIES, Identity, check_same_backbone, find_backbone
+from trainer.model.backbone import FP32_ONLY_FAMILIES, Backbone, Identity, check_same_backbone, find_backbone
+from trainer.model.budget import fit_budget
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
 from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Forward, build_forward, check_packed
@@ -53,7 +55,8 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     if config.run.precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
     pairs = corpus.splits["train"].text_pairs is not None
-    twin = check_fit(backbone, config.peft, config.data.max_length, pairs)
+    peft = choose_rank(backbone, config)
+    twin = check_fit(backbone, peft, config.data.max_length, pairs)
     check_packed(config.model.packed, why_not_packed(twin))
     if recorded is not None:
         check_same_backbone(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
@@ -69,14 +72,24 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
         **{f"{name} split": split.fingerprint() for name, split in examples.items()},
         **({"adapter to start from": start.fingerprint()} if start is not None else {}),
     }
-    return Inputs(corpus, examples, backbone, start, fingerprints)
+    return Inputs(corpus, examples, backbone, peft, start, fingerprints)
+
+
+def choose_rank(backbone: Backbone, config: Config) -> PeftConfig:
+    """The options of the adapter; with `peft.fit_budget`, with the rank that fits, which the user is told."""
+    if not config.peft.fit_budget:
+        return config.peft
+    peft, lines = fit_budget(backbone, config.peft)
+    for line in lines:
+        print_once(line, config.run.quiet)
+    return peft
 
 
 def build(
     config: Config, folder: Path, inputs: Inputs, accelerator: Accelerator, stop: StopRequest, watch: Watch
 ) -> Run:
-    """Builds the run, with the model on its device. Its configuration names the task, also if the labels showed it."""
-    config = fill_task(config, inputs.corpus.task)
+    """Builds the run, with the model on its device. Its configuration names the task and the rank that were found."""
+    config = dataclasses.replace(fill_task(config, inputs.corpus.task), peft=inputs.peft)
     on_cpu, train = accelerator.device.type == "cpu", inputs.examples["train"]
     learner = _build_learner(config, inputs, accelerator)
     default_tokens = CPU_TOKENS if on_cpu else GPU_TOKENS
