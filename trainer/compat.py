@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 import resource
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,11 @@ def replace_sdpa(config: PreTrainedConfig, name: str) -> None:
 def use_default_attention(config: PreTrainedConfig) -> None:
     """Lets the family choose its attention, whatever config.json was saved with (transformers 5.17, 5.23)."""
     config._attn_implementation = None
+
+
+def checkpoint_layers(model: Any, checkpoint: Callable[..., Any]) -> None:
+    """Calls each layer as `checkpoint(function, *inputs)` in training (transformers 5.17, 5.23)."""
+    model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 
 
 def layer_classes(model: Any) -> Collection[str]:

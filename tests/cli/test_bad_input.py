@@ -144,6 +144,12 @@ def test_packing_that_cannot_be(attempt, backbone):
     )
 
 
+def test_checkpointing_that_the_family_lacks(attempt, backbone):
+    edit_json(backbone / "config.json", model_type="albert", embedding_size=16)
+    message = attempt("--model.name", backbone, "--model.gradient_checkpointing", "true")
+    assert "model.gradient_checkpointing" in message and "albert" in message and "leave it out" in message
+
+
 def test_tokenizer_of_another_backbone(attempt, backbone, tiny_tokenizer):
     edit_json(backbone / "config.json", vocab_size=30)
     assert attempt("--model.name", backbone).startswith(

@@ -24,7 +24,7 @@ data.encoding data.quoting data.empty_text data.text_columns
 data.text_pair_columns data.label_column data.label_columns data.label_names data.max_length
 task.type task.separator
 batch.size batch.max_tokens batch.eval_max_tokens
-model.name model.revision model.adapter model.dropout model.packed
+model.name model.revision model.adapter model.dropout model.packed model.gradient_checkpointing
 peft.peft_type peft.max_trainable_parameters peft.fit_budget
 optim.name optim.learning_rate optim.weight_decay optim.betas optim.eps optim.max_grad_norm optim.schedule
 optim.warmup_fraction optim.final_lr_fraction optim.epochs optim.max_steps optim.label_smoothing optim.class_weights

@@ -102,6 +102,11 @@ def test_killed_three_times(options, reference, tmp_path):
     assert summary["resumed_from"] == [3, 6, 9]
 
 
+def test_continued_with_gradient_checkpointing(killed, reference):
+    folder, arguments = killed
+    run_again(folder, changed(arguments, model__gradient_checkpointing="true"), reference)
+
+
 def test_another_seed_gives_another_outcome(options, reference, tmp_path):
     arguments = changed(options, run__output_dir=tmp_path, run__seed=43)
     assert command("run", arguments, [LESS]).code == 0

@@ -182,6 +182,9 @@ class ModelConfig:
     """dropout probability of the backbone's layers; null = the backbone's setting"""
     packed: Literal["auto"] | bool = "auto"
     """compute without padding; auto = if the family is packed (docs/backbones.md), true = refuse if it is not"""
+    gradient_checkpointing: bool = False
+    """true = keep no activations inside a layer, and compute them again for the gradient: less memory, more time; never
+    changes results"""
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,7 @@ CHANGEABLE_OPTIONS = {
     "run": {"name", "output_dir", "resume", "quiet"},
     "data": {"train", "validation", "test", "delimiter", "encoding", "quoting"},
     "batch": {"max_tokens", "eval_max_tokens"},
-    "model": {"name", "revision", "adapter", "packed"},
+    "model": {"name", "revision", "adapter", "packed", "gradient_checkpointing"},
     "peft": {"max_trainable_parameters"},
     "checkpoint": {"every_steps", "keep_last"},
     "tracking": {"every_steps", "backends"},

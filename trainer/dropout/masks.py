@@ -74,13 +74,16 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mask: Mask, residual: torch.Tensor | None) -> torch.Tensor:
-        ctx.mask, ctx.dtype = mask, x.dtype
+        ctx.save_for_backward(mask.keep)  # so that gradient checkpointing can drop it
+        ctx.scale, ctx.dtype = mask.scale, x.dtype
         kept = mask.apply(x)
         return kept.mul_(mask.scale) if residual is None else torch.add(residual, kept, alpha=mask.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
-        grad_x = ctx.mask.apply(gradient.to(ctx.dtype)).mul_(ctx.mask.scale)
+        (keep,) = ctx.saved_tensors
+        mask = Mask(keep, ctx.scale)
+        grad_x = mask.apply(gradient.to(ctx.dtype)).mul_(mask.scale)
         return grad_x, None, gradient if ctx.needs_input_grad[2] else None
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -75,6 +76,16 @@ class DropoutKeys:
             return unkeyed_mask(x, p)
         assert p == site.p, "dropout has changed since the sites were recorded"
         return Mask(self._masks.keep(self._numbers[key], tuple(x.shape), first, x.device), 1 / (1 - p))
+
+    def checkpoint(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Calls a part of the forward and keeps none of its activations: backward calls it again, with equal masks."""
+        calls = self._calls.copy()
+
+        def compute(*inputs: Any) -> Any:
+            self._calls = calls.copy()
+            return function(*inputs)
+
+        return checkpoint(compute, *inputs, use_reentrant=False)
 
 
 _draw: Callable[..., Mask | None] | None = None

@@ -9,6 +9,7 @@ Unpadding before the embeddings follows ModernBERT (Warner et al., arXiv 2412.13
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,17 +68,19 @@ def build_forward(
     packed: Literal["auto"] | bool,
     padding: Padding,
     sharded: bool = False,
+    checkpoint: Callable[..., Any] | None = None,
 ) -> Forward:
     """The packed forward, or the padded one if the user chose it by `packed` (model.packed) or there is a reason.
 
-    `sharded`: whether the frozen weights are. Raises a UserError if packing is required and not supported.
+    `sharded`: whether the frozen weights are. `checkpoint` calls each packed layer in training, see `DropoutKeys`.
+    Raises a UserError if packing is required and not supported.
     """
     reason = "the frozen weights are sharded" if sharded else why_not_packed(model)
     reason = reason or (None if padding.packs else "packed examples give other logits")
     check_packed(packed, reason)
     if packed is False or reason:
         return PaddedForward(model, pad_token_id, padding, reason or "model.packed is false")
-    return PackedForward(model)
+    return PackedForward(model, checkpoint)
 
 
 class PackedForward:
@@ -85,9 +88,9 @@ class PackedForward:
 
     packed, padding, padded_because = True, Padding(), ""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, checkpoint: Callable[..., Any] | None = None) -> None:
         """The model does not train if none of its parameters requires a gradient. Its dropout is installed before."""
-        self.model = model
+        self.model, self._checkpoint = model, checkpoint
         self._classifier: Any = model.get_base_model()
         self._family = FAMILIES[type(self._classifier)]
         self._layers = self._family.layers(self._classifier, any(p.requires_grad for p in model.parameters()))
@@ -106,8 +109,9 @@ class PackedForward:
         layout = lay_out(lengths, model.config.num_attention_heads, device, dtype)
         x = self._family.embed(model, inputs, layout)
         prepared = self._family.prepare(model, layout)
+        checkpoint = self._checkpoint if torch.is_grad_enabled() else None
         for layer in self._layers:
-            x = layer(x, prepared)
+            x = layer(x, prepared) if checkpoint is None else checkpoint(layer, x, prepared)
         return self._family.classify(model, x)
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from trainer.batching.plan import Plan
+from trainer.compat import checkpoint_layers
 from trainer.config.labels import describe_look_alikes, match_labels
 from trainer.config.schema import Config, PeftConfig, fill_task
 from trainer.data.corpus import Corpus, load_corpus
@@ -58,6 +59,9 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     peft = choose_rank(backbone, config)
     twin = check_fit(backbone, peft, config.data.max_length, pairs)
     check_packed(config.model.packed, why_not_packed(twin))
+    if config.model.gradient_checkpointing and not twin.get_base_model().supports_gradient_checkpointing:
+        family = backbone.config.model_type
+        raise UserError(f"model.gradient_checkpointing: transformers does not support it for {family}; leave it out")
     if recorded is not None:
         check_same_backbone(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
     if start is not None:
@@ -146,10 +150,15 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     else:
         model.to(device)
     model.train()
+    checkpoint = keys.checkpoint if config.model.gradient_checkpointing else None
+    if checkpoint is not None:
+        checkpoint_layers(model.get_base_model(), checkpoint)
     optimizer, parameters = build_optimizer(model.named_parameters(), config.optim)
     # autocast only: no wrapper for data parallelism, since a step sums the gradients itself
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    forward = build_forward(prepared, backbone.tokenizer.pad_token_id, config.model.packed, padding, sharded)
+    forward = build_forward(
+        prepared, backbone.tokenizer.pad_token_id, config.model.packed, padding, sharded, checkpoint
+    )
     return Learner(
         accelerator=accelerator,
         model=prepared,

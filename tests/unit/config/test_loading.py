@@ -332,7 +332,7 @@ SAME = {
     "run.name": "x", "run.output_dir": "x", "run.resume": "never", "run.quiet": "true", "data.train": "x",
     "data.validation": "x", "data.test": "x", "batch.max_tokens": "9", "batch.eval_max_tokens": "9", "model.name": "x",
     "data.delimiter": "\\t", "data.encoding": "cp1252", "data.quoting": "none",
-    "model.revision": "x", "model.adapter": "x", "model.packed": "false",
+    "model.revision": "x", "model.adapter": "x", "model.packed": "false", "model.gradient_checkpointing": "true",
     "peft.max_trainable_parameters": "9", "checkpoint.every_steps": "9",
     "checkpoint.keep_last": "9", "tracking.every_steps": "9", "tracking.backends": "[]",
 }  # fmt: skip
