@@ -9,12 +9,13 @@ import pytest
 import torch
 from peft import TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import AutoModelForSequenceClassification, BertConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from tests.unit.model.test_build import METHODS
 from trainer.dropout import masks
 from trainer.dropout import sites as dropout
+from trainer.model.backbone import set_dropout
 from trainer.model.build import set_precision
 from trainer.packed import attention
 from trainer.packed import forward as packed
@@ -24,12 +25,16 @@ from trainer.packed.families import why_not_packed
 from trainer.packed.forward import PackedForward, PaddedForward
 
 PAD = 1
-FAMILIES = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig, "mpnet": MPNetConfig}
-TARGETS = {family: ["query", "value"] for family in FAMILIES} | {"mpnet": ["q", "v"]}
+NAMES = {"mpnet": ["q", "v"], "distilbert": ["q_lin", "v_lin"]}
+TARGETS = {
+    family: NAMES.get(family, ["query", "value"])
+    for family in ("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "distilbert")
+}
+"""what LoRA is put on in each family"""
 SIZE = {
     "vocab_size": 60, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "num_labels": 3, "type_vocab_size": 2,
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 64, "initializer_range": 0.2,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "embedding_size": 24, "hidden_dim": 48,
 }  # fmt: skip
 LENGTHS = [13, 13, 12, 11, 9, 4, 4, 1]
 WHOLE = [list(range(len(LENGTHS)))]
@@ -65,7 +70,8 @@ def cheap_groups(monkeypatch):
 def build(family="roberta", method="LORA", options=LORA, p=0.1, dtype=torch.float64, **size):
     """A model in training mode, all of whose trained tensors are away from their start; and its dropout keys."""
     torch.manual_seed(0)
-    config = FAMILIES[family](**SIZE | size, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+    config = AutoConfig.for_model(family, **SIZE | size)
+    set_dropout(config, p)
     model = AutoModelForSequenceClassification.from_config(config)
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
     model = get_peft_model(model, kind(task_type=TaskType.SEQ_CLS, **options)).to(dtype).train()
@@ -120,7 +126,7 @@ def difference(one, other):
 
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TARGETS)
 def test_packed_is_padded_is_one_by_one(family, p, segments):
     model, keys = build(family, options={**LORA, "lora_dropout": p, "target_modules": TARGETS[family]}, p=p)
     assert why_not_packed(model) is None

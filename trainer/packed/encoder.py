@@ -81,6 +81,26 @@ def modules_of_mpnet(layer: Any) -> Modules:
     )
 
 
+def modules_of_distilbert(layer: Any) -> Modules:
+    """Of DistilBERT, which drops nothing of attention's output."""
+    attention = trained_module(layer.attention)
+    return Modules(
+        query=attention.q_lin,
+        key=attention.k_lin,
+        value=attention.v_lin,
+        dropout_caller=attention,
+        share_dropout=attention.dropout,
+        attention_output=attention.out_lin,
+        attention_dropout=None,
+        attention_norm=layer.sa_layer_norm,
+        up=layer.ffn.lin1,
+        activation=layer.ffn.activation,
+        down=layer.ffn.lin2,
+        output_dropout=layer.ffn.dropout,
+        output_norm=layer.output_layer_norm,
+    )
+
+
 def embed(model: Any, inputs: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
     """The sum of the embeddings, normed, [T, H]; `positions` and each of `inputs` are [T]."""
     embeddings, ids = model.base_model.embeddings, inputs["input_ids"]

@@ -13,13 +13,16 @@ import torch
 from peft import PeftModel
 from transformers import (
     BertForSequenceClassification,
+    CamembertForSequenceClassification,
+    DistilBertForSequenceClassification,
+    ElectraForSequenceClassification,
     MPNetForSequenceClassification,
     RobertaForSequenceClassification,
     XLMRobertaForSequenceClassification,
 )
 
 from trainer.packed.attention import Layout, add_bias
-from trainer.packed.encoder import embed, encoder_layers, modules_of_bert, modules_of_mpnet
+from trainer.packed.encoder import embed, encoder_layers, modules_of_bert, modules_of_distilbert, modules_of_mpnet
 
 Layer = Callable[[torch.Tensor, Any], torch.Tensor]
 """[T, H] to [T, H], with what `Family.prepare` made; the last layer may give the tokens alone that the head reads"""
@@ -71,6 +74,21 @@ def why_not_bert(model: Any) -> str | None:
     return None if positions == "absolute" else f"its positions are {positions}"
 
 
+# --- ELECTRA and DistilBERT ---
+
+
+def embed_electra(model: Any, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
+    """Embeddings may be narrower than hidden states."""
+    x = embed_from_zero(model, inputs, layout)
+    return model.base_model.embeddings_project(x) if hasattr(model.base_model, "embeddings_project") else x
+
+
+def classify_distilbert(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """The head is no module of its own."""
+    logits: torch.Tensor = model.classifier(model.dropout(model.pre_classifier(x[:, 0]).relu()))
+    return logits
+
+
 # --- MPNet ---
 
 
@@ -94,6 +112,12 @@ BERT = Family(
     why_not=why_not_bert,
 )
 ROBERTA = replace(BERT, embed=embed_from_padding, classify=lambda model, x: model.classifier(x))
+ELECTRA = replace(BERT, embed=embed_electra, classify=lambda model, x: model.classifier(x))
+DISTILBERT = Family(
+    embed=embed_from_zero,
+    layers=lambda model, trains: encoder_layers(model.base_model.transformer.layer, modules_of_distilbert, trains),
+    classify=classify_distilbert,
+)
 MPNET = replace(
     ROBERTA,
     layers=lambda model, trains: encoder_layers(model.base_model.encoder.layer, modules_of_mpnet, trains),
@@ -104,5 +128,8 @@ FAMILIES: dict[type, Family] = {
     BertForSequenceClassification: BERT,
     RobertaForSequenceClassification: ROBERTA,
     XLMRobertaForSequenceClassification: ROBERTA,
+    CamembertForSequenceClassification: ROBERTA,
+    ElectraForSequenceClassification: ELECTRA,
+    DistilBertForSequenceClassification: DISTILBERT,
     MPNetForSequenceClassification: MPNET,
 }

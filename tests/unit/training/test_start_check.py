@@ -123,12 +123,12 @@ def test_few_or_short_texts_are_enough(texts):
     assert check(tiny("roberta"), SimpleNamespace(texts=texts, text_pairs=texts), 5) == Padding()
 
 
-@pytest.mark.parametrize("family", ["roberta", "electra"])
+@pytest.mark.parametrize("family", ["roberta", "deberta"])
 def test_a_model_that_passes_runs_four_times_and_once_for_its_dropout(family):
     model, calls = tiny(family), []
     model.get_input_embeddings().register_forward_hook(lambda *call: calls.append(call))
     assert check(model) == Padding()
-    assert len(calls) == 5 - (family == "electra")  # electra is never packed
+    assert len(calls) == 5 - (family == "deberta")  # deberta is never packed
 
 
 @pytest.mark.parametrize("family", ["bart", "opt"])
