@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.harness.commands import changed, command
+from tests.harness.data import topic_rows, write_csv
 from tests.harness.runs import assert_same, outcome, tensors
 
 LESS = ("no_figures",)
@@ -124,13 +125,40 @@ def test_a_new_run_starts_from_an_adapter(uninterrupted, options, tmp_path):
         assert np.array_equal(tensor, tensors(old / name)[key]), key
 
 
+def test_classes_that_stay_keep_their_rows_of_the_head(uninterrupted, options, tmp_path):
+    old = uninterrupted[0] / "adapter"
+    names = ["Business", "Health", "Sports", "World"]  # before: Business, Sci/Tech, Sports, World
+    rows = [(text, "Health" if label == "Sci/Tech" else label) for text, label in topic_rows(61, seed=1)]
+    renamed = {"data__train": write_csv(tmp_path / "renamed.csv", rows), "data__test": None, "optim__epochs": 1}
+    arguments = changed(options, run__output_dir=tmp_path, model__adapter=old, optim__learning_rate=0, **renamed)
+    arguments = changed(arguments, data__label_names=json.dumps(names[::-1]))
+    ended = command("run", arguments, [LESS, ("at_call", "train_step", 5)])
+    assert ended.code == -signal.SIGKILL
+    assert "kept the head rows of 3 of 4 classes; new: 'Health'; dropped: 'Sci/Tech'\n" in ended.stderr
+    ended = command("run", arguments, [LESS])
+    assert ended.code == 0, ended.stderr
+    before, after = (tensors(place / "adapter_model.safetensors") for place in (old, tmp_path / "run" / "adapter"))
+    assert before.keys() == after.keys()
+    row_of = {name: row for row, name in enumerate(json.loads((old / "labels.json").read_text()))}
+    for name, tensor in after.items():
+        if "out_proj" not in name:
+            assert np.array_equal(tensor, before[name]), name
+            continue
+        for row, label in enumerate(names[::-1]):
+            found = [other for other, there in row_of.items() if np.array_equal(tensor[row], before[name][there])]
+            assert found == ([label] if label != "Health" else []), name
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"model__adapter": "none"}, "model.adapter: none is not the adapter of a finished run"),
         ({"peft__lora_alpha": 64}, "was trained with peft.lora_alpha 8, and here it is 64"),
         ({"peft__target_modules": "[query]"}, "was trained with peft.target_modules ['query', 'value'], and here it"),
-        ({"data__label_names": "[Sports, World, Business, Sci/Tech]"}, "the classes of"),
+        (
+            {"task__type": "multi_label", "task__separator": "|", "optim__label_smoothing": 0},
+            "was trained for single_label, and the labels are multi",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -177,7 +177,8 @@ class ModelConfig:
     revision: str | None = None
     """branch, tag or commit of a hub model; null = main"""
     adapter: str | None = None
-    """adapter folder of a finished run (runs/NAME/adapter) to start from; null = new adapter and head"""
+    """adapter folder of a finished run (runs/NAME/adapter) to start from; classes of the same name keep their rows of
+    the head; null = new adapter and head"""
     dropout: float | None = field(default=None, metadata=BELOW_ONE)
     """dropout probability of the backbone's layers; null = the backbone's setting"""
     packed: Literal["auto"] | bool = "auto"

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trainer.compat import adapter_state, trained_module
-from trainer.config.schema import Config, ModelConfig
+from trainer.config.schema import Config, ModelConfig, PeftConfig
 from trainer.errors import UserError, one_line, print_once
 from trainer.files import UNFINISHED, publish, replace_folder, writing
 from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
-from trainer.model.build import set_precision
+from trainer.model.build import build_without_weights, set_precision
 from trainer.model.tokenizer import save_tokenizer
 
 IDENTITY, WEIGHTS, CONSTANTS = "backbone/identity.json", "adapter_model.safetensors", "task.json"
@@ -75,6 +75,8 @@ class SavedAdapter:
     folder: Path
     tensors: dict[str, torch.Tensor]
     label_names: list[str]
+    problem_type: str
+    """the task's name in transformers"""
     backbone: Identity
     """the backbone it was trained on"""
     peft: dict[str, Any]
@@ -92,9 +94,35 @@ def read_adapter(folder: Path) -> SavedAdapter:
         label_names = [str(name) for name in json.loads((folder / "labels.json").read_text(encoding="utf-8"))]
         backbone = Identity(**json.loads((folder / IDENTITY).read_bytes()))
         peft = dict(json.loads((folder / "adapter_config.json").read_bytes()))
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        problem_type = str(json.loads((folder / "backbone/config.json").read_bytes())["problem_type"])
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder} is not the adapter of a finished run: {one_line(error)}") from None
-    return SavedAdapter(folder, tensors, label_names, backbone, peft)
+    return SavedAdapter(folder, tensors, label_names, problem_type, backbone, peft)
+
+
+def find_class_tensors(backbone: Backbone, settings: PeftConfig) -> set[str]:
+    """Names of the tensors of the head with a row for each class: their shape depends on the number of classes."""
+    wider = dataclasses.replace(backbone, config=copy.deepcopy(backbone.config))
+    wider.config.num_labels = len(backbone.config.id2label or {}) + 1
+    shapes = [
+        {name: tensor.shape for name, tensor in adapter_state(build_without_weights(each, settings)).items()}
+        for each in (backbone, wider)
+    ]
+    return {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
+
+
+def take_over(
+    start: SavedAdapter, new: dict[str, torch.Tensor], label_names: list[str], class_tensors: set[str]
+) -> dict[str, torch.Tensor]:
+    """The saved tensors for other classes: a class that both have keeps its rows, another one has those of `new`."""
+    tensors = dict(start.tensors)
+    pairs = [(label_names.index(name), row) for row, name in enumerate(start.label_names) if name in label_names]
+    for name in class_tensors & tensors.keys():
+        if len(tensors[name]) == len(start.label_names) and tensors[name].shape[1:] == new[name].shape[1:]:
+            tensors[name] = new[name].clone()
+            for to, row in pairs:
+                tensors[name][to] = start.tensors[name][row]
+    return tensors
 
 
 def save_adapter(

@@ -69,4 +69,4 @@ def count_adapter_bytes(model: PeftModel) -> int:
 def _full_rank(model: PeftModel) -> int:
     """The largest rank that a product of the adapted matrices can have."""
     layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return max(min(layer.get_parameter("weight").shape[:2]) for layer in layers)
+    return max(sorted(p.shape)[-2] for layer in layers for p in layer.parameters(recurse=False) if p.ndim > 1)

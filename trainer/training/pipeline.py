@@ -28,6 +28,7 @@ from accelerate.utils import broadcast_object_list
 
 from trainer.batching.plan import split_by_tokens
 from trainer.compat import peak_memory_bytes
+from trainer.config.labels import quoted
 from trainer.config.loading import config_text, load_config
 from trainer.config.schema import Config, as_dict, chosen_metric
 from trainer.distributed.session import StopRequest, check_agreement, check_device, choose_precision, join_processes
@@ -36,9 +37,12 @@ from trainer.files import hold_run_folder, remove_unfinished, write_atomic
 from trainer.model.adapter import (
     SavedAdapter,
     adapter_config_json,
+    adapter_tensors,
     check_adapter,
+    find_class_tensors,
     load_adapter_tensors,
     save_adapter,
+    take_over,
 )
 from trainer.model.backbone import Identity, silence_libraries
 from trainer.model.build import COMPUTE_TYPES
@@ -147,14 +151,25 @@ def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> tuple[TrainStat
 
 
 def _load_start(run: Run, start: SavedAdapter) -> None:
-    """Loads the adapter and head of another run, if its PEFT options are equal."""
+    """Loads the adapter and head of another run, if its PEFT options are equal; new classes keep their drawn rows."""
     own = json.loads(adapter_config_json(run.learner.model))
     for name in sorted(own.keys() & start.peft.keys()):
         if own[name] != start.peft[name] and name not in CHANGEABLE and not name.endswith("dropout"):
             there = f"{start.folder} was trained with peft.{name} {start.peft[name]!r}, and here it is {own[name]!r}"
             raise UserError(f"model.adapter: {there}; give all of peft the values of its run (config.yaml)")
-    load_adapter_tensors(run.learner.model, start.tensors, f"model.adapter: {start.folder}")
+    tensors, names = start.tensors, run.inputs.corpus.label_names
+    if names != start.label_names:
+        class_tensors = find_class_tensors(run.inputs.backbone, run.config.peft)
+        tensors = take_over(start, adapter_tensors(run.learner.model), names, class_tensors)
+    load_adapter_tensors(run.learner.model, tensors, f"model.adapter: {start.folder}")
     run.log.print_line(f"starting from the adapter {start.folder}")
+    new, dropped = (
+        sorted({*one} - {*other}) for one, other in ((names, start.label_names), (start.label_names, names))
+    )
+    if new or dropped:
+        lists = [f"; {word}: {quoted(found)}" for word, found in (("new", new), ("dropped", dropped)) if found]
+        kept = f"kept the head rows of {len(names) - len(new)} of {len(names)} classes"
+        run.log.print_line(f"{kept}{''.join(lists)}")
 
 
 def record_start(run: Run, state: TrainState, notes: list[str]) -> TrainState:

@@ -48,10 +48,11 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, config.task, config.run.seed, config.run.quiet)
     check_names(config, corpus)
-    if start is not None and start.label_names != corpus.label_names:
-        classes = f"the classes of {start.folder} are {start.label_names}, those of the data {corpus.label_names}"
-        raise UserError(f"model.adapter: {classes}; data.label_names sets their order")
     problem_type = make_task(corpus.task).problem_type
+    if start is not None and start.problem_type != problem_type:
+        there, here = (kind.removesuffix("_classification") for kind in (start.problem_type, problem_type))
+        fix = "set task.type to that of its run, or leave model.adapter out"
+        raise UserError(f"model.adapter: {start.folder} was trained for {there}, and the labels are {here}; {fix}")
     backbone = find_backbone(config.model, corpus.label_names, recorded, problem_type=problem_type)
     if config.run.precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")

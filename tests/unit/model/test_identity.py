@@ -18,6 +18,7 @@ from trainer.model.backbone import Backbone, Identity, check_same_backbone, find
 from trainer.model.card import loading_lines
 
 LABELS = ["a", "b"]
+SHAPES = "backbone/config.json"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -186,12 +187,18 @@ def test_ranks_compare_what_the_identity_holds(hub, folder):
 
 
 @pytest.mark.parametrize("damage", [b"", b"null", b"\xff"])
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "labels.json", "adapter_config.json", IDENTITY])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "labels.json", "adapter_config.json", IDENTITY, SHAPES])
 def test_a_damaged_adapter_to_start_from_is_one_line(tmp_path, name, damage):
     (tmp_path / "backbone").mkdir()
     safetensors.torch.save_file({}, tmp_path / "adapter_model.safetensors")
     identity = {field.name: None for field in dataclasses.fields(Identity)}
-    for file, value in {"labels.json": ["a"], "adapter_config.json": {}, IDENTITY: identity}.items():
+    files = {
+        "labels.json": ["a"],
+        "adapter_config.json": {},
+        IDENTITY: identity,
+        SHAPES: {"problem_type": "regression"},
+    }
+    for file, value in files.items():
         (tmp_path / file).write_text(json.dumps(value))
     assert read_adapter(tmp_path).label_names == ["a"]
     (tmp_path / name).write_bytes(damage)
