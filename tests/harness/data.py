@@ -96,14 +96,15 @@ def make_tokenizer():
     )
 
 
-def save_backbone(folder):
-    """Writes a RoBERTa of 2 layers, 32 hidden units and random weights, as a hub download would look."""
+def save_backbone(folder, family="roberta", **sizes):
+    """Writes a backbone of 2 layers, 32 hidden units and random weights, as a hub download would look."""
     import torch
-    from transformers import RobertaConfig, RobertaForMaskedLM
+    from transformers import AutoConfig, AutoModelForPreTraining
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    config = RobertaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
@@ -114,7 +115,8 @@ def save_backbone(folder):
         pad_token_id=1,
         bos_token_id=0,
         eos_token_id=2,
+        **sizes,
     )
-    RobertaForMaskedLM(config).save_pretrained(folder)
+    AutoModelForPreTraining.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.harness.data import topic_rows
+from tests.harness.data import save_backbone, topic_rows
 from tests.harness.ranks import call_on_ranks
 from tests.parity.ranks import gradients, plain_gradient
 
@@ -57,6 +57,35 @@ def test_every_factorisation_gives_one_gradient(found, world_size, dropout, pack
             assert rank[case]["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
             assert rank[case]["norm"] == pytest.approx(whole["norm"], rel=TOLERANCE)
             assert np.linalg.norm(whole["gradient"]) == pytest.approx(rank[case]["norm"], rel=1e-9)
+
+
+OTHER_FAMILIES = {
+    "mpnet": ("[q,v]", {}),
+    "distilbert": ("[q_lin,v_lin]", {"hidden_dim": 64}),
+    "electra": ("[query,value]", {"embedding_size": 24}),
+}
+"""targets of LoRA, and sizes by their own names; on one rank see test_packed.py"""
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_two_ranks_give_one_gradient_in_every_packed_family(family, parity_arguments, tmp_path):
+    targets, sizes = OTHER_FAMILIES[family]
+    backbone = save_backbone(tmp_path / family, family, **sizes)
+    cases = [(*batch, budget) for batch in BATCHES[:2] for budget in (WHOLE, 70)]
+
+    def results(world_size, packed):
+        arguments = parity_arguments(
+            f"{family}-{world_size}-{packed}", 0.1, *STEP_IS_GRADIENT, "--model.packed", packed,
+            "--model.name", backbone, "--peft.target_modules", targets,
+        )  # fmt: skip
+        return call_on_ranks(world_size, gradients, arguments, cases)
+
+    [padded] = results(1, "false")
+    for rank in results(2, "true"):
+        for case in cases:
+            whole = padded[(*case[:2], WHOLE)]
+            assert np.abs(whole["gradient"]).max() > 1e-2
+            assert distance(rank[case], whole) < TOLERANCE, case
 
 
 def relative(result, exact):

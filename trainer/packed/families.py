@@ -84,7 +84,7 @@ def embed_electra(model: Any, inputs: dict[str, torch.Tensor], layout: Layout) -
 
 
 def classify_distilbert(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """The head is no module of its own."""
+    """The head is four modules of the model."""
     logits: torch.Tensor = model.classifier(model.dropout(model.pre_classifier(x[:, 0]).relu()))
     return logits
 
