@@ -15,7 +15,7 @@ import pytest
 
 from tests.harness.commands import changed, command, start
 from tests.harness.processes import ROOT
-from tests.harness.runs import assert_same, checkpoints, records, tensors
+from tests.harness.runs import assert_same, checkpoints, outcome, records, tensors
 
 SEED = int(os.environ.get("ISOTRAIN_FAULT_SEED", "20"))
 LESS = ("no_figures",)
@@ -72,6 +72,16 @@ def test_killed_at_the_end(place, killed, reference):
     assert command("run", arguments, [LESS, ("at_call", place)]).code == -signal.SIGKILL
     ended = run_again(folder, arguments, reference)
     assert "continuing after step 12" in ended.stderr
+
+
+@pytest.mark.parametrize("start", ["pissa", "eva"])
+def test_killed_with_an_adapter_that_began_at_the_backbone_or_the_data(start, options, tmp_path):
+    options = changed(options, peft__init_lora_weights=start, optim__lora_b_lr_ratio=4, optim__epochs=1)
+    whole, killed = (changed(options, run__output_dir=tmp_path / name) for name in ("whole", "killed"))
+    assert command("run", whole, [LESS]).code == 0
+    assert command("run", killed, [LESS, ("at_call", "train_step", 5)]).code == -signal.SIGKILL
+    ended = run_again(tmp_path / "killed" / "run", killed, outcome(tmp_path / "whole" / "run"))
+    assert "continuing after step 3" in ended.stderr
 
 
 # config.yaml is the first that a run writes

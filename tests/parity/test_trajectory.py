@@ -86,6 +86,16 @@ def test_frozen_weights_shared_out_and_all_biases_trained(parity_arguments):
         assert distance(adapter, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("start", ["olora", "eva"])
+def test_an_adapter_that_began_at_the_backbone_or_the_data(parity_arguments, start):
+    """With a faster B, as in LoRA+."""
+    arguments = [*parity_arguments(start, 0.1, *SETTINGS), "--peft.init_lora_weights", start]
+    arguments += ["--optim.lora_b_lr_ratio", "4", "--optim.max_steps", "3"]
+    [(expected, *_)] = call_on_ranks(1, whole_run, [*arguments, "--run.name", f"{start}-one"])
+    for adapter, *_ in call_on_ranks(2, whole_run, [*arguments, "--batch.max_tokens", "100", "--run.name", start]):
+        assert distance(adapter, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("other", [("--run.seed", "43"), ("--model.dropout", "0.0")])
 def test_another_seed_or_dropout_trains_another_adapter(found, parity_arguments, other):
     arguments = [*parity_arguments("whole", 0.1, *SETTINGS), *other, "--run.name", "other"]

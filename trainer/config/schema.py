@@ -211,6 +211,8 @@ class OptimConfig:
     """adamw (decoupled weight decay), adam (weight decay added to the gradient) or sgd (no momentum)"""
     learning_rate: float = field(default=5e-5, metadata=at_least(0))
     """peak learning rate"""
+    lora_b_lr_ratio: float | None = field(default=None, metadata=ABOVE_ZERO)
+    """learning rate of LoRA's B as a multiple of learning_rate (LoRA+, with about 16); null = 1"""
     weight_decay: float = field(default=0.01, metadata=at_least(0))
     """weight decay of all trained weights except biases and norms"""
     betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=BELOW_ONE)
@@ -306,6 +308,8 @@ RANKED_METHODS = {"LORA": "lora_alpha", "LOHA": "alpha", "HRA": None, "MISS": No
 """methods that train more parameters the higher r is; by method: the option that is divided by r"""
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # PEFT's, of the methods with an option that is divided by r
 BY_CONTENT = ("data", "model")
+LORA_TYPES = ("LORA",)
+"""methods of PEFT whose matrices are called lora_A and lora_B"""
 DEFAULT_METRICS = {"single_label": "accuracy", "multi_label": "average_precision_macro"}
 """by task: evaluation.metric if it is null"""
 
@@ -404,6 +408,8 @@ def find_problems(config: Config) -> Iterator[str]:
     data, optim = config.data, config.optim
     if optim.final_lr_fraction and optim.schedule == "constant":
         yield "optim.final_lr_fraction has no effect with optim.schedule constant; use linear or cosine"
+    if optim.lora_b_lr_ratio is not None and config.peft.peft_type not in LORA_TYPES:
+        yield f"optim.lora_b_lr_ratio has no effect with peft.peft_type {config.peft.peft_type}; leave it out"
     if optim.name == "sgd" and config.run.precision == "fp16":
         yield "optim.name sgd with run.precision fp16: small gradients are lost; use bf16 or adamw"
     if not data.train:

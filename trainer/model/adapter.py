@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import safetensors.torch
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -60,9 +61,9 @@ def _check_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: s
             raise UserError(f"{source}: {name} has shape {list(tensor.shape)}, the model needs {list(shape)}")
 
 
-def adapter_config_json(model: PeftModel) -> str:
+def adapter_config_json(config: peft.PeftConfig) -> str:
     """adapter_config.json as PEFT writes it."""
-    config = copy.deepcopy(model.peft_config["default"])
+    config = copy.deepcopy(config)
     config.inference_mode = True
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
@@ -127,7 +128,7 @@ def take_over(
 
 def save_adapter(
     folder: Path,
-    model: PeftModel,
+    peft_config: peft.PeftConfig,
     tensors: dict[str, torch.Tensor],
     backbone: Backbone,
     max_length: int,
@@ -142,7 +143,7 @@ def save_adapter(
         save_tokenizer(backbone.tokenizer, max_length, temporary)
         files = {path.name: path.read_bytes() for path in temporary.iterdir() if path.is_file()}
     files[WEIGHTS] = safetensors.torch.save(tensors, {"format": "pt"})
-    files["adapter_config.json"] = adapter_config_json(model).encode()
+    files["adapter_config.json"] = adapter_config_json(peft_config).encode()
     # in its own folder: beside adapter_config.json, transformers would read the adapter as a whole model
     files["backbone/config.json"] = backbone.config.to_json_string().encode()
     files[IDENTITY] = (json.dumps(dataclasses.asdict(backbone.identity), indent=2, ensure_ascii=False) + "\n").encode()

@@ -23,11 +23,16 @@ from transformers.pytorch_utils import Conv1D
 from trainer.compat import path_in_model, plain_owner
 from trainer.config.schema import PeftConfig
 from trainer.errors import UserError, one_line
+from trainer.model.lora_start import changes_backbone, start_of
 
 # Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
 PEFT_TYPES = ("LORA", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA")
-# These initializations change backbone weights, so the saved adapter would not fit the backbone that it names.
-BACKBONE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "eva", "lora_ga")
+# Starts of LoRA that cannot train here.
+UNSUPPORTED_STARTS = {
+    "loftq": "quantizes the backbone, and no LoRA on the unchanged backbone equals that",
+    "corda": "needs statistics of the backbone that PEFT computes in a script of its own",
+    "lora_ga": "needs gradients of the backbone that PEFT computes in a script of its own",
+}
 
 MATRIX_LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 TARGETS = {"LORA": (*MATRIX_LAYERS, nn.Embedding)}
@@ -65,8 +70,12 @@ def _parse_options(settings: PeftConfig, kind: type[peft.PeftConfig]) -> tuple[d
             hint = f"nearest: peft.{near}; --peft.{name} null leaves it out"  # perhaps a recipe's, for another method
             problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}; {hint}")
             continue
+        if name == "init_lora_weights" and re.fullmatch("pissa_niter_[1-9][0-9]*", str(value)):
+            options[name] = value  # PEFT does not list it among its values
+            continue
         try:
-            options[name] = parser.parse_object({"peft": {name: value}})["peft"][name]
+            parsed = parser.parse_object({"peft": {name: value}})["peft"][name]
+            options[name] = parsed.as_dict() if isinstance(parsed, jsonargparse.Namespace) else parsed
         except jsonargparse.ArgumentError:
             problems.append(f"peft.{name}: {value!r} does not fit; PEFT takes {types[name]}")
     return options, problems
@@ -75,9 +84,16 @@ def _parse_options(settings: PeftConfig, kind: type[peft.PeftConfig]) -> tuple[d
 def _find_unsupported(settings: PeftConfig, options: dict[str, Any]) -> list[str]:
     """A line for each option that PEFT has and that cannot train here."""
     problems = []
-    init = settings.options.get("init_lora_weights")  # PEFT lists no pissa_niter_4 among its values
-    if isinstance(init, str) and init.lower().startswith(BACKBONE_CHANGING_INITS):
-        problems.append(f"peft.init_lora_weights: {init!r} changes the frozen backbone; use true or gaussian")
+    start = start_of(settings)
+    for name in UNSUPPORTED_STARTS:
+        if start.startswith(name):
+            reason = f"{UNSUPPORTED_STARTS[name]}; use true, pissa, olora or eva"
+            problems.append(f"peft.init_lora_weights: {start!r} is not supported: it {reason}")
+    if changes_backbone(settings) and options.get("layer_replication"):
+        problems.append(
+            f"peft.layer_replication: must be null with peft.init_lora_weights {start}, which changes the weights that "
+            "replicated layers share"
+        )
     for name, value in options.items():
         if name.endswith("dropout") and isinstance(value, int | float) and not 0 <= value < 1:
             problems.append(f"peft.{name}: {value} must be at least 0 and below 1")

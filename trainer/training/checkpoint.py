@@ -69,7 +69,7 @@ def save_checkpoint(run: Run, state: TrainState, best: dict[str, torch.Tensor] |
                 "budgets": [run.plan.max_tokens, run.eval_max_tokens],
                 "config": as_dict(run.config),
             },
-            adapter_config=adapter_config_json(learner.model),
+            adapter_config=adapter_config_json(learner.model.peft_config["default"]),
         )
         try:
             write_checkpoint(run.folder / "checkpoints", checkpoint, run.config.checkpoint.keep_last)

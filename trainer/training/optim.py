@@ -1,7 +1,8 @@
 """Optimizers and schedules, a table each, and the learning rate as a pure function of the step.
 
 Always holds: the learning rate depends on (config, step, total steps) alone, so a checkpoint holds no scheduler. Biases
-and norms have no weight decay, as in BERT (Devlin et al., 2019).
+and norms have no weight decay, as in BERT (Devlin et al., 2019). LoRA's B may learn faster than the rest, as in LoRA+
+(Hayou et al., arXiv 2402.12354).
 
 To add an optimizer or a schedule: one entry in its table, and its name in `OptimConfig` of config/schema.py.
 """
@@ -23,7 +24,7 @@ OPTIMIZERS: dict[str, Callable[[ParameterGroups, OptimConfig], torch.optim.Optim
     "adam": lambda groups, config: torch.optim.Adam(groups, betas=config.betas, eps=config.eps, fused=True),
     "sgd": lambda groups, config: torch.optim.SGD(groups, fused=True),
 }
-"""Each takes groups with `params`, `lr` and `weight_decay`."""
+"""Each takes groups with `params`, `lr`, `weight_decay`, and `lr_ratio`, which it need not know."""
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
@@ -58,17 +59,30 @@ def build_optimizer(
         the optimizer, and the parameters by name in the order of its state: checkpoints name the state by them.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    decayed = [(name, parameter) for name, parameter in trained if parameter.ndim >= 2]
-    others = [(name, parameter) for name, parameter in trained if parameter.ndim < 2]
+    ratio = config.lora_b_lr_ratio or 1.0
+    kinds: dict[tuple[float, bool], list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in trained:
+        kind = ratio if _is_lora_b(name) else 1.0, parameter.ndim >= 2
+        kinds.setdefault(kind, []).append((name, parameter))
+    parts = sorted(kinds.items(), key=lambda part: (part[0][0] != 1, not part[0][1]))
     groups: ParameterGroups = [
-        {"params": [parameter for _, parameter in part], "weight_decay": decay, "lr": config.learning_rate}
-        for part, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if part
+        {
+            "params": [parameter for _, parameter in part],
+            "weight_decay": config.weight_decay if is_decayed else 0.0,
+            "lr": config.learning_rate * lr_ratio,
+            "lr_ratio": lr_ratio,
+        }
+        for (lr_ratio, is_decayed), part in parts
     ]
-    return OPTIMIZERS[config.name](groups, config), dict(decayed + others)
+    return OPTIMIZERS[config.name](groups, config), {name: p for _, part in parts for name, p in part}
+
+
+def _is_lora_b(name: str) -> bool:
+    """Whether a parameter is a B of LoRA, of a linear or an embedding layer."""
+    return ".lora_B." in name or ".lora_embedding_B." in name
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Sets the learning rate of every parameter group."""
+    """Sets the learning rate of every parameter group: `value` times the group's ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["lr_ratio"]

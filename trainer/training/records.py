@@ -58,6 +58,8 @@ class Learner:
     """prepared by the accelerator"""
     parameters: dict[str, torch.nn.Parameter]
     """those that train, by name, in the optimizer's order"""
+    start: dict[str, torch.Tensor] | None
+    """adapter and head before step 1, if the adapter took a part of the backbone (PiSSA, OLoRA)"""
     dropout: DropoutKeys
     task: Task
     losses: Losses

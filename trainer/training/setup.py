@@ -31,6 +31,7 @@ from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Forward, build_forward, check_packed
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import make_task
+from trainer.training.adapter_start import start_adapter
 from trainer.training.optim import build_optimizer
 from trainer.training.records import Inputs, Learner, Run
 from trainer.training.start_check import check_start
@@ -140,6 +141,7 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     if device.type == "cuda":
         _use_deterministic_kernels()
     model, notes = build_model(backbone, config.peft, config.run.seed)
+    start, about_start = start_adapter(model, config.peft, inputs)
     task, train, label_names = make_task(config.task), inputs.examples["train"], inputs.corpus.label_names
     texts, max_length = inputs.corpus.splits["train"], config.data.max_length
     keys, padding = check_start(model, config.run.seed, texts, backbone.tokenizer, max_length, backbone.path)
@@ -166,12 +168,13 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
         forward=forward,
         optimizer=accelerator.prepare_optimizer(optimizer),
         parameters=parameters,
+        start=start,
         dropout=keys,
         task=task,
         losses=task.make_losses(config.optim, train.targets, label_names),
         optim_config=config.optim,
         sharded=sharded,
-        notes=[*notes, *describe_forward(forward, keys)],
+        notes=[*notes, *about_start, *describe_forward(forward, keys)],
     )
 
 

@@ -104,6 +104,25 @@ def test_biases_and_norms_are_not_decayed_and_frozen_weights_not_there():
     assert set(trained) == names[0.3] | names[0.0]
 
 
+def test_loras_b_learns_faster_by_the_ratio_all_along():
+    model = nn.Module()
+    model.lora_A, model.lora_B = (
+        nn.ModuleDict({"default": nn.Linear(3, 2)}),
+        nn.ModuleDict({"default": nn.Linear(2, 3)}),
+    )
+    layer = nn.ModuleDict({"layer": model})
+    config = OptimConfig(name="sgd", learning_rate=0.5, weight_decay=0.3, lora_b_lr_ratio=16.0)
+    optimizer, trained = build_optimizer(layer.named_parameters(), config)
+    assert [id(p) for p in trained.values()] == [id(p) for group in optimizer.param_groups for p in group["params"]]
+    for rate in (0.5, 0.125):
+        set_learning_rate(optimizer, rate)
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert {name: rates[id(p)] for name, p in trained.items()} == {
+            name: 16 * rate if "lora_B" in name else rate for name in trained
+        }
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0, 0, 0.3, 0.3]
+
+
 def test_names_are_in_the_order_of_the_optimizers_state():
     _, optimizer, trained = small_and_optimizer()
     in_groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
