@@ -16,6 +16,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 import jsonargparse
 
 from trainer.config.loading import load_finished_run
+from trainer.config.schema import chosen_overlap
 from trainer.distributed.environment import set_environment
 from trainer.errors import UserError, main_guard
 
@@ -59,6 +60,12 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
     backbone = find_trained_backbone(run, config.model, label_names, make_task(config.task).problem_type)
     difference = export_merged(run / "adapter", backbone, config, output)
     print(f"exported to {output}: logits within {difference:.1e} of the adapter's", file=sys.stderr)
+    if config.data.long_documents == "windows":
+        length, overlap = config.data.max_length, chosen_overlap(config.data)
+        line = (
+            f"transformers.pipeline reads the first {length} tokens of a text; average the logits of windows yourself"
+        )
+        print(f"note: {line} (stride={overlap}, as in {run / 'adapter' / 'README.md'})", file=sys.stderr)
     return 0
 
 

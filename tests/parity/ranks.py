@@ -57,11 +57,13 @@ def gradients(arguments, cases, wrong=None, precision=None):
         arguments: command line of the run; SGD with a learning rate of 1 and no clipping, so a step subtracts the
             gradient itself.
         cases: (global batch, step, max_tokens) of each.
-        wrong: a mistake to make: "mean of means", or dropout keyed by "rank" or by "position".
+        wrong: a mistake to make: "mean of means", dropout keyed by "rank" or by "position", or of long documents
+            "windows as examples" or "masks of the document".
         precision: None = fp64.
     """
     import torch
 
+    from trainer.training import step as training
     from trainer.training.step import train_step
 
     run = build(arguments, double=precision is None, precision=precision or "no")
@@ -71,6 +73,16 @@ def gradients(arguments, cases, wrong=None, precision=None):
     if wrong == "position":
         keyed = run.learner.dropout.micro_batch
         run.learner.dropout.micro_batch = lambda step, ids, lengths: keyed(step, np.arange(len(ids)), lengths)
+    if wrong == "windows as examples":
+        count_windows(training)
+    if wrong == "masks of the document":
+        collate = run.learner.forward.collate
+
+        def collate_alike(*given):
+            batch = collate(*given)
+            return dataclasses.replace(batch, window_ids=batch.ids[batch.owners])
+
+        run.learner.forward.collate = collate_alike
     results = {}
     for case in cases:
         batch_size, step, max_tokens = case
@@ -88,6 +100,19 @@ def gradients(arguments, cases, wrong=None, precision=None):
         gradient = torch.cat([tensor.flatten() for tensor in subtracted]).numpy()
         results[case] = {"gradient": gradient, "loss": result.loss, "norm": result.grad_norm, "sizes": sizes}
     return results
+
+
+def count_windows(training):
+    """Makes each window of a document an example with its label and weight."""
+    losses_of = training.example_losses
+
+    def window_losses(losses, logits, batch):
+        owned = {"targets": batch.targets[batch.owners], "weights": batch.weights[batch.owners]}
+        each = losses_of(losses, logits, dataclasses.replace(batch, **owned))
+        return each.new_zeros(len(batch.ids)).index_add(0, each.new_tensor(batch.owners).long(), each)
+
+    training.average_windows = lambda batch, logits: logits
+    training.example_losses = window_losses
 
 
 def plain_gradient(arguments, batch_size, step):
@@ -117,6 +142,30 @@ def plain_gradient(arguments, batch_size, step):
         found = torch.autograd.grad(loss, list(run.learner.parameters.values()))
         answers.append((loss.item(), torch.cat([tensor.flatten() for tensor in found]).numpy()))
     return answers
+
+
+def window_gradient(arguments, batch_size, step):
+    """The same for long documents: the tokenizer's own windows, document by document.
+
+    Returns:
+        loss and gradient, and the number of windows of each document.
+    """
+    import torch
+
+    run = build(arguments, double=True)
+    ids, data = dataclasses.replace(run.plan, batch_size=batch_size).global_batch(step), run.config.data
+    split, tokenizer = run.inputs.corpus.splits["train"], run.inputs.backbone.tokenizer
+    settings = {"max_length": data.max_length, "stride": data.window_overlap, "truncation": True, "padding": True}
+    losses, counts, weights = [], [], torch.tensor(run.plan.weights[ids])
+    loss_of = torch.nn.CrossEntropyLoss(label_smoothing=run.config.optim.label_smoothing)
+    for i, weight in zip(ids, weights, strict=True):
+        rows = tokenizer(split.texts[i], return_overflowing_tokens=True, return_tensors="pt", **settings)
+        logits = run.learner.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits
+        losses.append(weight * loss_of(logits.mean(dim=0), torch.tensor(split.targets[i])))
+        counts.append(len(logits))
+    loss = torch.stack(losses).sum() / weights.sum()
+    found = torch.autograd.grad(loss, list(run.learner.parameters.values()))
+    return loss.item(), torch.cat([tensor.flatten() for tensor in found]).numpy(), counts
 
 
 def token_rows(run, ids):
@@ -315,18 +364,16 @@ def raw_run(arguments):
 
 def scores(arguments, sizes):
     """Logits of the first n examples of train, for each n of `sizes`."""
-    from types import SimpleNamespace
-
     from trainer.training.scoring import score_split
 
     run = build(arguments)
     examples, found = run.inputs.examples["train"], {}
     for size in sizes:
         end = int(examples.offsets[size])
-        part = SimpleNamespace(
+        part = dataclasses.replace(
+            examples,
             tokens=examples.tokens[:end],
             offsets=examples.offsets[: size + 1],
-            token_types=None,
             targets=examples.targets[:size],
             lengths=examples.lengths[:size],
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.batching.order import epoch_order
+from trainer.data.tokens import ANY_LENGTH, num_windows
 
 BLOCK_STEPS = 64
 """steps whose examples are computed together: it takes hardly longer than for one"""
@@ -35,7 +36,7 @@ class Plan:
     """Every batch of a run, by step."""
 
     lengths: np.ndarray
-    """tokens per example, int64 [N]"""
+    """tokens per example, over all of its windows, int64 [N]"""
     weights: np.ndarray
     """weight of each example in the loss (its class's), float64 [N]"""
     batch_size: int
@@ -47,6 +48,8 @@ class Plan:
     """examples are packed end to end, without padding"""
     one_length: bool = False
     """all examples of a micro-batch have one length, so nothing is padded"""
+    window_length: int = ANY_LENGTH
+    """tokens of each window but the last of its example"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,11 +84,11 @@ class Plan:
     def sizes(self, step: int, world_size: int) -> list[tuple[int, int]]:
         """Tokens, padding included, and examples of each micro-batch of a step, over all ranks."""
         parts = [ids for share in self._shares(self.global_batch(step), world_size) for ids in share]
-        return [(num_positions(self.lengths[ids], self.packed), len(ids)) for ids in parts]
+        return [(num_positions(self.lengths[ids], self.packed, self.window_length), len(ids)) for ids in parts]
 
     def _shares(self, batch: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
         """Per rank, the example ids of each of its micro-batches."""
-        settings = self.max_tokens, self.packed, self.one_length
+        settings = self.max_tokens, self.packed, self.one_length, self.window_length
         return [
             [batch[share[part]] for part in split_by_tokens(self.lengths[batch[share]], *settings)]
             for share in share_out(self.lengths[batch], world_size)
@@ -118,13 +121,19 @@ def share_out(lengths: np.ndarray, world_size: int) -> list[np.ndarray]:
     return [np.array(share, dtype=np.int64) for share in shares]
 
 
-def num_positions(lengths: np.ndarray, packed: bool) -> int:
+def num_positions(lengths: np.ndarray, packed: bool, window_length: int = ANY_LENGTH) -> int:
     """Tokens that a micro-batch of examples of these lengths computes, padding included."""
-    return int(lengths.sum() if packed else len(lengths) * lengths.max())
+    if packed:
+        return int(lengths.sum())
+    return int(num_windows(lengths, window_length).sum() * min(lengths.max(), window_length))
 
 
 def split_by_tokens(
-    lengths: Sequence[int] | np.ndarray, max_tokens: int, packed: bool = False, one_length: bool = False
+    lengths: Sequence[int] | np.ndarray,
+    max_tokens: int,
+    packed: bool = False,
+    one_length: bool = False,
+    window_length: int = ANY_LENGTH,
 ) -> list[list[int]]:
     """Cuts examples into micro-batches that fit a token budget, padding included.
 
@@ -134,10 +143,11 @@ def split_by_tokens(
     Example: lengths [5, 3, 2], max_tokens 6 -> [[0], [1, 2]]   (5 <= 6, then 2 * 3 <= 6)
 
     Args:
-        lengths: tokens per example after truncation, [B].
+        lengths: tokens per example, over all of its windows, [B].
         max_tokens: budget in tokens.
         packed: a part takes the sum of its lengths, not the longest times their number.
         one_length: all examples of a part have one length.
+        window_length: tokens of each window but the last of its example; padded windows are rows of their own.
 
     Returns:
         positions into `lengths`; every position exactly once.
@@ -146,17 +156,27 @@ def split_by_tokens(
     if len(order) == 0:
         return []
     ordered = np.asarray(lengths)[order]
-    ends = _equal_ends(ordered.cumsum(), max_tokens) if packed else _padded_ends(ordered, max_tokens, one_length)
+    if packed:
+        ends = _equal_ends(ordered.cumsum(), max_tokens)
+    else:
+        windows = num_windows(ordered, window_length)
+        ends = _padded_ends(ordered.clip(max=window_length), windows.cumsum(), max_tokens, one_length)
     return [part.tolist() for part in np.split(order, ends[:-1])]
 
 
-def _padded_ends(lengths: np.ndarray, max_tokens: int, one_length: bool) -> list[int]:
-    """Where each part of padded examples ends; lengths in descending order [B]."""
-    ends = [0]
-    while ends[-1] < len(lengths):
-        longest = int(lengths[ends[-1]])
-        last = int(np.count_nonzero(lengths >= longest)) if one_length else len(lengths)
-        ends.append(min(last, ends[-1] + max(1, max_tokens // longest)))
+def _padded_ends(longest: np.ndarray, windows: np.ndarray, max_tokens: int, one_length: bool) -> list[int]:
+    """Where each part of padded examples ends.
+
+    `longest` are the tokens of each example's longest window, in descending order, and `windows` is the number of
+    windows up to each example, [B] each.
+    """
+    ends, before = [0], 0
+    while ends[-1] < len(longest):
+        length = int(longest[ends[-1]])
+        last = int(np.count_nonzero(longest >= length)) if one_length else len(longest)
+        fitting = int(np.searchsorted(windows, before + max_tokens // length, side="right"))
+        ends.append(min(last, max(fitting, ends[-1] + 1)))
+        before = int(windows[ends[-1] - 1])
     return ends[1:]
 
 

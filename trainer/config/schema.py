@@ -141,7 +141,12 @@ class DataConfig:
     label_names: list[str] | dict[str, str] | None = None
     """class names in order (labels count from 0), or {value in the data: class name}; null = the sorted labels found"""
     max_length: int = field(default=512, metadata=at_least(4))
-    """maximum tokens per example, with special tokens; longer texts are truncated"""
+    """maximum tokens per example, with special tokens; see long_documents for longer texts"""
+    long_documents: Literal["cut", "windows"] = "cut"
+    """texts of more than max_length tokens: cut = keep the first tokens; windows = read overlapping windows of
+    max_length tokens and average their logits (single texts)"""
+    window_overlap: int | None = field(default=None, metadata=at_least(0))
+    """tokens that two windows share; null = a quarter of max_length"""
 
 
 @dataclass(frozen=True)
@@ -385,6 +390,13 @@ def chosen_metric(config: Config) -> str:
     return config.evaluation.metric
 
 
+def chosen_overlap(data: DataConfig) -> int | None:
+    """The tokens that two windows of a long document share; None if it is cut."""
+    if data.long_documents == "cut":
+        return None
+    return data.max_length // 4 if data.window_overlap is None else data.window_overlap
+
+
 def resolve(source: str | Source, default: DataConfig | ResolvedSource) -> ResolvedSource:
     """Fills the null fields of a split from a default."""
     split = source if isinstance(source, Source) else Source(path=source)
@@ -425,12 +437,16 @@ def find_problems(config: Config) -> Iterator[str]:
         yield from find_source_problems(prefix, resolved)
         if resolved.label_columns and config.task.type == "single_label":
             yield f"{prefix}label_columns are for task.type multi_label; for single_label use label_column"
+        if resolved.text_pair_columns and data.long_documents == "windows":
+            yield f"{prefix}text_pair_columns: data.long_documents windows is for single texts; for pairs use cut"
     if config.task.separator == "":
         yield "task.separator is empty; use null for none, or a text such as '|'"
     elif config.task.separator is not None and config.task.type == "single_label":
         yield f"task.separator {config.task.separator!r} is for task.type multi_label; leave one of them out"
     if config.peft.fit_budget:
         yield from _find_budget_problems(config.peft)
+    if data.window_overlap is not None and data.long_documents == "cut":
+        yield "data.window_overlap has no effect with data.long_documents cut; use windows"
     if data.validation is None and data.validation_fraction == 0 and config.evaluation.patience is not None:
         yield "evaluation.patience needs a validation split, but data.validation_fraction is 0"
     name = run_name(config)

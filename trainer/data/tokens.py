@@ -3,6 +3,10 @@
 Always holds: the tokens are those of the tokenizer's own call, in the order of the split, without padding. They are
 cached under a hash of the texts, the tokenizer and the settings, and mapped into memory, not loaded.
 
+A long text is cut, or becomes several *windows*: the tokenizer's own overflowing pieces, which overlap, each with its
+special tokens. All windows of an example but the last have `window_length` tokens. So offsets and lengths of windows
+follow from those of the examples.
+
 The workers are threads: fast tokenizers release Python's lock while they work.
 """
 
@@ -24,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data.cache import load_or_create, release_memory
 from trainer.data.rows import TextSplit, progress_bar
+from trainer.errors import UserError
 
 TOKENS_FORMAT = 5
 """version of the cached tokens; a new number makes every start tokenize again"""
@@ -34,12 +39,15 @@ HASHED_NUMBERS = 2**24
 TYPES = {"tokens": np.int32, "lengths": np.int64, "token_types": np.int8}
 """types of the cached arrays, each a file"""
 
+ANY_LENGTH = 2**31
+"""a window length that no example reaches, so each example is one window"""
+
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """One tokenized split: N examples end to end, without padding."""
+    """One tokenized split: N examples end to end, without padding; an example is one window or several."""
 
     tokens: np.ndarray
     """token ids of all examples, int32 [sum of lengths]"""
@@ -50,7 +58,9 @@ class Examples:
     targets: np.ndarray
     """of the task, [N] or [N, C]; zeros [N] for an unlabelled file"""
     lengths: np.ndarray
-    """tokens per example after truncation, int64 [N]"""
+    """tokens per example, over all of its windows, int64 [N]"""
+    window_length: int = ANY_LENGTH
+    """tokens of each window but the last of its example"""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,6 +68,8 @@ class Examples:
     def fingerprint(self) -> str:
         """SHA-256 over tokens, boundaries and targets: equal exactly if two splits train alike."""
         digest = hashlib.sha256()
+        if (self.lengths > self.window_length).any():
+            digest.update(str(self.window_length).encode())
         types = () if self.token_types is None else (self.token_types,)
         for array in (self.tokens, self.offsets, self.targets, *types):
             for start in range(0, len(array), HASHED_NUMBERS):
@@ -72,19 +84,30 @@ def tokenize(
     max_length: int,
     quiet: bool = False,
     workers: int | None = None,
+    overlap: int | None = None,
 ) -> Examples:
     """Tokenizes a split with a fast tokenizer, or takes its tokens from the cache.
 
-    `max_length` counts special tokens too. `workers` threads run at the same time; None = one for each core.
+    `max_length` counts special tokens too. A longer text is cut. With `overlap` it becomes windows that share so many
+    tokens. `workers` threads run at the same time; None = one for each core.
+
+    Raises:
+        UserError: no window would begin behind the one before it.
     """
+    assert overlap is None or split.text_pairs is None, "find_problems refuses windows of pairs"
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    if overlap is not None and overlap >= room:
+        raise UserError(f"data.window_overlap: {overlap} must be below {room}, the tokens of text in a window")
     with_types = split.text_pairs is not None and "token_type_ids" in tokenizer.model_input_names
     names = [name for name in TYPES if name != "token_types" or with_types]
 
     def make_parts() -> Iterator[Arrays]:
-        return _encode(split, tokenizer, max_length, names, quiet, workers or num_cores())
+        return _encode(split, tokenizer, max_length, overlap, names, quiet, workers or num_cores())
 
     entry = load_or_create(
-        cache_name(split, tokenizer, max_length), lambda folder: write_parts(folder, names, make_parts()), quiet
+        cache_name(split, tokenizer, max_length, overlap),
+        lambda folder: write_parts(folder, names, make_parts()),
+        quiet,
     )
     if entry is not None:
         arrays = {name: np.frombuffer(entry[name], TYPES[name]) for name in names}
@@ -97,7 +120,13 @@ def tokenize(
         token_types=arrays.get("token_types"),
         targets=split.targets if split.targets is not None else np.zeros(len(split), dtype=np.int64),
         lengths=arrays["lengths"],
+        window_length=max_length,
     )
+
+
+def num_windows(lengths: np.ndarray, window_length: int) -> np.ndarray:
+    """Windows of examples of these lengths, as of `Examples`."""
+    return -(-lengths // window_length)
 
 
 def num_cores() -> int:
@@ -105,7 +134,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cache_name(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def cache_name(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, overlap: int | None) -> str:
     """Names the cache entry of a split's tokens."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     # earlier calls set these two
@@ -113,6 +142,7 @@ def cache_name(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length:
     settings.pop("padding", None)
     own = (tokenizer.model_input_names, tokenizer.truncation_side, tokenizer.split_special_tokens)
     header = [type(tokenizer).__name__, *own, settings, max_length, split.text_pairs is None, TOKENS_FORMAT]
+    header += [] if overlap is None else [overlap]
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(split.digests).data)
     return f"{digest.hexdigest()[:32]}.tokens"
@@ -128,12 +158,18 @@ def write_parts(folder: Path, names: list[str], parts: Iterator[Arrays]) -> None
 
 
 def _encode(
-    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, names: list[str], quiet: bool, workers: int
+    split: TextSplit,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    overlap: int | None,
+    names: list[str],
+    quiet: bool,
+    workers: int,
 ) -> Iterator[Arrays]:
     """Tokenizes the split in parts, in order."""
     # an ordinary call sets truncation and all else in the backend, which the workers then only read
     first = split.text_pairs[:1] if split.text_pairs is not None else None
-    tokenizer(split.texts[:1], first, truncation=True, max_length=max_length)
+    tokenizer(split.texts[:1], first, truncation=True, max_length=max_length, stride=overlap or 0)
     backend = tokenizer.backend_tokenizer
     # some tokenizers give an empty text no tokens, and a model needs one
     special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, 0)
@@ -145,7 +181,9 @@ def _encode(
         if split.text_pairs is not None:
             texts = list(zip(texts, split.text_pairs[part], strict=True))
         encodings = backend.encode_batch_fast(texts)
-        ids = [encoding.ids or blank for encoding in encodings]
+        windows = [[encoding, *(encoding.overflowing if overlap is not None else ())] for encoding in encodings]
+        assert all(len(window) == max_length for each in windows for window in each[:-1]), "a window is not full"
+        ids = [list(chain.from_iterable(window.ids for window in each)) or blank for each in windows]
         values = {
             "tokens": chain.from_iterable(ids),
             "lengths": map(len, ids),

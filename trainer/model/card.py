@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from trainer.config.schema import Config, resolve
+from trainer.config.schema import Config, DataConfig, chosen_overlap, resolve
 from trainer.model.backbone import Backbone
 
 
@@ -51,7 +51,8 @@ backbone, with its commit on the hub and the SHA-256 of its files.
 
 These lines classify a text:
 
-{loading_lines(backbone, pairs=bool(resolve(config.data.train or "", config.data).text_pair_columns))}"""
+{loading_lines(backbone, pairs=bool(resolve(config.data.train or "", config.data).text_pair_columns))}\
+{window_lines(config.data)}"""
 
 
 def loading_lines(backbone: Backbone, pairs: bool) -> str:
@@ -79,5 +80,24 @@ model = AutoModelForSequenceClassification.from_pretrained(
 model = PeftModel.from_pretrained(model, adapter).eval()
 classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
 print(classify([{text}], truncation=True, top_k=None))
+```
+"""
+
+
+def window_lines(data: DataConfig) -> str:
+    """Python lines that classify a long text as the run did, after `loading_lines`; "" if it cut them."""
+    overlap = chosen_overlap(data)
+    if overlap is None:
+        return ""
+    return f"""
+They read the first {data.max_length} tokens of a text. These average the logits of all its windows, as the run did:
+
+```python
+tokens = tokenizer(
+    "A long text.", truncation=True, stride={overlap}, return_overflowing_tokens=True, padding=True, return_tensors="pt"
+)
+tokens.pop("overflow_to_sample_mapping")
+logits = model(**tokens.to(model.device)).logits.mean(dim=0, keepdim=True).detach()
+print(classify.postprocess({{"logits": logits}}, top_k=None))
 ```
 """

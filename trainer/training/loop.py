@@ -73,9 +73,10 @@ def shrink_token_budget(run: Run, state: TrainState, plan: Plan) -> TrainState:
     """
     num_tokens, num_examples = max(plan.sizes(state.step, run.learner.accelerator.num_processes))
     if num_examples == 1:
+        fewer = "data.long_documents cut" if num_tokens > plan.window_length else "a lower data.max_length"
         raise UserError(
-            f"step {state.step + 1}: out of memory with a single example of {num_tokens} tokens; a lower "
-            "data.max_length or run.precision bf16 needs less"
+            f"step {state.step + 1}: out of memory with a single example of {num_tokens} tokens; {fewer} or "
+            "run.precision bf16 needs less"
         )
     max_tokens = num_tokens // 2
     run.log.print_line(f"step {state.step + 1}: out of memory; continuing with at most {max_tokens:,} tokens at a time")

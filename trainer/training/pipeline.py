@@ -217,14 +217,19 @@ def describe_data(run: Run) -> list[str]:
     corpus, max_length = run.inputs.corpus, run.config.data.max_length
     counts = corpus.counts
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in corpus.splits.items())
-    cut = sum(int((split.lengths == max_length).sum()) for split in run.inputs.examples.values())
+    lengths = np.concatenate([split.lengths for split in run.inputs.examples.values()])
+    num_cut = int((lengths == max_length).sum()) if run.config.data.long_documents == "cut" else 0
+    # a short text of just this length is not cut, so a few examples say little
+    is_worth_a_word = num_cut > len(lengths) / 10 and corpus.splits["train"].text_pairs is None
+    fix = "; data.long_documents windows reads them whole" if is_worth_a_word else ""
     is_held_out = run.config.data.validation is None and "validation" in corpus.splits
     together = "; the held-out validation has none of its texts" if is_held_out else ""
     labels, kind = counts["train"]["label_counts"], "classes" if corpus.task.type == "single_label" else "labels"
     notes = {
         f"duplicates within train{together}": counts["train"]["num_duplicates"],
         **{f"rows of {name} found in train": counts[name]["num_in_train"] for name in corpus.splits if name != "train"},
-        f"examples fill all {max_length} tokens and may be cut": cut,
+        f"examples fill all {max_length} tokens and may be cut{fix}": num_cut,
+        f"examples have several windows of {max_length} tokens": int((lengths > max_length).sum()),
     }
     return [
         f"{sizes} examples{f' of {len(labels)} {kind}' if labels else ''} (task.type {corpus.task.type})",
@@ -303,7 +308,8 @@ def probe(run: Run, state: TrainState) -> tuple[dict[str, torch.Tensor], torch.T
     # a budget that memory allowed for a step
     learner, examples, limit = run.learner, run.inputs.examples["train"], current_plan(run, state).max_tokens
     padding, pad_token_id = learner.forward.padding, run.inputs.backbone.tokenizer.pad_token_id
-    ids = np.array(split_by_tokens(examples.lengths[:8], limit, one_length=padding.one_length)[0])
+    settings = limit, False, padding.one_length, examples.window_length
+    ids = np.array(split_by_tokens(examples.lengths[:8], *settings)[0])
     forward = PaddedForward(learner.model.eval(), pad_token_id, padding)
     batch = forward.collate(examples, ids, np.ones(len(ids)), learner.accelerator.device)
     with torch.no_grad():

@@ -16,7 +16,7 @@ import numpy as np
 
 from trainer.config.labels import describe_look_alikes, match_labels, quoted
 from trainer.config.predict_options import Options, source_of
-from trainer.config.schema import Config, Source
+from trainer.config.schema import Config, Source, chosen_overlap
 from trainer.data.corpus import find_id_columns, load_for_prediction
 from trainer.data.tokens import Examples, tokenize
 from trainer.distributed.session import choose_precision, join_processes
@@ -51,7 +51,9 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
         source, config.data, task, label_names, id_column, options.ignore_labels, options.quiet
     )
     backbone = find_trained_backbone(run, config.model, label_names, task.problem_type)
-    examples = tokenize(split, backbone.tokenizer, config.data.max_length, options.quiet)
+    examples = tokenize(
+        split, backbone.tokenizer, config.data.max_length, options.quiet, overlap=chosen_overlap(config.data)
+    )
     padding = Padding(**summary.get("padding", {}))
     logits, is_main_process = _score(options, config, backbone, examples, padding, len(label_names))
     assert len(ids) == len(split) == len(logits), "a row was lost"

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from trainer.batching.collate import average_windows
 from trainer.batching.plan import split_by_tokens
 from trainer.compat import on_device
 from trainer.config.schema import chosen_metric
@@ -69,7 +70,8 @@ def score_split(
     was_training = forward.model.training
     forward.model.eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    parts = split_by_tokens(examples.lengths, max_tokens, forward.packed, forward.padding.one_length)
+    settings = forward.packed, forward.padding.one_length, examples.window_length
+    parts = split_by_tokens(examples.lengths, max_tokens, *settings)
     logits = torch.zeros(len(examples.lengths), num_labels, device=accelerator.device)
     times_seen = torch.zeros(len(examples.lengths), device=accelerator.device)
     rounds = range(0, len(parts), world_size)
@@ -98,7 +100,7 @@ def score_micro_batch(forward: Forward, examples: Examples, ids: np.ndarray, acc
     """Logits of the examples `ids`, [B, C]."""
     batch = forward.collate(examples, ids, np.ones(len(ids)), accelerator.device)
     with accelerator.autocast():
-        return forward(batch.inputs, batch.lengths)
+        return average_windows(batch, forward(batch.inputs, batch.lengths))
 
 
 def score(run: Run, state: TrainState, name: str) -> np.ndarray:

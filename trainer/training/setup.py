@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from trainer.batching.plan import Plan
 from trainer.compat import checkpoint_layers
 from trainer.config.labels import describe_look_alikes, match_labels
-from trainer.config.schema import Config, PeftConfig, fill_task
+from trainer.config.schema import Config, PeftConfig, chosen_overlap, fill_task
 from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.tokens import tokenize
 from trainer.distributed.session import StopRequest
@@ -68,8 +68,9 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
         check_same_backbone(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
     if start is not None:
         check_same_backbone(start.backbone, backbone.identity, start.folder)
+    overlap = chosen_overlap(config.data)
     examples = {
-        name: tokenize(split, backbone.tokenizer, config.data.max_length, config.run.quiet)
+        name: tokenize(split, backbone.tokenizer, config.data.max_length, config.run.quiet, overlap=overlap)
         for name, split in corpus.splits.items()
     }
     fingerprints = {
@@ -107,6 +108,7 @@ def build(
         max_tokens=config.batch.max_tokens or default_tokens,
         packed=learner.forward.packed,
         one_length=learner.forward.padding.one_length,
+        window_length=train.window_length,
     )
     return Run(
         config=config,
@@ -145,6 +147,9 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     task, train, label_names = make_task(config.task), inputs.examples["train"], inputs.corpus.label_names
     texts, max_length = inputs.corpus.splits["train"], config.data.max_length
     keys, padding = check_start(model, config.run.seed, texts, backbone.tokenizer, max_length, backbone.path)
+    if padding.one_length and config.data.long_documents == "windows":
+        reason = "its logits depend on padding, and the last window of a text is shorter"
+        raise UserError(f"data.long_documents windows is not supported for {backbone.path}: {reason}; use cut")
     backbone.tokenizer.padding_side = "left" if padding.left else "right"  # it is saved with the adapter
     set_precision(model, COMPUTE_TYPES[config.run.precision])
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trainer.batching.collate import Batch
+from trainer.batching.collate import Batch, average_windows
 from trainer.batching.plan import MicroBatch
 from trainer.compat import gradient_norms, on_device
 from trainer.data.tokens import Examples
@@ -87,10 +87,10 @@ def train_step(run: Run, step: int, micro_batches: list[MicroBatch]) -> StepResu
 def add_gradient(learner: Learner, examples: Examples, step: int, ids: np.ndarray, weights: np.ndarray) -> torch.Tensor:
     """Adds the gradient of a micro-batch to the parameters' gradients; returns its weighted losses, [B], detached."""
     batch = learner.forward.collate(examples, ids, weights, learner.accelerator.device)
-    with learner.dropout.micro_batch(step, batch.ids, batch.lengths):
+    with learner.dropout.micro_batch(step, batch.window_ids, batch.lengths):
         with learner.accelerator.autocast():
             logits = learner.forward(batch.inputs, batch.lengths)
-        losses = example_losses(learner.losses, logits, batch)
+        losses = example_losses(learner.losses, average_windows(batch, logits), batch)
         learner.accelerator.backward(losses.sum())
     return losses.detach()
 

@@ -3,15 +3,15 @@
 import dataclasses
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from trainer.batching.collate import collate_packed, collate_padded
+from trainer.batching.collate import average_windows, collate_packed, collate_padded
 from trainer.batching.order import epoch_order
-from trainer.batching.plan import Plan, share_out, split_by_tokens
+from trainer.batching.plan import Plan, num_positions, share_out, split_by_tokens
+from trainer.data.tokens import Examples
 
 CPU = torch.device("cpu")
 SIZES = [(300, 2), (1, 1), (1, 8), (7, 3), (8, 8), (9, 8), (17, 5), (64, 16), (101, 32), (5, 100)]
@@ -218,7 +218,7 @@ def test_work_is_balanced_on_lengths_like_those_of_news():
 @pytest.fixture
 def examples():
     lengths = np.array([3, 1, 4])
-    return SimpleNamespace(
+    return Examples(
         tokens=np.array([10, 11, 12, 20, 30, 31, 32, 33], dtype=np.int32),
         offsets=np.array([0, 3, 4, 8]),
         token_types=np.array([0, 0, 1, 0, 0, 1, 1, 1], dtype=np.int8),
@@ -249,6 +249,63 @@ def test_collate_packs_end_to_end_in_the_order_asked_for(examples):
     assert {tensor.dtype for tensor in batch.inputs.values()} == {torch.int64}
     assert batch.targets.tolist() == [1, 2, 0]
     assert batch.lengths.tolist() == [4, 3, 1]
+
+
+# --- windows ---
+
+
+@pytest.fixture
+def documents():
+    """Three examples of windows of 4 tokens: 2 windows, 1 window and 3 windows."""
+    lengths = np.array([6, 3, 9])
+    return Examples(np.arange(18, dtype=np.int32), np.array([0, 6, 9, 18]), None, np.arange(3), lengths, 4)
+
+
+def test_collate_puts_all_windows_of_an_example_in_its_batch(documents):
+    ids = np.array([2, 0, 1])
+    padded = collate_padded(documents, ids, np.ones(3), CPU, 99, left=False)
+    assert padded.inputs["input_ids"].tolist() == [
+        [9, 10, 11, 12], [13, 14, 15, 16], [0, 1, 2, 3], [6, 7, 8, 99], [4, 5, 99, 99], [17, 99, 99, 99]
+    ]  # fmt: skip
+    packed = collate_packed(documents, ids, np.ones(3), CPU)
+    assert packed.inputs["input_ids"].tolist() == [9, 10, 11, 12, 13, 14, 15, 16, 0, 1, 2, 3, 6, 7, 8, 4, 5, 17]
+    for batch in (padded, packed):
+        assert batch.lengths.tolist() == [4, 4, 4, 3, 2, 1]
+        assert batch.owners.tolist() == [0, 0, 1, 2, 1, 0]
+        assert batch.ids.tolist() == [2, 0, 1] and batch.targets.tolist() == [2, 0, 1] and len(batch.weights) == 3
+
+
+def test_ids_of_windows_depend_on_nothing_but_example_and_window(documents):
+    together = collate_packed(documents, np.array([0, 1, 2]), np.ones(3), CPU)
+    assert len({*together.window_ids.tolist()}) == 6
+    for i in range(3):
+        alone = collate_packed(documents, np.array([i]), np.ones(1), CPU)
+        assert alone.window_ids.tolist() == together.window_ids[together.owners == i].tolist()
+        assert alone.window_ids[0] == i, "the first window has the masks of an example without windows"
+
+
+def test_the_logits_of_an_example_are_the_mean_of_its_windows(documents):
+    batch = collate_packed(documents, np.array([2, 0, 1]), np.ones(3), CPU)
+    logits = torch.tensor([[3.0], [1.0], [0.5], [0.1], [7.5], [-1.0]], requires_grad=True)
+    means = average_windows(batch, logits)
+    assert means.tolist() == [[1.0], [4.0], [torch.tensor(0.1).item()]] and means.dtype == torch.float32
+    assert average_windows(batch, logits.bfloat16()).dtype == torch.float32
+    (gradient,) = torch.autograd.grad(means.sum(), logits)
+    assert gradient.flatten().tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 2, 1, 1 / 2, 1 / 3])
+    broken = average_windows(batch, torch.tensor([[float("nan")], [1.0], [0.5], [0.1], [7.5], [-1.0]]))
+    assert broken.isfinite().flatten().tolist() == [False, True, True], "the message would name another example"
+    single = collate_packed(documents, np.array([1]), np.ones(1), CPU)
+    assert average_windows(single, logits) is logits
+
+
+def test_a_part_of_padded_windows_takes_a_row_for_each():
+    lengths = [6, 3, 9, 2, 1]  # windows of 4: 2, 1, 3, 1 and 1
+    assert split_by_tokens(lengths, 20, window_length=4) == [[2, 0], [1, 3, 4]]
+    assert split_by_tokens(lengths, 24, window_length=4) == [[2, 0, 1], [3, 4]]
+    assert split_by_tokens(lengths, 4, window_length=4) == [[2], [0], [1], [3, 4]], "the budget is below a document"
+    assert num_positions(np.array([9, 6, 3]), packed=False, window_length=4) == 24
+    assert num_positions(np.array([9, 6, 3]), packed=True, window_length=4) == 18
+    assert split_by_tokens(lengths, 10, packed=True, window_length=4) == split_by_tokens(lengths, 10, packed=True)
 
 
 def test_a_packed_plan_counts_no_padding():

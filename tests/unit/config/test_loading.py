@@ -274,6 +274,9 @@ def test_a_wrong_type_names_the_expected_type(key, value, wanted):
          "gradients are lost; use bf16 or adamw"),
         (["--data.text_columns", "[]"], "data.text_columns is empty: name at least one column"),
         (["--data.test", "{path: x, text_columns: []}"], "data.test.text_columns is empty: name at least one column"),
+        (["--data.long_documents", "windows", "--data.text_pair_columns", "[b]"], "data.text_pair_columns: "
+         "data.long_documents windows is for single texts; for pairs use cut"),
+        (["--data.window_overlap", "8"], "data.window_overlap has no effect with data.long_documents cut; use windows"),
         (["--data.label_column", "text"], "data.label_column 'text' is also a text column"),
         (["--data.test="], "data.test is empty; use null for no split"),
         (["--data.train="], "data.train is missing: --data.train FILE (csv, tsv, json, jsonl, parquet) or hub id, or "
@@ -321,7 +324,8 @@ OTHER = {
     "data.empty_text": "skip",
     "data.text_columns": "[b]", "data.text_pair_columns": "[c]", "data.label_column": "d", "data.label_names": "[e]",
     "data.label_columns": "[f, g]", "task.type": "multi_label", "task.separator": "|",
-    "data.max_length": "9", "batch.size": "3", "model.dropout": "0.3", "peft.peft_type": "IA3", "peft.r": "3",
+    "data.max_length": "9", "data.long_documents": "windows", "data.window_overlap": "3",
+    "batch.size": "3", "model.dropout": "0.3", "peft.peft_type": "IA3", "peft.r": "3",
     "optim.name": "adam", "optim.learning_rate": "1", "optim.weight_decay": "0.5", "optim.betas": "[0, 0]",
     "optim.eps": "1", "optim.max_grad_norm": "null", "optim.schedule": "linear", "optim.warmup_fraction": "0.5",
     "optim.final_lr_fraction": "0.5",
@@ -340,7 +344,8 @@ SAME = {
 
 @pytest.mark.parametrize("key", OTHER)
 def test_identity_has_options_that_change_the_result(key):
-    assert identity(parse(f"--{key}", OTHER[key])) != identity(parse())
+    needed = ("--data.long_documents", "windows") if key == "data.window_overlap" else ()
+    assert identity(parse(*needed, f"--{key}", OTHER[key])) != identity(parse(*needed))
 
 
 def test_a_recipe_of_an_earlier_version_loads(tmp_path):

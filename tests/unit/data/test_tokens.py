@@ -10,7 +10,8 @@ import pytest
 
 from tests.harness.data import WORDS
 from trainer.data.rows import TextSplit, hash_texts
-from trainer.data.tokens import Examples, tokenize
+from trainer.data.tokens import Examples, num_windows, tokenize
+from trainer.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,45 @@ def test_tokenize_pairs_with_types(bert_tokenizer):
     assert examples.token_types.dtype == np.int8
     assert examples.lengths.max() == 20 and example(examples, 7) == direct["input_ids"][7]
     assert tokenize(split_of(left), bert_tokenizer, 20, quiet=True).token_types is None
+
+
+# --- windows ---
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("overlap", [0, 1, 5, 13])
+def test_windows_are_the_tokenizers_own_and_cover_every_token(tiny_tokenizer, overlap, side):
+    tokenizer, texts = copy.deepcopy(tiny_tokenizer), [*words(40), "", " ".join(["goal"] * 14)]
+    tokenizer.truncation_side = side
+    examples = tokenize(split_of(texts), tokenizer, 16, quiet=True, overlap=overlap)
+    assert examples.window_length == 16 and len(examples) == len(texts)
+    counts = num_windows(examples.lengths, 16)
+    assert {1, 2, 3} <= {*counts} and counts[-2:].tolist() == [1, 1]
+    for i, text in enumerate(texts):
+        settings = {"truncation": True, "max_length": 16, "stride": overlap, "return_overflowing_tokens": True}
+        direct, own = tokenizer(text, **settings)["input_ids"], example(examples, i)
+        assert [own[first : first + 16] for first in range(0, len(own), 16)] == direct
+        assert all(window[0] == 0 and window[-1] == 2 for window in direct), "a window has no special tokens"
+        bare = [window[1:-1] for window in direct[:: 1 if side == "right" else -1]]
+        joined = bare[0] + [token for window in bare[1:] for token in window[overlap:]]
+        if side == "right":
+            assert joined == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_windows_where_all_fit_train_as_without(tiny_tokenizer, cache):
+    split = split_of(words(30))
+    cut, windows = (tokenize(split, tiny_tokenizer, 32, quiet=True, overlap=overlap) for overlap in (None, 8))
+    assert cut.fingerprint() == windows.fingerprint()
+    prints = {
+        tokenize(split, tiny_tokenizer, 16, quiet=True, overlap=overlap).fingerprint() for overlap in (None, 4, 5)
+    }
+    assert len(prints) == 3 and len(kept_arrays(cache)) == 5
+
+
+def test_windows_that_cannot_advance_are_refused(tiny_tokenizer):
+    tokenize(split_of(["goal " * 30]), tiny_tokenizer, 16, quiet=True, overlap=13)
+    with pytest.raises(UserError, match=r"data\.window_overlap: 14 must be below 14"):
+        tokenize(split_of(["goal " * 30]), tiny_tokenizer, 16, quiet=True, overlap=14)
 
 
 def kept_arrays(cache):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.data.tokens import Examples
 from trainer.distributed.session import start_accelerator
 from trainer.errors import UserError
 from trainer.files import csv_text
@@ -43,7 +44,7 @@ class Summing(torch.nn.Module):
 def examples_of(count, seed=0):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 30, count)
-    return SimpleNamespace(
+    return Examples(
         tokens=generator.integers(1, 100, lengths.sum()).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         token_types=None,
