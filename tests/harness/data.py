@@ -99,7 +99,7 @@ def make_tokenizer():
 def save_backbone(folder, family="roberta", **sizes):
     """Writes a backbone of 2 layers, 32 hidden units and random weights, as a hub download would look."""
     import torch
-    from transformers import AutoConfig, AutoModelForPreTraining
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -117,6 +117,7 @@ def save_backbone(folder, family="roberta", **sizes):
         eos_token_id=2,
         **sizes,
     )
-    AutoModelForPreTraining.from_config(config).save_pretrained(folder)
+    kinds = {"modernbert": AutoModelForMaskedLM, "qwen3": AutoModelForCausalLM}
+    kinds.get(family, AutoModelForPreTraining).from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -63,6 +63,8 @@ OTHER_FAMILIES = {
     "mpnet": ("[q,v]", {}),
     "distilbert": ("[q_lin,v_lin]", {"hidden_dim": 64}),
     "electra": ("[query,value]", {"embedding_size": 24}),
+    "modernbert": ("[Wqkv,Wi]", {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 2}),
+    "qwen3": ("[q_proj,v_proj,up_proj]", {"num_key_value_heads": 2, "head_dim": 12}),
 }
 """targets of LoRA, and sizes by their own names; on one rank see test_packed.py"""
 

@@ -17,7 +17,7 @@ from trainer.dropout import masks
 from trainer.dropout import sites as dropout
 from trainer.model.backbone import set_dropout
 from trainer.model.build import set_precision
-from trainer.packed import attention
+from trainer.packed import attention, prenorm
 from trainer.packed import forward as packed
 from trainer.packed import projections as products
 from trainer.packed.attention import group_sizes, lay_out
@@ -25,10 +25,22 @@ from trainer.packed.families import why_not_packed
 from trainer.packed.forward import PackedForward, PaddedForward
 
 PAD = 1
-NAMES = {"mpnet": ["q", "v"], "distilbert": ["q_lin", "v_lin"]}
+BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "distilbert")
+MODERN = {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 2}  # 4 tokens on each side, in layers 1 and 2 of 3
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+PRE_NORM = {
+    "modernbert": MODERN,
+    "modernbert, mean": {**MODERN, "classifier_pooling": "mean"},
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 1},
+    "qwen2, windows": {"num_key_value_heads": 2, **WINDOWS},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
+}
+"""settings by model_type, and by what sets a variant apart"""
+NAMES = {"mpnet": ["q", "v"], "distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"], "modernbert, mean": ["Wqkv"]}
 TARGETS = {
-    family: NAMES.get(family, ["query", "value"])
-    for family in ("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "distilbert")
+    **{family: NAMES.get(family, ["query", "value"]) for family in BERTS},
+    **{family: NAMES.get(family, ["q_proj", "v_proj"]) for family in PRE_NORM},
 }
 """what LoRA is put on in each family"""
 SIZE = {
@@ -70,7 +82,8 @@ def cheap_groups(monkeypatch):
 def build(family="roberta", method="LORA", options=LORA, p=0.1, dtype=torch.float64, **size):
     """A model in training mode, all of whose trained tensors are away from their start; and its dropout keys."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZE | size)
+    settings = {**SIZE, **PRE_NORM.get(family, {}), **size}
+    config = AutoConfig.for_model(family.split(",")[0], **settings)
     set_dropout(config, p)
     model = AutoModelForSequenceClassification.from_config(config)
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
@@ -124,12 +137,13 @@ def difference(one, other):
     return max(float((one[0] - other[0]).abs().max() / one[0].abs().max()), float(worst / scale))
 
 
-@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize(
+    ("family", "segments"), [*itertools.product(BERTS, (False, True)), *((family, False) for family in PRE_NORM)]
+)
 def test_packed_is_padded_is_one_by_one(family, p, segments):
     model, keys = build(family, options={**LORA, "lora_dropout": p, "target_modules": TARGETS[family]}, p=p)
-    assert why_not_packed(model) is None
+    assert why_not_packed(model) is None and not keys.unreached
     expected = results(PaddedForward(model, 1), keys, segments=segments)
     assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
     forward = PackedForward(model)
@@ -149,9 +163,24 @@ def test_every_peft_method(method):
     assert difference(expected, results(PackedForward(model), keys, CUTS["in two"])) < limit
 
 
-@pytest.mark.parametrize("options", PLACES, ids=str)
-def test_whatever_lora_is_put_on(options):
-    model, keys = build(options={**LORA, **options})
+PRE_NORM_PLACES = [
+    {"target_modules": "all-linear"},
+    {"modules_to_save": ["attn", "self_attn"], "target_modules": ["Wi", "gate_proj"]},
+    {"target_modules": ["tok_embeddings", "embed_tokens", "Wo", "k_proj"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *(("roberta", options) for options in PLACES),
+        *itertools.product(("modernbert", "qwen3"), PRE_NORM_PLACES),
+        *((family, PRE_NORM_PLACES[0]) for family in ("modernbert, mean", "llama", "qwen2, windows")),
+    ],
+    ids=str,
+)
+def test_whatever_lora_is_put_on(family, options):
+    model, keys = build(family, options={**LORA, **options})
     expected = results(PaddedForward(model, 1), keys)
     assert difference(expected, results(PackedForward(model), keys, CUTS["in two"])) < 1e-12
 
@@ -264,6 +293,41 @@ def test_a_relative_bias_one_bucket_off_would_be_seen(monkeypatch):
     assert difference(expected, results(PackedForward(model), keys)) > 1e-4
 
 
+PRE_NORM_MISTAKES = {
+    "no window": ("modernbert", {"look_around": lambda layout, reach: layout}),
+    "the window is too wide": ("modernbert", {"look_around": lambda layout, reach: attention.look_around(layout, 5)}),
+    "one theta for all layers": (
+        "modernbert, mean", {"_rotary": lambda *given, **how: ROTARY_OF(*given[:2], "full_attention", **how)}
+    ),
+    "sees what follows": ("llama", {"look_back": lambda layout, window: layout}),
+    "the window is too narrow": (
+        "qwen2, windows", {"look_back": lambda layout, window: attention.look_back(layout, window and window - 1)}
+    ),
+}  # fmt: skip
+ROTARY_OF = prenorm._rotary
+
+
+@pytest.mark.parametrize("mistake", PRE_NORM_MISTAKES)
+def test_a_mistake_of_pre_norm_layers_would_be_seen(mistake, monkeypatch):
+    family, wrong = PRE_NORM_MISTAKES[mistake]
+    model, keys = build(family, options={**LORA, "target_modules": TARGETS[family]})
+    expected = results(PaddedForward(model, 1), keys)
+    for name, function in wrong.items():
+        monkeypatch.setattr(prenorm, name, function)
+    assert difference(expected, results(PackedForward(model), keys)) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["turn", "turn_back"])
+@pytest.mark.parametrize("family", ["modernbert", "qwen3"])
+def test_positions_that_do_not_turn_would_be_seen(family, method, monkeypatch):
+    model, keys = build(family, options={**LORA, "target_modules": TARGETS[family]})
+    expected = results(PaddedForward(model, 1), keys)
+    monkeypatch.setattr(attention.Rotary, method, lambda rotary, x: None)
+    found = results(PackedForward(model), keys)
+    assert difference(expected, found) > 1e-4
+    assert ((found[0] - expected[0]).abs().max() < 1e-12) == (method == "turn_back")
+
+
 WRITTEN_OUT = [
     attention._Attention, attention._Gather, products._Product, masks._Drop,
 ]  # fmt: skip
@@ -338,3 +402,32 @@ def test_what_cannot_be_packed_says_why():
     ):
         biased, _ = build("mpnet", options={**LORA, "target_modules": ["q"], **options})
         assert "relative_attention_bias" in why_not_packed(biased)
+    for kind in ("dynamic", "longrope"):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+        stretched, _ = build("llama", options={**LORA, "target_modules": "all-linear"}, rope_parameters=rope | factors)
+        assert kind in why_not_packed(stretched)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_angles_that_depend_on_the_position_alone_are_packed(kind):
+    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8, **bounds}
+    model, keys = build("llama", options={**LORA, "target_modules": "all-linear"}, rope_parameters=rope)
+    assert why_not_packed(model) is None
+    expected = results(PaddedForward(model, 1), keys)
+    assert difference(expected, results(PackedForward(model), keys, CUTS["in two"])) < 1e-12
+
+
+def test_a_decoder_reads_the_last_token_that_is_not_padding():
+    """Some tokenizers end each text with the token that is also padding. An example may be nothing else."""
+    model, keys = build("qwen3", options={**LORA, "target_modules": "all-linear"})
+    rows, lengths = [[5, 6, PAD, 7, PAD, PAD], [8, 9, 10, PAD], [11, 12, 13], [PAD, PAD]], np.array([6, 4, 3, 2])
+    padded = torch.tensor([row + [PAD] * (6 - len(row)) for row in rows])
+    mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        with keys.micro_batch(0, np.arange(4), lengths):
+            expected = PaddedForward(model, PAD)({"input_ids": padded, "attention_mask": mask}, lengths)
+        with keys.micro_batch(0, np.arange(4), lengths):
+            found = PackedForward(model)({"input_ids": torch.tensor(list(itertools.chain(*rows)))}, lengths)
+    assert (found - expected).abs().max() < 1e-12

@@ -185,19 +185,22 @@ def keyed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention with keyed dropout on its probabilities, for transformers' attention interface.
 
-    It calls transformers' own SDPA attention without dropout, for causal models, and with keywords in UNKEYED.
-    `query`, `key` and `value` are [B, heads, L, head size]. A bool `attention_mask`, [B, 1, L, L], is True where
-    attended. Other numbers are added to the scores, as `position_bias` is (T5). Returns [B, L, heads, head size].
+    It calls transformers' own SDPA attention without dropout, for causal models without a mask, and with keywords in
+    UNKEYED. `query` is [B, heads, L, head size]; `key` and `value` may have fewer heads, each for several heads of
+    queries in a row. A bool `attention_mask`, [B, 1, L, L], is True where attended. Other numbers are added to the
+    scores, as `position_bias` is (T5). Returns [B, L, heads, head size].
     """
     unkeyed = any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNKEYED)
-    causal = getattr(module, "is_causal", False)
-    if _draw is None or dropout == 0 or causal or unkeyed or query.shape[1] != key.shape[1]:
+    causal = attention_mask is None and getattr(module, "is_causal", False)
+    if _draw is None or dropout == 0 or causal or unkeyed:
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    if query.shape[1] != key.shape[1]:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if position_bias is not None:
         scores = scores + position_bias

@@ -33,7 +33,10 @@ class Group:
     longest: int
     """tokens of the longest example, N"""
     bias: torch.Tensor
-    """added to the scores: minus infinity where a key is padding, else 0 or `add_bias`'s; [G * heads, 1 or N, N]"""
+    """added to the scores: minus infinity where a key is padding, else 0 or `add_bias`'s; [G * key heads, 1 or N, N]
+
+    By `look_back`: minus infinity where a query must not see a key; [1, heads per key head * N, N].
+    """
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,33 @@ class Layout:
     """Where the T tokens of B examples lie."""
 
     groups: tuple[Group, ...]
+    lengths: np.ndarray
+    """tokens of each example, int64 [B]"""
     starts: torch.Tensor
     """first token of each example, int64 [B]"""
     positions: torch.Tensor
     """position of each token in its example, int64 [T]"""
     num_heads: int
+    """of queries"""
+    num_key_heads: int
+    """of keys and of values; each is read by `num_heads` / `num_key_heads` heads of queries in a row"""
     projected: Rows
-    """queries, keys and values: [T, 3, heads, D] to [3, G, heads, N, D] of each group; padding takes any row"""
+    """queries, keys and values: [T, all heads, D] to [G, heads, N, D] of each group, one after the other; padding
+    takes any row"""
     attended: Rows
     """[T, heads, D] to [G, heads, N, D] of each group; padding takes the row behind the last, which is 0"""
     whole: Rows
     """[T, W] to [G, N, W] of each group; padding takes any row"""
 
 
-def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype) -> Layout:
-    """The layout of examples of these lengths [B]; `dtype` is that of the scores."""
+def lay_out(
+    lengths: np.ndarray, num_heads: int, device: torch.device, dtype: torch.dtype, num_key_heads: int | None = None
+) -> Layout:
+    """The layout of examples of these lengths [B]; `dtype` is that of the scores.
+
+    `num_key_heads`: see `Layout`; None = as many as `num_heads`.
+    """
+    num_key_heads = num_key_heads or num_heads
     starts, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
     groups, tokens, first = [], [], 0
     for size in group_sizes(lengths, GROUP_COST / num_heads):
@@ -73,17 +88,20 @@ def lay_out(lengths: np.ndarray, num_heads: int, device: torch.device, dtype: to
         real = np.arange(own.max()) < own[:, None]
         tokens.append(np.where(real, starts[first : first + size, None] + np.arange(own.max()), num_tokens))
         bias = on_device(np.where(real, np.float32(0), np.float32(-np.inf)), device).to(dtype)
-        groups.append(Group(first, size, int(own.max()), bias.repeat_interleave(num_heads, dim=0).unsqueeze(1)))
+        groups.append(Group(first, size, int(own.max()), bias.repeat_interleave(num_key_heads, dim=0).unsqueeze(1)))
         first += size
     places = [on_device(each, device) for each in tokens]
-    projected, whole = (_rows(places, num_tokens, *sizes) for sizes in ((3, num_heads), (1, 1)))
+    heads = [num_heads, num_key_heads, num_key_heads]
+    projected, attended, whole = (_rows(places, num_tokens, each) for each in (heads, [num_heads], [1]))
     return Layout(
         groups=tuple(groups),
+        lengths=lengths,
         starts=on_device(starts, device),
         positions=on_device(np.arange(num_tokens) - np.repeat(starts, lengths), device),
         num_heads=num_heads,
+        num_key_heads=num_key_heads,
         projected=Rows(projected.take % len(projected.back), projected.back),
-        attended=_rows(places, num_tokens, 1, num_heads),
+        attended=attended,
         whole=Rows(whole.take % num_tokens, whole.back),
     )
 
@@ -101,15 +119,41 @@ def add_bias(layout: Layout, bias: torch.Tensor) -> Layout:
     return replace(layout, groups=tuple(groups))
 
 
-def _rows(tokens: list[torch.Tensor], num_tokens: int, components: int, num_heads: int) -> Rows:
-    """[T, C, heads] to [C, G, heads, N] of each group; padding takes the row behind the last.
+def look_around(layout: Layout, reach: int) -> Layout:
+    """The layout with attention to at most `reach` tokens before a token and as many after it."""
+    longest = max(group.longest for group in layout.groups)
+    if longest <= reach + 1:
+        return layout
+    position = torch.arange(longest, device=layout.starts.device)
+    far = (position - position[:, None]).abs() > reach
+    bias = torch.zeros_like(far, dtype=layout.groups[0].bias.dtype)
+    # a finite number: to a token of padding all near ones may be padding
+    return add_bias(layout, bias.masked_fill_(far, torch.finfo(bias.dtype).min).unsqueeze(0))
+
+
+def look_back(layout: Layout, window: int | None) -> Layout:
+    """The layout with attention to a token itself and to those before it, in all `window` tokens; None = no limit.
+
+    Replaces the layout's bias: no token sees the padding behind it.
+    """
+    groups, num_queries = [], layout.num_heads // layout.num_key_heads
+    for group in layout.groups:
+        open_keys = torch.ones(group.longest, group.longest, dtype=torch.bool, device=group.bias.device).tril()
+        open_keys = open_keys if window is None else open_keys.triu(1 - window)
+        bias = torch.zeros_like(open_keys, dtype=group.bias.dtype).masked_fill(~open_keys, -torch.inf)
+        groups.append(replace(group, bias=bias.repeat(num_queries, 1).unsqueeze(0)))
+    return replace(layout, groups=tuple(groups))
+
+
+def _rows(tokens: list[torch.Tensor], num_tokens: int, heads: list[int]) -> Rows:
+    """[T, all heads] to [G, heads, N] of each group and of each of `heads`; padding takes the row behind the last.
 
     `tokens` are the tokens at the places of each group, [G, N], and T at padding.
     """
-    per_token = components * num_heads
+    per_token = sum(heads)
     num_rows, of_token = num_tokens * per_token, torch.arange(per_token, device=tokens[0].device)
     rows = [(group[..., None] * per_token + of_token).clamp(max=num_rows) for group in tokens]
-    take = torch.cat([group.unflatten(-1, (components, num_heads)).permute(2, 0, 3, 1).flatten() for group in rows])
+    take = torch.cat([part.transpose(1, 2).flatten() for group in rows for part in group.split(heads, dim=-1)])
     back = torch.empty(num_rows + 1, dtype=torch.int64, device=take.device)
     back[take] = torch.arange(len(take), device=take.device)
     return Rows(take, back[:num_rows])
@@ -138,17 +182,47 @@ def group_sizes(lengths: np.ndarray, cost: float) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """Rotary positions, from 0 on in each example: the two halves of a head turn by angles that grow with the position.
+
+    A group is padded behind its examples. So a token's place in its group is its position.
+    """
+
+    cos: torch.Tensor
+    """[N of the longest example, D / 2]"""
+    sin: torch.Tensor
+    rounds_to: torch.dtype | None = None
+    """the type to which the family rounds queries and keys before it turns them, also in fp64; None: it does not"""
+
+    def turn(self, x: torch.Tensor) -> None:
+        """Turns queries or keys in place, [..., N, D]."""
+        cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
+        first, second = x.to(self.rounds_to or x.dtype).chunk(2, dim=-1)
+        x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+
+    def turn_back(self, gradient: torch.Tensor) -> None:
+        """Replaces the gradient of the turned by the gradient of what was turned, [..., N, D]."""
+        cos, sin = self.cos[: gradient.shape[-2]], self.sin[: gradient.shape[-2]]
+        parts = [half * angle for half in gradient.chunk(2, dim=-1) for angle in (cos, sin)]
+        rounded = [part.to(self.rounds_to or part.dtype).to(part.dtype) for part in parts]
+        first_cos, first_sin, second_cos, second_sin = rounded
+        gradient.copy_(torch.cat((first_cos + second_sin, second_cos - first_sin), dim=-1))
+
+
+@dataclass(frozen=True)
 class Attention:
-    """Attention of one layer in one micro-batch. The hidden size H is heads times D."""
+    """Attention of one layer in one micro-batch; H is heads times D."""
 
     layout: Layout
     scaling: float
     """factor on the scores"""
     draw: Callable[[torch.Tensor, int], Mask | None]
     """dropout's mask of shares [G, heads, queries, N], or None; also takes the number of their first example"""
+    rotary: Rotary | None = None
+    """what turns queries and keys; None: nothing does"""
 
     def of_all(self, projected: torch.Tensor) -> torch.Tensor:
-        """The output of every token, [T, H], from its query, key and value, [T, 3 H]."""
+        """The output of every token, [T, H], from its queries, keys and values side by side, [T, all heads * D]."""
         attended: torch.Tensor = _Attention.apply(projected, self)
         return attended
 
@@ -181,15 +255,19 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, projected: torch.Tensor, how: Attention) -> torch.Tensor:
-        layout, num_heads = how.layout, how.layout.num_heads
-        gathered = projected.reshape(-1, projected.shape[-1] // 3 // num_heads).index_select(0, layout.projected.take)
-        outputs = torch.empty_like(gathered[: len(gathered) // 3])
+        layout = how.layout
+        num_rows = layout.num_heads + 2 * layout.num_key_heads
+        gathered = projected.reshape(-1, projected.shape[-1] // num_rows).index_select(0, layout.projected.take)
+        outputs = gathered.new_empty(len(layout.attended.take), gathered.shape[-1])
         kept, masks = [], []
         for group, q, k, v, output in _by_group(layout, gathered, outputs):
+            if how.rotary is not None:
+                for heads in (q, k):
+                    how.rotary.turn(heads.view(-1, group.longest, q.shape[-1]))
             shares = _softmax(torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=how.scaling))
-            mask = how.draw(shares.unflatten(0, (group.size, num_heads)), group.first)
+            mask = how.draw(shares.view(group.size, layout.num_heads, group.longest, -1), group.first)
             if mask is not None:
-                mask = Mask(mask.keep.flatten(0, 1), mask.scale)
+                mask = Mask(mask.keep.view(shares.shape), mask.scale)
             _multiply_into(output, masked(shares, mask), v, mask.scale if mask else 1.0)
             kept.append(shares)
             masks.append(mask)
@@ -200,14 +278,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         gathered, *kept = ctx.saved_tensors
-        layout, size = ctx.how.layout, gathered.shape[-1]
+        layout, rotary, size = ctx.how.layout, ctx.how.rotary, gathered.shape[-1]
         with_zeros = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # for queries of padding
         grad_outputs = with_zeros.view(-1, size).index_select(0, layout.attended.take)
         grad_gathered = torch.empty_like(gathered)
         inputs = _by_group(layout, gathered, grad_outputs)
         results = _by_group(layout, grad_gathered, grad_outputs)
         each = zip(inputs, results, kept, ctx.masks, strict=True)
-        for (_, q, k, v, grad_output), (_, grad_q, grad_k, grad_v, _), shares, mask in each:
+        for (group, q, k, v, grad_output), (_, grad_q, grad_k, grad_v, _), shares, mask in each:
             scale = mask.scale if mask else 1.0
             _multiply_into(grad_v, masked(shares, mask).transpose(1, 2), grad_output, scale)
             grad_shares = torch.empty_like(shares)
@@ -215,19 +293,27 @@ class _Attention(torch.autograd.Function):
             grad_scores = softmax_backward(masked(grad_shares, mask), shares)
             _multiply_into(grad_q, grad_scores, k)
             _multiply_into(grad_k, grad_scores.transpose(1, 2), q)
+            if rotary is not None:
+                for heads in (grad_q, grad_k):
+                    rotary.turn_back(heads.view(-1, group.longest, size))
         return grad_gathered.index_select(0, layout.projected.back).view(len(gradient), -1), None
 
 
 def _by_group(
     layout: Layout, gathered: torch.Tensor, outputs: torch.Tensor
 ) -> Iterator[tuple[Group, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each group with its part of the inputs and of the outputs: q, k, v and output, [G * heads, N, D] each."""
-    before, num_heads = 0, layout.num_heads
+    """Each group with its part of the inputs and of the outputs: q, k, v and output.
+
+    k and v are [G * key heads, N, D], q and output [G * key heads, heads per key head * N, D].
+    """
+    begin, output_begin, heads = 0, 0, (layout.num_heads, layout.num_key_heads, layout.num_key_heads)
     for group in layout.groups:
-        span = slice(before, before + group.size * num_heads * group.longest)
-        q, k, v = gathered[3 * span.start : 3 * span.stop].view(3, group.size * num_heads, group.longest, -1).unbind()
-        yield group, q, k, v, outputs[span].view_as(q)
-        before = span.stop
+        sizes = [group.size * number * group.longest for number in heads]
+        parts = gathered[begin : begin + sum(sizes)].split(sizes)
+        parts = [*parts, outputs[output_begin : output_begin + sizes[0]]]
+        q, k, v, output = (part.view(group.size * layout.num_key_heads, -1, part.shape[-1]) for part in parts)
+        yield group, q, k, v, output
+        begin, output_begin = begin + sum(sizes), output_begin + sizes[0]
 
 
 class _Gather(torch.autograd.Function):

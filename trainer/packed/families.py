@@ -16,13 +16,25 @@ from transformers import (
     CamembertForSequenceClassification,
     DistilBertForSequenceClassification,
     ElectraForSequenceClassification,
+    LlamaForSequenceClassification,
+    ModernBertForSequenceClassification,
     MPNetForSequenceClassification,
+    Qwen2ForSequenceClassification,
+    Qwen3ForSequenceClassification,
     RobertaForSequenceClassification,
     XLMRobertaForSequenceClassification,
 )
 
 from trainer.packed.attention import Layout, add_bias
 from trainer.packed.encoder import embed, encoder_layers, modules_of_bert, modules_of_distilbert, modules_of_mpnet
+from trainer.packed.prenorm import (
+    modules_of_llama,
+    modules_of_modernbert,
+    prenorm_layers,
+    prepare_llama,
+    prepare_modernbert,
+    why_not_rotary,
+)
 
 Layer = Callable[[torch.Tensor, Any], torch.Tensor]
 """[T, H] to [T, H], with what `Family.prepare` made; the last layer may give the tokens alone that the head reads"""
@@ -38,7 +50,7 @@ class Family:
     """its layers, built once per model; also takes whether the model trains"""
     classify: Callable[[Any, torch.Tensor], torch.Tensor]
     """logits [B, C] from what the last layer gives"""
-    prepare: Callable[[Any, Layout], Any] = lambda model, layout: layout
+    prepare: Callable[[Any, dict[str, torch.Tensor], Layout], Any] = lambda model, inputs, layout: layout
     """what all layers of a micro-batch take beside hidden states, computed once: the layout, with a bias perhaps"""
     why_not: Callable[[Any], str | None] = lambda model: None
     """a reason against packing this model"""
@@ -92,7 +104,7 @@ def classify_distilbert(model: Any, x: torch.Tensor) -> torch.Tensor:
 # --- MPNet ---
 
 
-def add_mpnet_bias(model: Any, layout: Layout) -> Layout:
+def add_mpnet_bias(model: Any, inputs: dict[str, torch.Tensor], layout: Layout) -> Layout:
     """The bias of a head and a relative position, the same in all layers."""
     longest = max(group.longest for group in layout.groups)
     one_example = torch.empty(1, longest, device=layout.starts.device)  # only its shape and device are read
@@ -124,6 +136,24 @@ MPNET = replace(
     prepare=add_mpnet_bias,
     why_not=why_not_mpnet,
 )
+MODERNBERT = Family(
+    embed=lambda model, inputs, layout: model.base_model.embeddings(inputs["input_ids"]),
+    layers=lambda model, trains: prenorm_layers(
+        model.base_model.layers, modules_of_modernbert, model.base_model.final_norm, trains
+    ),
+    classify=lambda model, x: model.classifier(model.drop(model.head(x))),
+    prepare=prepare_modernbert,
+    why_not=why_not_rotary,
+)
+LLAMA = Family(
+    embed=lambda model, inputs, layout: model.base_model.embed_tokens(inputs["input_ids"]),
+    layers=lambda model, trains: prenorm_layers(
+        model.base_model.layers, modules_of_llama, model.base_model.norm, trains
+    ),
+    classify=lambda model, x: model.score(x),
+    prepare=prepare_llama,
+    why_not=why_not_rotary,
+)
 FAMILIES: dict[type, Family] = {
     BertForSequenceClassification: BERT,
     RobertaForSequenceClassification: ROBERTA,
@@ -132,4 +162,8 @@ FAMILIES: dict[type, Family] = {
     ElectraForSequenceClassification: ELECTRA,
     DistilBertForSequenceClassification: DISTILBERT,
     MPNetForSequenceClassification: MPNET,
+    ModernBertForSequenceClassification: MODERNBERT,
+    LlamaForSequenceClassification: LLAMA,
+    Qwen2ForSequenceClassification: LLAMA,
+    Qwen3ForSequenceClassification: LLAMA,
 }

@@ -52,7 +52,7 @@ class PaddedForward:
         return collate_padded(examples, ids, weights, device, self.pad_token_id, self.padding.left)
 
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
-        """Logits [W, C] of W windows; `inputs` as the model takes them, [W, L] each."""
+        """Logits [B, C]; `inputs` as the model takes them, [B, L] each."""
         return self.model(**inputs).logits
 
 
@@ -100,15 +100,16 @@ class PackedForward:
         return collate_packed(examples, ids, weights, device)
 
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
-        """Logits [W, C] of W windows whose tokens lie end to end; `lengths` are best in descending order.
+        """Logits [B, C] of B examples whose tokens lie end to end; `lengths` are best in descending order.
 
         `inputs` are input_ids and, where segments are told apart, token_type_ids; int64 [T] each.
         """
         device, model = inputs["input_ids"].device, self._classifier
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
-        layout = lay_out(lengths, model.config.num_attention_heads, device, dtype)
+        num_key_heads = getattr(model.config, "num_key_value_heads", None)
+        layout = lay_out(lengths, model.config.num_attention_heads, device, dtype, num_key_heads)
         x = self._family.embed(model, inputs, layout)
-        prepared = self._family.prepare(model, layout)
+        prepared = self._family.prepare(model, inputs, layout)
         checkpoint = self._checkpoint if torch.is_grad_enabled() else None
         for layer in self._layers:
             x = layer(x, prepared) if checkpoint is None else checkpoint(layer, x, prepared)

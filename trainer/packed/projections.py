@@ -21,13 +21,13 @@ PREPACKED_FOR = 1024  # rows of a product; oneDNN packs alike for most numbers
 
 
 class FrozenWeight:
-    """A weight [O, H] and its bias [O] that never change.
+    """A weight [O, H] and its bias [O], if it has one, that never change.
 
     On a CPU with bf16 instructions it is also prepacked by oneDNN, once for each direction. Otherwise oneDNN would pack
     it in every product, which costs a tenth of the time. The price is the weight's memory once more for each.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, trains: bool) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, trains: bool) -> None:
         """`trains`: whether `multiply_back` is called."""
         self.weight, self.bias = weight, bias
         self._forward = self._back = None
@@ -48,9 +48,12 @@ class FrozenWeight:
         return reordered_linear(gradient, self._back, None) if self._back is not None else gradient @ self.weight
 
 
-def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Joins tensors along the first axis; a single one is not copied."""
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+def _join_in_place(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Joins parameters along the first axis and turns each into its part; a single one is not copied."""
+    joined = torch.cat([each.data for each in parameters]) if len(parameters) > 1 else parameters[0].data
+    for parameter, part in zip(parameters, joined.split([len(each) for each in parameters]), strict=True):
+        parameter.data = part
+    return joined
 
 
 class Projection:
@@ -61,14 +64,13 @@ class Projection:
 
     def __init__(self, *modules: Any, trains: bool) -> None:
         self.modules = modules
-        self.joined = all(is_joinable(module) for module in modules)
+        has_bias = [_base(module).bias is not None for module in modules if is_joinable(module)]
+        self.joined = len(has_bias) == len(modules) and len(set(has_bias)) == 1
         if self.joined:
             linears = [_base(module) for module in modules]
             self.sizes = [linear.out_features for linear in linears]
-            weight = _join([linear.weight.data for linear in linears])
-            bias = _join([linear.bias.data for linear in linears])
-            for linear, own, its_bias in zip(linears, weight.split(self.sizes), bias.split(self.sizes), strict=True):
-                linear.weight.data, linear.bias.data = own, its_bias
+            weight = _join_in_place([linear.weight for linear in linears])
+            bias = _join_in_place([linear.bias for linear in linears]) if has_bias[0] else None
             self.frozen = FrozenWeight(weight, bias, trains)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,6 +112,7 @@ def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list
             else weight.new_zeros(len(weight), low.shape[-1])
             for each, low in zip(adapters, lows, strict=True)
         ]
+        bias = bias if bias is not None else weight.new_zeros(len(weight))
         ones = [bias.unsqueeze(1), weight.new_zeros(len(weight), num_ones - 1)]
         weights.append(torch.cat([weight, *parts, *ones], dim=1))
     return torch.cat([x, *lows, x.new_ones(*x.shape[:-1], num_ones)], dim=-1), weights
@@ -118,7 +121,7 @@ def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list
 def is_joinable(module: Any) -> bool:
     """Whether a module is linear and frozen, with plain LoRA or without."""
     linear = _base(module)
-    if type(linear) is not nn.Linear or linear.bias is None or any(p.requires_grad for p in linear.parameters()):
+    if type(linear) is not nn.Linear or any(p.requires_grad for p in linear.parameters()):
         return False
     return module is linear or (
         type(module) is LoraLinear

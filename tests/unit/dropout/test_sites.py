@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     LongformerConfig,
     ModernBertConfig,
+    Qwen3Config,
     RobertaConfig,
     SqueezeBertConfig,
 )
@@ -43,6 +44,8 @@ REACHED = {
     "modernbert": lambda: ModernBertConfig(
         **SIZE, **SHAPE, **MODERN, local_attention=8, cls_token_id=0, sep_token_id=2
     ),
+    "gpt2": lambda: GPT2Config(**SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "qwen3": lambda: Qwen3Config(**SIZE, **SHAPE, attention_dropout=0.1, num_key_value_heads=1, head_dim=8),
 }
 BART = {
     "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -50,14 +53,15 @@ BART = {
 }  # fmt: skip
 UNREACHED = {
     "deberta-v2": lambda: DebertaV2Config(**SIZE, **SHAPE, **RATES, relative_attention=True, pos_att_type=["p2c"]),
-    "gpt2": lambda: GPT2Config(**SIZE, n_embd=16, n_layer=1, n_head=2, n_positions=64),
     "bart": lambda: BartConfig(**SIZE, **BART, dropout=0.1, attention_dropout=0.1),
     # pads its input inside, so shapes do not follow the length of an example
     "longformer": lambda: LongformerConfig(**SIZE, **SHAPE, **RATES, attention_window=64),
     # keeps the tokens on the last axis
     "squeezebert": lambda: SqueezeBertConfig(**SIZE, **SHAPE, **RATES, embedding_size=16),
 }
-TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
+TARGETS = {
+    "distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"], "gpt2": ["c_attn"], "qwen3": ["q_proj", "v_proj"]
+}  # fmt: skip
 LENGTHS = [9, 4, 13, 1, 11]
 
 
@@ -131,7 +135,7 @@ def test_masks_depend_on_no_batch(family, texts):
     assert not keys.unreached
     assert None not in keys.sites.values()
     kinds = {site.kind for site in keys.sites.values()}
-    assert kinds == {"tokens", "attention", "pooled"}
+    assert kinds == {"tokens", "attention"} | ({"pooled"} if family not in ("gpt2", "qwen3") else set())
     whole = logits_and_gradients(model, keys, texts, [[0, 1, 2, 3, 4]])
     assert all(f"lora_{part}" in " ".join(whole[1]) for part in "AB")
     for cut, how in CUTS.items():
