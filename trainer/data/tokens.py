@@ -134,7 +134,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cache_name(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, overlap: int | None) -> str:
+def cache_name(
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, overlap: int | None = None
+) -> str:
     """Names the cache entry of a split's tokens."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     # earlier calls set these two
