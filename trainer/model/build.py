@@ -22,7 +22,7 @@ from trainer.compat import layer_classes
 from trainer.config.schema import PeftConfig
 from trainer.errors import UserError, one_line
 from trainer.model.backbone import Backbone, load_weights
-from trainer.model.peft_options import adapter_config, add_adapter, check_effects, check_parameter_budget
+from trainer.model.peft_options import NEEDS_NUMBERS, adapter_config, add_adapter, check_effects, check_parameter_budget
 
 MATRIX_MODULES = (nn.Linear, Conv1D)
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,8 +42,8 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
 
 
 def build_without_weights(backbone: Backbone, settings: PeftConfig) -> PeftModel:
-    """Builds the model on the meta device: shapes and names, and no numbers."""
-    with torch.device("meta"):
+    """Builds the model on the meta device: shapes and names, and no numbers where PEFT can do without."""
+    with torch.device("cpu" if settings.peft_type in NEEDS_NUMBERS else "meta"), torch.random.fork_rng(devices=[]):
         try:
             # a copy, since PEFT's layer_replication changes the configuration
             model = AutoModelForSequenceClassification.from_config(copy.deepcopy(backbone.config))

@@ -26,7 +26,28 @@ from trainer.errors import UserError, one_line
 from trainer.model.lora_start import changes_backbone, start_of
 
 # Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
-PEFT_TYPES = ("LORA", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA")
+PEFT_TYPES = (
+    "LORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY",
+    "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
+    "UNILORA", "VBLORA", "VERA", "WAVEFT",
+)  # fmt: skip
+NO_HEAD = "it cannot train and save the head"
+NO_KEYS = "it puts virtual tokens before an example, and dropout cannot be keyed by the places behind them"
+NO_TASK = "it needs the number of a task for each example"
+NO_BASIS = "its adapter lacks the decomposition of the weights that it is for, and another machine may find another"
+REFUSED = {
+    "ADAMSS": "the shapes of what trains depend on a clustering of the weights",
+    "ADAPTION_PROMPT": NO_HEAD, "TRAINABLE_TOKENS": NO_HEAD, "XLORA": NO_HEAD,
+    "CARTRIDGE": NO_KEYS, "P_TUNING": NO_KEYS, "PREFIX_TUNING": NO_KEYS, "PROMPT_TUNING": NO_KEYS,
+    "CPT": "it is for causal language models only",
+    "FROD": NO_BASIS, "PSOFT": NO_BASIS,
+    "MULTITASK_PROMPT_TUNING": NO_TASK, "POLY": NO_TASK,
+    "PVERA": "it adds noise that cannot be keyed by example",
+    "SHADOW": "it hands the layers an object in place of the hidden states, which classifiers cannot compute with",
+}  # fmt: skip
+"""The other methods of PEFT 0.21, with the reason. A test proves each."""
+NEEDS_NUMBERS = ("BOFT", "SHIRA", "UNILORA")
+"""methods that PEFT cannot build without numbers in the weights"""
 # Starts of LoRA that cannot train here.
 UNSUPPORTED_STARTS = {
     "loftq": "quantizes the backbone, and no LoRA on the unchanged backbone equals that",
@@ -42,7 +63,9 @@ TARGETS = {"LORA": (*MATRIX_LAYERS, nn.Embedding)}
 def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
     """PEFT's configuration of the adapter, names and types checked against PEFT's class; names all problems at once."""
     if settings.peft_type not in PEFT_TYPES:
-        raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported; supported: {', '.join(PEFT_TYPES)}")
+        reason = f": {REFUSED[settings.peft_type]}" if settings.peft_type in REFUSED else ""
+        known = f"supported: {', '.join(PEFT_TYPES)}"
+        raise UserError(f"peft.peft_type: {settings.peft_type!r} is not supported{reason}; {known}")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(settings.peft_type)]
     options, problems = _parse_options(settings, kind)
     problems += _find_unsupported(settings, options)
