@@ -74,9 +74,19 @@ def test_killed_at_the_end(place, killed, reference):
     assert "continuing after step 12" in ended.stderr
 
 
-@pytest.mark.parametrize("start", ["pissa", "eva"])
-def test_killed_with_an_adapter_that_began_at_the_backbone_or_the_data(start, options, tmp_path):
-    options = changed(options, peft__init_lora_weights=start, optim__lora_b_lr_ratio=4, optim__epochs=1)
+ADAPTERS = {
+    "pissa": {"peft__init_lora_weights": "pissa"},
+    "eva": {"peft__init_lora_weights": "eva"},
+    "adalora": {
+        "peft__peft_type": "ADALORA", "peft__r": None, "peft__init_r": 4, "peft__target_r": 2, "peft__tinit": 1,
+        "peft__tfinal": 1, "peft__deltaT": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_killed_with_an_adapter_that_is_more_than_its_tensors(adapter, options, tmp_path):
+    options = changed(options, **ADAPTERS[adapter], optim__lora_b_lr_ratio=4, optim__epochs=1)
     whole, killed = (changed(options, run__output_dir=tmp_path / name) for name in ("whole", "killed"))
     assert command("run", whole, [LESS]).code == 0
     assert command("run", killed, [LESS, ("at_call", "train_step", 5)]).code == -signal.SIGKILL

@@ -86,14 +86,22 @@ def test_frozen_weights_shared_out_and_all_biases_trained(parity_arguments):
         assert distance(adapter, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("start", ["olora", "eva"])
-def test_an_adapter_that_began_at_the_backbone_or_the_data(parity_arguments, start):
+ADALORA = [
+    "--peft.peft_type", "ADALORA", "--peft.r", "null", "--peft.init_lora_weights", "true", "--peft.init_r", "4",
+    "--peft.target_r", "2", "--peft.tinit", "1", "--peft.tfinal", "1", "--peft.deltaT", "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "adapter", [["--peft.init_lora_weights", "olora"], ["--peft.init_lora_weights", "eva"], ADALORA], ids=lambda x: x[1]
+)
+def test_an_adapter_that_is_more_than_its_tensors(parity_arguments, adapter):
     """With a faster B, as in LoRA+."""
-    arguments = [*parity_arguments(start, 0.1, *SETTINGS), "--peft.init_lora_weights", start]
-    arguments += ["--optim.lora_b_lr_ratio", "4", "--optim.max_steps", "3"]
-    [(expected, *_)] = call_on_ranks(1, whole_run, [*arguments, "--run.name", f"{start}-one"])
-    for adapter, *_ in call_on_ranks(2, whole_run, [*arguments, "--batch.max_tokens", "100", "--run.name", start]):
-        assert distance(adapter, expected) < TOLERANCE
+    arguments = [*parity_arguments("adapter", 0.1, *SETTINGS), *adapter, "--optim.lora_b_lr_ratio", "4"]
+    arguments += ["--optim.max_steps", "4", "--run.name"]
+    [(expected, *_)] = call_on_ranks(1, whole_run, [*arguments, f"{adapter[-1]}-one"])
+    for found, *_ in call_on_ranks(2, whole_run, [*arguments, f"{adapter[-1]}-two", "--batch.max_tokens", "100"]):
+        assert distance(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("other", [("--run.seed", "43"), ("--model.dropout", "0.0")])

@@ -313,7 +313,7 @@ RANKED_METHODS = {"LORA": "lora_alpha", "LOHA": "alpha", "HRA": None, "MISS": No
 """methods that train more parameters the higher r is; by method: the option that is divided by r"""
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # PEFT's, of the methods with an option that is divided by r
 BY_CONTENT = ("data", "model")
-LORA_TYPES = ("LORA",)
+LORA_TYPES = ("LORA", "ADALORA")
 """methods of PEFT whose matrices are called lora_A and lora_B"""
 DEFAULT_METRICS = {"single_label": "accuracy", "multi_label": "average_precision_macro"}
 """by task: evaluation.metric if it is null"""
@@ -422,6 +422,8 @@ def find_problems(config: Config) -> Iterator[str]:
         yield "optim.final_lr_fraction has no effect with optim.schedule constant; use linear or cosine"
     if optim.lora_b_lr_ratio is not None and config.peft.peft_type not in LORA_TYPES:
         yield f"optim.lora_b_lr_ratio has no effect with peft.peft_type {config.peft.peft_type}; leave it out"
+    if optim.name == "sgd" and config.peft.peft_type == "ADALORA":
+        yield "optim.name sgd does not keep what peft.peft_type ADALORA learns of its ranks; use adamw or adam"
     if optim.name == "sgd" and config.run.precision == "fp16":
         yield "optim.name sgd with run.precision fp16: small gradients are lost; use bf16 or adamw"
     if not data.train:

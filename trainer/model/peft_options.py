@@ -27,9 +27,9 @@ from trainer.model.lora_start import changes_backbone, start_of
 
 # Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
 PEFT_TYPES = (
-    "LORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY",
-    "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
-    "UNILORA", "VBLORA", "VERA", "WAVEFT",
+    "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
+    "LILY", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING",
+    "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
 NO_HEAD = "it cannot train and save the head"
 NO_KEYS = "it puts virtual tokens before an example, and dropout cannot be keyed by the places behind them"
@@ -74,6 +74,8 @@ def adapter_config(settings: PeftConfig, path: str) -> peft.PeftConfig:
     if settings.peft_type == "IA3" and options.get("target_modules"):
         # without it, PEFT would fill it in on loading with modules that may not be targets
         options.setdefault("feedforward_modules", [])
+    if settings.peft_type == "ADALORA":  # the length of the run replaces this one
+        options["total_step"] = options.get("tinit", 0) + options.get("tfinal", 0) + 1
     try:
         return kind(task_type=peft.TaskType.SEQ_CLS, base_model_name_or_path=path, **options)
     except (TypeError, ValueError) as error:
@@ -107,6 +109,11 @@ def _parse_options(settings: PeftConfig, kind: type[peft.PeftConfig]) -> tuple[d
 def _find_unsupported(settings: PeftConfig, options: dict[str, Any]) -> list[str]:
     """A line for each option that PEFT has and that cannot train here."""
     problems = []
+    if settings.peft_type == "ADALORA":
+        if "total_step" in options:
+            problems.append("peft.total_step: leave it out; it is the length of the run")
+        if options.get("target_r", 8) >= options.get("init_r", 12):
+            problems.append(f"peft.target_r: {options.get('target_r', 8)} must be below init_r")
     start = start_of(settings)
     for name in UNSUPPORTED_STARTS:
         if start.startswith(name):

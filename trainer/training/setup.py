@@ -31,6 +31,7 @@ from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Forward, build_forward, check_packed
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import make_task
+from trainer.training.adalora import set_total_steps
 from trainer.training.adapter_start import start_adapter
 from trainer.training.optim import build_optimizer
 from trainer.training.records import Inputs, Learner, Run
@@ -110,6 +111,8 @@ def build(
         one_length=learner.forward.padding.one_length,
         window_length=train.window_length,
     )
+    total_steps = config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch
+    set_total_steps(learner.model, total_steps)
     return Run(
         config=config,
         folder=folder,
@@ -119,7 +122,7 @@ def build(
         stop=stop,
         watch=watch,
         plan=plan,
-        total_steps=config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch,
+        total_steps=total_steps,
         eval_max_tokens=config.batch.eval_max_tokens or default_tokens,
     )
 

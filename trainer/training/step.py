@@ -21,6 +21,7 @@ from trainer.data.tokens import Examples
 from trainer.distributed.session import STOP_SIGNALS
 from trainer.errors import UserError
 from trainer.tasks.task import Losses
+from trainer.training.adalora import add_orthogonality, update_ranks
 from trainer.training.records import Learner, Run
 
 
@@ -66,6 +67,8 @@ def train_step(run: Run, step: int, micro_batches: list[MicroBatch]) -> StepResu
             out_of_memory = True
             learner.optimizer.zero_grad(set_to_none=True)
             break
+    if not out_of_memory:
+        add_orthogonality(learner)
     loss = torch.cat(losses)
     is_broken = ~loss.isfinite()
     sums = sum_over_ranks(accelerator, [loss.sum(), is_broken.sum()], [out_of_memory, *run.stop.counts()])
@@ -140,6 +143,7 @@ def apply_gradient(learner: Learner, step: int, norm: torch.Tensor) -> None:
     if learner.optim_config.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.optim_config.max_grad_norm, norm)
     learner.optimizer.step()
+    update_ranks(learner, step)
     learner.optimizer.zero_grad(set_to_none=True)
 
 
