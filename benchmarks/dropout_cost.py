@@ -21,7 +21,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -31,6 +30,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Roberta
 
 from trainer.batching.collate import collate_padded
 from trainer.batching.plan import Plan
+from trainer.data.tokens import Examples
 from trainer.distributed.session import choose_precision
 from trainer.dropout import sites as dropout
 from trainer.dropout.masks import dropped
@@ -75,7 +75,7 @@ def make_examples(num_examples, vocab_size):
     spread = 0.28
     drawn = random.lognormal(math.log(54) - spread**2 / 2, spread, num_examples)
     lengths = drawn.round().astype(np.int64)
-    return SimpleNamespace(
+    return Examples(
         tokens=random.integers(5, vocab_size, lengths.sum()),
         offsets=np.concatenate([[0], lengths.cumsum()]),
         token_types=None,

@@ -52,13 +52,13 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
     config, label_names = load_finished_run(run, name, revision)
     set_environment()
     # these imports take seconds; --help needs none of them
-    from trainer.model.adapter import export_merged, find_trained_backbone
+    from trainer.model.adapter import export_merged, find_trained_backbone, load_task
     from trainer.model.backbone import silence_libraries
-    from trainer.tasks import make_task
 
     silence_libraries()
-    backbone = find_trained_backbone(run, config.model, label_names, make_task(config.task).problem_type)
-    difference = export_merged(run / "adapter", backbone, config, output)
+    task = load_task(run / "adapter", config.task, label_names)
+    backbone = find_trained_backbone(run, config.model, label_names, task.problem_type)
+    difference = export_merged(run / "adapter", backbone, config, output, task)
     print(f"exported to {output}: logits within {difference:.1e} of the adapter's", file=sys.stderr)
     if config.data.long_documents == "windows":
         length, overlap = config.data.max_length, chosen_overlap(config.data)

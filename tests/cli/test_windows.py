@@ -7,9 +7,10 @@ import signal
 
 import numpy as np
 import pytest
+from transformers import FNetConfig, FNetForMaskedLM
 
 from tests.harness.commands import changed, command, on_ranks
-from tests.harness.data import topic_rows, write_csv
+from tests.harness.data import make_tokenizer, topic_rows, write_csv
 from tests.harness.runs import assert_same, distance, outcome, read_csv
 
 LESS = ("no_figures",)
@@ -84,6 +85,23 @@ def test_predict_and_the_lines_of_the_card_read_the_same_windows(run, tmp_path, 
         cut.append({entry["label"]: entry["score"] for entry in names["classify"](text, truncation=True, top_k=None)})
     apart = [abs(scores["World"] - row[3]) for scores, row in zip(cut, found[:6], strict=True)]
     assert max(apart) > 1e-4, "one window gives the same: nothing is tested"
+
+
+def test_a_run_that_cuts_many_texts_names_the_option(arguments, tmp_path):
+    given = changed(arguments, run__output_dir=tmp_path, data__long_documents="cut")
+    ended = command("run", given, [LESS, ("at_call", "train_step", 1)])
+    assert re.search(r"note: [5-7]\d examples fill all 16 tokens .*data\.long_documents windows", ended.stderr)
+
+
+def test_a_model_whose_logits_depend_on_padding_is_refused(arguments, tmp_path):
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "max_position_embeddings": 64}
+    FNetForMaskedLM(FNetConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "fnet")
+    tokenizer.save_pretrained(tmp_path / "fnet")
+    changes = {"model__name": tmp_path / "fnet", "peft__target_modules": "all-linear", "run__output_dir": tmp_path}
+    ended = command("run", changed(arguments, **changes), [LESS])
+    assert ended.code == 2 and "Traceback" not in ended.stderr
+    assert all(word in ended.stderr for word in ("data.long_documents windows", "padding", "use cut")), ended.stderr
 
 
 def test_an_export_says_that_a_pipeline_cuts(run, tmp_path):

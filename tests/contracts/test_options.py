@@ -23,7 +23,7 @@ data.train data.validation data.test data.validation_fraction data.column_names 
 data.encoding data.quoting data.empty_text data.text_columns
 data.text_pair_columns data.label_column data.label_columns data.label_names data.max_length
 data.long_documents data.window_overlap
-task.type task.separator
+task.type task.separator task.loss
 batch.size batch.max_tokens batch.eval_max_tokens
 model.name model.revision model.adapter model.dropout model.packed model.gradient_checkpointing
 peft.peft_type peft.max_trainable_parameters peft.fit_budget

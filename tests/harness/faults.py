@@ -167,7 +167,7 @@ def no_figures():
     """Leaves TensorBoard's figures out, to save time."""
     from trainer.reporting.tracking import RunLog
 
-    RunLog.log_confusion_matrix = lambda *arguments: None
+    RunLog.log_confusion_matrix = RunLog.log_residuals = lambda *arguments: None
 
 
 def log_ids(folder):

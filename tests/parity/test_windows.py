@@ -51,7 +51,7 @@ def test_the_step_is_that_of_the_tokenizers_windows_and_torchs_autograd(found, p
 
 @pytest.mark.parametrize("wrong", ["windows as examples", "masks of the document"])
 def test_a_wrong_way_would_be_rejected(found, wrong):
-    for case, result in found(2, wrong=wrong)[0].items():
+    for case, result in found(1, wrong=wrong)[0].items():
         assert distance(result, found(1, "false")[0][(*case[:2], WHOLE)]) > 1e8 * TOLERANCE
 
 

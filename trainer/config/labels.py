@@ -89,6 +89,11 @@ def describe_look_alikes(word: str, labels: Iterable[str]) -> str:
     return f"; {quoted(alike[0])} differ only in {INVISIBLE}" if alike else ""
 
 
+def plural(noun: str) -> str:
+    """The plural of what a label is called: classes, labels, targets."""
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
 def quoted(labels: Sequence[str]) -> str:
     """The first labels, for a message. They are escaped if two look the same; long ones lose their middle."""
     shown = labels[:MAX_SHOWN_LABELS]

@@ -7,6 +7,7 @@ from it. `peft` also takes PEFT's own names, checked in model/build.py. Imports 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ def at_least(low: int) -> Range:
 
 ABOVE_ZERO = _range("above 0", lambda value: 0 < value < float("inf"))
 BELOW_ONE = _range("in [0, 1)", lambda value: 0 <= value < 1)
+FINITE = _range("a finite number", math.isfinite)
 FRACTION = _range("in [0, 1]", lambda value: 0 <= value <= 1)
 SEED = _range("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
@@ -103,7 +105,7 @@ class ResolvedSource:
     label_column: str | None
     """None: no labels are read"""
     label_columns: list[str]
-    """columns of 0 and 1 that are read instead; empty for a label column"""
+    """columns that are read instead; empty for a label column"""
     label_names: list[str] | dict[str, str] | None
 
 
@@ -137,7 +139,8 @@ class DataConfig:
     label_column: str = "label"
     """column with the label: a name or a number; for multi_label a list of them, or text with task.separator"""
     label_columns: list[str] | None = None
-    """columns of 0 and 1, one for each label, instead of label_column (multi_label); null = read label_column"""
+    """several columns instead of label_column: of 0 and 1, one for each label (multi_label), or of numbers
+    (regression); null = read label_column"""
     label_names: list[str] | dict[str, str] | None = None
     """class names in order (labels count from 0), or {value in the data: class name}; null = the sorted labels found"""
     max_length: int = field(default=512, metadata=at_least(4))
@@ -153,12 +156,14 @@ class DataConfig:
 class TaskConfig:
     """What a label is."""
 
-    type: Literal["single_label", "multi_label"] | None = None
-    """single_label = each example has one label, the name of its class; multi_label = it has any number of labels;
-    null = multi_label for lists, label_columns or a separator, else single_label"""
+    type: Literal["single_label", "multi_label", "regression"] | None = None
+    """single_label = each example has one class; multi_label = any number of labels; regression = a number, or one in
+    each of label_columns; null = what the labels show"""
     separator: str | None = None
     """what separates the labels in a text (multi_label), such as '|'; it joins the labels of a prediction too;
     null = the labels are no text, and '|' joins predictions"""
+    loss: Literal["squared_error", "huber"] = "squared_error"
+    """loss of regression, in standard deviations of the target in train; huber grows linearly for errors above one"""
 
 
 @dataclass(frozen=True)
@@ -251,7 +256,7 @@ class EvaluationConfig:
     """steps between evaluations; null = at the end of each epoch"""
     metric: str | None = None
     """what selects the best adapter: a metric of the task, such as accuracy, f1_macro, mcc, loss or f1/CLASS
-    (an unknown name lists all); null = accuracy, or average_precision_macro for multi_label"""
+    (an unknown name lists all). null = accuracy; multi_label: average_precision_macro; regression: loss"""
     patience: int | None = field(default=None, metadata=at_least(1))
     """evaluations without improvement after which training stops; null = never"""
 
@@ -315,7 +320,7 @@ DEFAULT_RANK = DEFAULT_ALPHA = 8  # PEFT's, of the methods with an option that i
 BY_CONTENT = ("data", "model")
 LORA_TYPES = ("LORA", "ADALORA")
 """methods of PEFT whose matrices are called lora_A and lora_B"""
-DEFAULT_METRICS = {"single_label": "accuracy", "multi_label": "average_precision_macro"}
+DEFAULT_METRICS = {"single_label": "accuracy", "multi_label": "average_precision_macro", "regression": "loss"}
 """by task: evaluation.metric if it is null"""
 
 
@@ -438,13 +443,10 @@ def find_problems(config: Config) -> Iterator[str]:
     for prefix, resolved in sources.items():
         yield from find_source_problems(prefix, resolved)
         if resolved.label_columns and config.task.type == "single_label":
-            yield f"{prefix}label_columns are for task.type multi_label; for single_label use label_column"
+            yield f"{prefix}label_columns: for task.type single_label use label_column, with one column"
         if resolved.text_pair_columns and data.long_documents == "windows":
             yield f"{prefix}text_pair_columns: data.long_documents windows is for single texts; for pairs use cut"
-    if config.task.separator == "":
-        yield "task.separator is empty; use null for none, or a text such as '|'"
-    elif config.task.separator is not None and config.task.type == "single_label":
-        yield f"task.separator {config.task.separator!r} is for task.type multi_label; leave one of them out"
+    yield from _find_task_problems(config.task)
     if config.peft.fit_budget:
         yield from _find_budget_problems(config.peft)
     if data.window_overlap is not None and data.long_documents == "cut":
@@ -470,6 +472,15 @@ def _find_budget_problems(peft: PeftConfig) -> Iterator[str]:
     for name in ("rank_pattern", "alpha_pattern"):
         if peft.options.get(name):
             yield f"peft.{name}: peft.fit_budget chooses one rank for all modules; leave one of them out"
+
+
+def _find_task_problems(task: TaskConfig) -> Iterator[str]:
+    if task.separator == "":
+        yield "task.separator is empty; use null for none, or a text such as '|'"
+    elif task.separator is not None and task.type not in (None, "multi_label"):
+        yield f"task.separator {task.separator!r} is for task.type multi_label; leave one of them out"
+    elif task.loss != TaskConfig.loss and (task.separator is not None or task.type not in (None, "regression")):
+        yield f"task.loss {task.loss} is for task.type regression; leave it out"
 
 
 def _find_values_out_of_range(config: Config) -> Iterator[str]:

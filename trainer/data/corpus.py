@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.config.labels import INVISIBLE, look_alikes, quoted
+from trainer.config.labels import INVISIBLE, look_alikes, plural, quoted
 from trainer.config.schema import DataConfig, ResolvedSource, Source, TaskConfig, resolve
 from trainer.data.formats import Columns
 from trainer.data.rows import Table, TextSplit, read_table
 from trainer.data.sources import find_origin, for_each, option_name
 from trainer.errors import UserError
 from trainer.tasks import Task, find_task, make_task
+from trainer.tasks.task import Constants
 
 MISSING_IDS = {"", "nan", "none", "null", "nat", "<na>"}
 """what libraries write for a missing value"""
@@ -32,6 +33,8 @@ class Corpus:
 
     task: TaskConfig
     """with the type that the labels of train show"""
+    constants: Constants
+    """of the task, known before step 1"""
     label_names: list[str]
     """name of each logit, [C]"""
     label_values: dict[str, str]
@@ -52,22 +55,21 @@ def load_corpus(config: DataConfig, task_config: TaskConfig, seed: int, quiet: b
     tables = for_each(named, lambda name: read_table(name, sources[name], quiet=quiet, separator=separator))
     train_labels = tables["train"].labels
     assert train_labels is not None, "read_table refuses a split without labels"
-    found, hint = find_task(task_config, train_labels)
+    found = find_task(task_config, train_labels)
     task = make_task(found)
     label_names, doubt = task.name_labels(train_labels)
     try:
         splits, counts, warnings = _make_splits(tables, config.validation_fraction, task, label_names, seed)
     except UserError as error:
-        raise UserError("\n".join(filter(None, [hint or doubt, str(error)]))) from None
-    if hint:
-        warnings.insert(0, hint)
-    elif doubt and len(label_names) > 20:  # a few rows with a class each are somebody's first try
+        raise UserError("\n".join(filter(None, [doubt, str(error)]))) from None
+    if doubt and len(label_names) > 20:  # a few rows with a class each are somebody's first try
         warnings.insert(0, doubt)
     if alike := look_alikes(label_names):
         shown = "; ".join(map(quoted, alike[:3])) + ("; ..." if len(alike) > 3 else "")
-        warnings.append(f"classes differ only in {INVISIBLE}: {shown}")
+        warnings.append(f"{plural(task.noun)} differ only in {INVISIBLE}: {shown}")
     label_values = task.label_values(train_labels, label_names)
-    return Corpus(found, label_names, label_values, splits, counts, warnings)
+    constants = task.fit(splits["train"].known_targets, label_names) if task.fit is not None else {}
+    return Corpus(found, constants, label_names, label_values, splits, counts, warnings)
 
 
 def load_for_prediction(
@@ -164,17 +166,22 @@ def _encode_labels(table: Table, task: Task, label_names: list[str], warnings: l
 
 
 def _hold_out(strata: np.ndarray, first: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Chooses the examples to hold out, bool [N]: a fraction of every stratum.
+    """Chooses the examples to hold out, bool [N]: a fraction of every stratum, see `Task.strata`.
 
-    Rows of equal text stay together, in the stratum of the first of them: `first` [N] has its position. Without such
-    rows, the choice depends on the strata, int64 [N], and the seed alone.
+    Of strata that overlap, an example is drawn in its first one, and each is filled up to its share. Rows of equal text
+    stay together, in the stratum of the first of them: `first` [N] has its position. Without such rows, the choice
+    depends on the strata and the seed alone.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x5B117]))
     copies = np.bincount(first, minlength=len(strata))
     held = np.zeros(len(strata), dtype=bool)
-    sizes = np.unique(strata, return_counts=True)[1]
-    for members in np.split(np.argsort(strata, kind="stable"), np.cumsum(sizes)[:-1]):
+    groups = strata if strata.ndim == 1 else strata.argmax(axis=1)
+    found, sizes = np.unique(groups, return_counts=True)
+    parts = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    for group, members in zip(found, parts, strict=True):
         num_wanted, num_held = int(len(members) * fraction + 0.5), 0
+        if strata.ndim > 1:
+            num_wanted = int(strata[:, group].sum() * fraction + 0.5) - int(copies[held & strata[:, group]].sum())
         drawn = generator.permutation(members[first[members] == members])
         drawn = drawn[copies[drawn] <= 2 * num_wanted][:num_wanted]
         for member, num_copies in zip(drawn.tolist(), copies[drawn].tolist(), strict=True):
@@ -185,7 +192,7 @@ def _hold_out(strata: np.ndarray, first: np.ndarray, fraction: float, seed: int)
     if not held.any() or held.all():
         together = ", equal texts together" if copies.max() > 1 else ""
         raise UserError(
-            f"data.validation_fraction: {fraction} of {len(strata)} examples, class by class{together}, leaves train "
+            f"data.validation_fraction: {fraction} of {len(strata)} examples, stratified{together}, leaves train "
             "or validation empty; change it, or name data.validation"
         )
     return held
@@ -205,13 +212,13 @@ def _number_texts(splits: dict[str, TextSplit]) -> dict[str, np.ndarray]:
 
 
 def _find_texts_with_two_labels(table: Table, train: TextSplit, first: np.ndarray) -> list[str]:
-    """Warns of texts that have more than one label."""
+    """Warns of equal texts with different labels."""
     differs = train.known_targets != train.known_targets[first]
     others = np.flatnonzero(differs.reshape(len(train), -1).any(axis=1))
     if not len(others):
         return []
     rows = f"{table.describe_row(first[others[0]])} and {table.describe_row(others[0])}"
-    return [f"data.train: texts with more than one label: {len(np.unique(first[others])):,}, first in {rows}"]
+    return [f"data.train: texts with different labels: {len(np.unique(first[others])):,}, first in {rows}"]
 
 
 def _check_ids(table: Table, ids: list[str], where: str, warnings: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import safetensors.torch
 import torch
@@ -24,12 +25,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trainer.compat import adapter_state, trained_module
-from trainer.config.schema import Config, ModelConfig, PeftConfig
+from trainer.config.schema import Config, ModelConfig, PeftConfig, TaskConfig
 from trainer.errors import UserError, one_line, print_once
 from trainer.files import UNFINISHED, publish, replace_folder, writing
 from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
 from trainer.model.build import build_without_weights, set_precision
 from trainer.model.tokenizer import save_tokenizer
+from trainer.tasks import restore_task
+from trainer.tasks.task import Constants, Task
 
 IDENTITY, WEIGHTS, CONSTANTS = "backbone/identity.json", "adapter_model.safetensors", "task.json"
 PROBES = (
@@ -133,7 +136,7 @@ def save_adapter(
     backbone: Backbone,
     max_length: int,
     label_names: list[str],
-    constants: Mapping[str, Any],
+    constants: Constants,
     card: str,
 ) -> None:
     """Writes the adapter folder, with the constants of the task. An `OSError` leaves an existing folder unchanged."""
@@ -154,13 +157,17 @@ def save_adapter(
     replace_folder(folder, files)
 
 
-def read_constants(folder: Path) -> dict[str, Any]:
-    """The constants of the task that `save_adapter` wrote; {} without any."""
+def load_task(folder: Path, config: TaskConfig, label_names: list[str]) -> Task:
+    """The task with the constants that `save_adapter` wrote to an adapter's folder."""
     path = folder / CONSTANTS
     try:
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        constants = dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--run: {path} cannot be read: {one_line(error)}") from None
+    try:
+        return restore_task(config, constants, label_names)
+    except UserError as error:
+        raise UserError(f"--run: {path}: {error}") from None
 
 
 def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str], problem_type: str) -> Backbone:
@@ -219,21 +226,29 @@ def check_adapter(
         raise RuntimeError(f"{folder}: logits differ from the trained model's by {difference:.2g}")
 
 
-def export_merged(adapter: Path, backbone: Backbone, config: Config, output: Path) -> float:
-    """Merges, saves, reads back and compares; returns the largest difference of a logit."""
+def export_merged(adapter: Path, backbone: Backbone, config: Config, output: Path, task: Task) -> float:
+    """Merges, saves, reads back and compares; returns the largest difference of a logit.
+
+    If the predictions of the task are numbers, the model's logits are these numbers.
+    """
     model = load_trained_model(backbone, adapter)
     expected = _compute_logits(model, backbone.tokenizer)
+    factor, shift = map(torch.from_numpy, task.affine or (np.ones(1), np.zeros(1)))
+    expected = (expected.double() * factor + shift).float()
     temporary = output.with_name(f"{UNFINISHED}{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with writing(output):
-            merge(model, config).save_pretrained(temporary)
+            merged = merge(model, config)
+            if task.affine is not None:
+                scale_head(merged, factor, shift)
+            merged.save_pretrained(temporary)
             for path in temporary.glob("*.safetensors"):  # safetensors makes them unreadable for others
                 path.chmod((temporary / "config.json").stat().st_mode)
             save_tokenizer(backbone.tokenizer, config.data.max_length, temporary)
         saved = AutoModelForSequenceClassification.from_pretrained(temporary, trust_remote_code=False).eval()
         difference = (_compute_logits(saved, backbone.tokenizer) - expected).abs().max().item()
-        if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        if not difference <= TOLERANCE * max(factor.max().item(), expected.abs().max().item()):
             raise UserError(
                 f"--run: the merged model's logits differ by {difference:.2g} from the adapter's; not exported"
             )
@@ -252,6 +267,24 @@ def merge(model: Any, config: Config) -> Any:
         return model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"--run: an adapter of type {config.peft.peft_type} cannot be merged: {error}") from None
+
+
+def scale_head(model: Any, factor: torch.Tensor, shift: torch.Tensor) -> None:
+    """Makes each logit logit * factor + shift, in the last layer of the head; [C] each."""
+    inner = f"{model.base_model_prefix}."
+    heads = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith(inner) and module.out_features == len(factor)
+    ]
+    if not heads or heads[-1].bias is None:
+        raise UserError(
+            "--run: the head of this backbone has no bias that could hold the mean of the targets; use predict.py, or "
+            "the lines in adapter/README.md"
+        )
+    weight, bias = heads[-1].weight, heads[-1].bias
+    weight.data = (weight.double() * factor[:, None]).to(weight.dtype)
+    bias.data = (bias.double() * factor + shift).to(bias.dtype)
 
 
 def unwrap_head(model: Any) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 import yaml
 
+from trainer.config.labels import plural
 from trainer.config.schema import Config, DataConfig, chosen_overlap, resolve
 from trainer.model.backbone import Backbone
+from trainer.tasks import make_task
+from trainer.tasks.task import Constants, Task, format_score
 
 
 def model_card(
@@ -18,7 +21,7 @@ def model_card(
     backbone: Backbone,
     label_names: list[str],
     summary: Mapping[str, Any],
-    constants: Mapping[str, Any],
+    constants: Constants,
 ) -> str:
     """Text of README.md, from the run's summary and the constants of its task."""
     front = {"library_name": "peft", "pipeline_tag": "text-classification"}
@@ -26,12 +29,11 @@ def model_card(
         front["base_model"] = backbone.path
     scores = ""
     for split in [split for split in ("validation", "test") if split in summary]:
-        numbers = [f"{name} {value:.4f}" for name, value in summary[split].items() if name != "num_examples"]
+        numbers = [f"{name} {format_score(v)}" for name, v in summary[split].items() if name != "num_examples"]
         scores += f"- {split}, {summary[split]['num_examples']} examples: {', '.join(numbers)}\n"
+    task = make_task(config.task, constants)
+    has_pairs = bool(resolve(config.data.train or "", config.data).text_pair_columns)
     names = "\n".join(f"    {i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(label_names))
-    heading = "Classes by number (also in labels.json)"
-    if config.task.type != "single_label":
-        heading = "Labels by number (also in labels.json)"
     if constants:
         names += "\n\nNumbers that turn the scores below into predictions (also in task.json):\n\n    "
         names += json.dumps(constants, ensure_ascii=False)
@@ -45,18 +47,17 @@ trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]
 backbone, with its commit on the hub and the SHA-256 of its files.
 
 {scores}
-{heading}:
+{plural(task.noun).capitalize()} by number (also in labels.json):
 
 {names}
 
-These lines classify a text:
+These lines {"classify" if task.affine is None else "predict the numbers of"} a text:
 
-{loading_lines(backbone, pairs=bool(resolve(config.data.train or "", config.data).text_pair_columns))}\
-{window_lines(config.data)}"""
+{loading_lines(backbone, task, label_names, has_pairs)}{window_lines(config.data, task, label_names)}"""
 
 
-def loading_lines(backbone: Backbone, pairs: bool) -> str:
-    """Python lines that load the adapter and classify a text, or a pair of texts."""
+def loading_lines(backbone: Backbone, task: Task, label_names: list[str], has_pairs: bool) -> str:
+    """Python lines that load the adapter and classify a text, or a pair of texts; or that predict its numbers."""
     name, imports = backbone.requested.name, ""
     path, comment = repr(backbone.path), "" if backbone.commit else "  # the backbone's folder"
     if name.startswith("package:"):
@@ -64,7 +65,7 @@ def loading_lines(backbone: Backbone, pairs: bool) -> str:
         imports = "from importlib.util import find_spec\n\n"
         path, comment = f"find_spec({package!r}).submodule_search_locations[0] + {'/' + folder!r}", ""
     revision = f"revision={backbone.commit!r}, " if backbone.commit else ""
-    text = '{"text": "A text.", "text_pair": "Its pair."}' if pairs else '"A text."'
+    text = '{"text": "A text.", "text_pair": "Its pair."}' if has_pairs else '"A text."'
     return f"""```python
 {imports}from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -79,16 +80,29 @@ model = AutoModelForSequenceClassification.from_pretrained(
 )
 model = PeftModel.from_pretrained(model, adapter).eval()
 classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
-print(classify([{text}], truncation=True, top_k=None))
+{show_lines(f"classify([{text}], truncation=True, top_k=None)", task, label_names)}
 ```
 """
 
 
-def window_lines(data: DataConfig) -> str:
+def show_lines(answers: str, task: Task, label_names: list[str]) -> str:
+    """Python lines that print the answers of a pipeline; those of a regression in the targets' own units."""
+    if task.affine is None:
+        return f"print({answers})"
+    factor, shift = (dict(zip(label_names, numbers.tolist(), strict=True)) for numbers in task.affine)
+    return f"""factor = {factor!r}
+shift = {shift!r}
+for answer in {answers}:
+    print({{one["label"]: one["score"] * factor[one["label"]] + shift[one["label"]] for one in answer}})"""
+
+
+def window_lines(data: DataConfig, task: Task, label_names: list[str]) -> str:
     """Python lines that classify a long text as the run did, after `loading_lines`; "" if it cut them."""
     overlap = chosen_overlap(data)
     if overlap is None:
         return ""
+    answers = 'classify.postprocess({"logits": logits}, top_k=None)'
+    answers = answers if task.affine is None else f"[{answers}]"
     return f"""
 They read the first {data.max_length} tokens of a text. These average the logits of all its windows, as the run did:
 
@@ -98,6 +112,6 @@ tokens = tokenizer(
 )
 tokens.pop("overflow_to_sample_mapping")
 logits = model(**tokens.to(model.device)).logits.mean(dim=0, keepdim=True).detach()
-print(classify.postprocess({{"logits": logits}}, top_k=None))
+{show_lines(answers, task, label_names)}
 ```
 """

@@ -52,7 +52,7 @@ class PaddedForward:
         return collate_padded(examples, ids, weights, device, self.pad_token_id, self.padding.left)
 
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
-        """Logits [B, C]; `inputs` as the model takes them, [B, L] each."""
+        """Logits [W, C] of W windows; `inputs` as the model takes them, [W, L] each."""
         return self.model(**inputs).logits
 
 
@@ -100,7 +100,7 @@ class PackedForward:
         return collate_packed(examples, ids, weights, device)
 
     def __call__(self, inputs: dict[str, torch.Tensor], lengths: np.ndarray) -> torch.Tensor:
-        """Logits [B, C] of B examples whose tokens lie end to end; `lengths` are best in descending order.
+        """Logits [W, C] of W windows whose tokens lie end to end; `lengths` are best in descending order.
 
         `inputs` are input_ids and, where segments are told apart, token_type_ids; int64 [T] each.
         """

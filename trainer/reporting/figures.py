@@ -24,6 +24,7 @@ INK, PALE = "#1f2933", "#9aa5b1"
 SHARE_COLORS = LinearSegmentedColormap.from_list("share", ["#f6f8fb", "#b9d3ea", "#5b9bcb", "#1f6aa5", "#0b3c6b"])
 MAX_COUNTED_CLASSES = 30  # with more classes the counts would be too small to read
 MAX_FIGURE_INCHES = 20.0
+MAX_SHOWN_TARGETS = 8  # of a regression
 BLUE, VERMILION, GREEN, GRAY = "#0072b2", "#d55e00", "#00805e", "#6b7785"  # Okabe and Ito, for color-blind readers
 STYLE: dict[RcKeyType, Any] = {
     "axes.edgecolor": "#9aa5b1",
@@ -105,6 +106,31 @@ def confusion_matrix_figure(matrix: npt.NDArray[Any], labels: Sequence[str]) -> 
     return figure
 
 
+def residuals_figure(true: npt.NDArray[Any], predicted: npt.NDArray[Any], names: Sequence[str]) -> Figure:
+    """Draws predicted numbers over true ones, and errors over predicted ones, a row for each target.
+
+    Args:
+        true: [N, C].
+        predicted: [N, C].
+        names: of the targets, [C]; the first `MAX_SHOWN_TARGETS` are drawn.
+    """
+    names = names[:MAX_SHOWN_TARGETS]
+    figure = Figure(figsize=(10.4, 4.0 * len(names)))
+    grid = figure.subplots(len(names), 2, squeeze=False)
+    alpha = float(np.clip(200 / max(len(true), 1), 0.05, 0.6))
+    for (left, right), name, x, y in zip(grid, names, true.T, predicted.T, strict=False):
+        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+        left.plot(ends, ends, color=GRAY, linestyle=":", linewidth=1)
+        left.plot(x, y, ".", color=BLUE, alpha=alpha, rasterized=True)
+        left.set_xlabel(f"true {figure_label(name)}", parse_math=False)
+        left.set_ylabel(f"predicted {figure_label(name)}", parse_math=False)
+        right.axhline(0, color=GRAY, linestyle=":", linewidth=1)
+        right.plot(y, y - x, ".", color=VERMILION, alpha=alpha, rasterized=True)
+        right.set_xlabel(f"predicted {figure_label(name)}", parse_math=False)
+        right.set_ylabel("predicted - true")
+    return figure
+
+
 def select_values(records: Sequence[Record], tag: str) -> tuple[Floats, Floats]:
     """Returns the steps and the finite values of a tag, [N] each."""
     points = [(record["step"], record[tag]) for record in records if isinstance(record.get(tag), int | float)]
@@ -136,11 +162,13 @@ def loss_figure(records: Sequence[Record]) -> Figure | None:
 
 
 def accuracy_figure(records: Sequence[Record], best_step: int, test_accuracy: float | None) -> Figure | None:
-    """Draws validation accuracy and macro-F1, the best step, and a line for the test accuracy."""
+    """Draws validation accuracy and macro-F1, or correlations; the best step, and a line for the test accuracy."""
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.add_subplot(xlabel="step", ylabel="validation score")
     names = _plot_points(axes, records, "validation/f1_macro", "macro-F1", VERMILION, ".1%")
     names += _plot_points(axes, records, "validation/accuracy", "accuracy", BLUE, ".1%")
+    names += _plot_points(axes, records, "validation/spearman", "Spearman", VERMILION, ".1%")
+    names += _plot_points(axes, records, "validation/pearson", "Pearson", BLUE, ".1%")
     if not names:
         return None
     if test_accuracy is not None:

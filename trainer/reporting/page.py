@@ -8,6 +8,7 @@ import base64
 import csv
 import heapq
 import io
+import itertools
 import json
 import math
 import re
@@ -32,6 +33,7 @@ from trainer.reporting.figures import (
     confusion_matrix_figure,
     loss_figure,
     panels_figure,
+    residuals_figure,
 )
 
 SPLITS = ("test", "validation")  # the page shows the errors of the first scored split
@@ -47,8 +49,10 @@ class SplitFiles:
     labels: list[str]
     matrix: npt.NDArray[np.int64]
     """counts, rows true and columns predicted, in the order of `labels`, [C, C]"""
+    numbers: dict[str, npt.NDArray[np.float64]]
+    """{target: true and predicted number of each example, [N, 2]}; of a regression"""
     errors: list[dict[str, str]]
-    """wrong rows of predictions.csv, the most confident first, at most NUM_ERRORS"""
+    """wrong rows of predictions.csv, the most confident or the farthest off first, at most NUM_ERRORS"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def _read_mapping(path: Path) -> Record:
 
 
 def read_split(folder: Path) -> SplitFiles:
-    """Reads metrics.json, confusion_matrix.csv and predictions.csv of evaluation/<split>/, if they exist."""
+    """Reads the metrics, confusion matrix, residuals and predictions in evaluation/<split>/, if they exist."""
     path = folder / "confusion_matrix.csv"
     rows = list(_read_csv(path))[1:]
     try:
@@ -99,8 +103,41 @@ def read_split(folder: Path) -> SplitFiles:
         matrix = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(labels), len(labels))
     except (ValueError, IndexError) as error:
         raise UserError(f"{path}: not a square confusion matrix: {error}") from error
-    metrics, errors = _read_mapping(folder / "metrics.json"), find_confident_errors(folder / "predictions.csv")
-    return SplitFiles(folder.name, metrics, labels, matrix, errors)
+    numbers = read_residuals(folder / "residuals.csv")
+    errors = find_large_errors if numbers else find_confident_errors
+    metrics, wrong = _read_mapping(folder / "metrics.json"), errors(folder / "predictions.csv")
+    return SplitFiles(folder.name, metrics, labels, matrix, numbers, wrong)
+
+
+def read_residuals(path: Path) -> dict[str, npt.NDArray[np.float64]]:
+    """Reads true and predicted numbers by target, [N, 2] each; {} if the file does not exist."""
+    pairs: dict[str, list[list[float]]] = {}
+    try:
+        for target, true, predicted in itertools.islice(_read_csv(path), 1, None):
+            pairs.setdefault(target, []).append([float(true), float(predicted)])
+    except ValueError as error:
+        raise UserError(f"{path}: not a table of residuals: {error}") from error
+    return {target: np.array(values) for target, values in pairs.items()}
+
+
+def find_large_errors(path: Path) -> list[dict[str, str]]:
+    """Finds the predictions that are farthest off in predictions.csv, at most NUM_ERRORS.
+
+    An error counts in standard deviations of its target, and the largest of a row counts.
+    """
+    header, *rows = _read_csv(path)
+    named_rows = [dict(zip(header, row, strict=False)) for row in rows]
+    try:
+        true, predicted = (
+            np.array([json.loads(row[name]) for row in named_rows], dtype=np.float64).reshape(len(rows), -1)
+            for name in ("label", "prediction")
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a table of predictions: {error}") from error
+    spread = true.std(axis=0)
+    sizes = (np.abs(predicted - true) / np.where(spread > 0, spread, 1.0)).max(axis=1)
+    worst = np.argsort(-sizes, kind="stable")[:NUM_ERRORS]
+    return [named_rows[i] | {"error": f"{sizes[i]:.2f}"} for i in worst]
 
 
 def find_confident_errors(path: Path) -> list[dict[str, str]]:
@@ -131,7 +168,7 @@ def _read_csv(path: Path) -> Iterator[list[str]]:
 def compute_averages(metrics: Record) -> dict[str, Record]:
     """Averages a split's scores over the classes that occur, and weighted by support; returns {} without examples."""
     names, rows = ("precision", "recall", "f1"), metrics["per_class"].values()
-    support = sum(row["support"] for row in rows)
+    support = sum(row.get("support", 0) for row in rows)
     if not support:
         return {}
     macro = {name: metrics.get(f"{name}_macro", math.nan) for name in names}
@@ -162,6 +199,9 @@ def draw_figures(run: RunFiles) -> dict[str, bytes]:
         if split.labels:
             path = f"evaluation/{split.name}/confusion_matrix.png"
             figures[path] = confusion_matrix_figure(split.matrix, split.labels)
+        if split.numbers:
+            true, predicted = np.stack(list(split.numbers.values()), axis=-1).transpose(1, 0, 2)
+            figures[f"evaluation/{split.name}/residuals.png"] = residuals_figure(true, predicted, list(split.numbers))
     pictures = {}
     for path, figure in figures.items():
         if figure is not None:
@@ -188,7 +228,11 @@ def render_page(run: RunFiles, pictures: Mapping[str, bytes]) -> str:
 
 
 def _format_number(value: object, digits: int = 0) -> str:
-    return f"{value:,.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else "—"
+    """Shows decimals, or digits where decimals would all be 0; a dash for anything else."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "—"
+    is_tiny = digits > 0 and 0 < abs(value) < 0.5 * 10**-digits
+    return f"{value:.{digits}g}" if is_tiny else f"{value:,.{digits}f}"
 
 
 def _format_share(part: object, digits: int = 2, whole: object = 1) -> str:

@@ -76,6 +76,18 @@ class RunLog:
 
         self._write_tensorboard(draw)
 
+    def log_residuals(
+        self, tag: str, true: npt.NDArray[Any], predicted: npt.NDArray[Any], label_names: Sequence[str], step: int
+    ) -> None:
+        """Adds predicted over true numbers, [N, C] each, to TensorBoard as a figure."""
+
+        def draw(board: Any) -> None:
+            from trainer.reporting.figures import residuals_figure  # imports matplotlib after the first step
+
+            board.add_figure(tag, residuals_figure(true, predicted, label_names), step)
+
+        self._write_tensorboard(draw)
+
     def log_final_metrics(
         self, config: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float], step: int, epoch: float
     ) -> None:

@@ -6,30 +6,110 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from trainer.config.labels import quoted
 from trainer.config.schema import TaskConfig
-from trainer.tasks import multi_label, single_label
-from trainer.tasks.task import LabelColumn, Task
+from trainer.errors import UserError
+from trainer.tasks import multi_label, regression, single_label
+from trainer.tasks.task import Constants, LabelColumn, Task
 
-TASKS: dict[str, Callable[[TaskConfig, Mapping[str, Any]], Task]] = {
+TASKS: dict[str, Callable[[TaskConfig, Constants], Task]] = {
     "single_label": lambda config, constants: single_label.TASK,
     "multi_label": multi_label.make_task,
+    "regression": regression.make_task,
 }
-"""by name: (the task's options, its constants) -> the task; `Task.find_constants` finds the constants"""
+"""by name: (the task's options, its constants) -> the task"""
+MAX_NUMBERED_CLASSES = 20
+"""more different numbers than that may be amounts"""
+
+TaskType = Literal["single_label", "multi_label", "regression"]
 
 
-def find_task(config: TaskConfig, train: LabelColumn) -> tuple[TaskConfig, str | None]:
-    """The options with a type, and a warning if the labels may show another.
+def find_task(config: TaskConfig, train: LabelColumn) -> TaskConfig:
+    """The options with a type. If it is null, the labels of train show it.
 
-    If the type is null, lists of labels and a separator show multi_label.
+    Raises:
+        UserError: the labels can be read in two ways.
     """
     if config.type is not None:
-        return config, None
-    has_lists = any(isinstance(value, list) for value in train.values)
-    found: Literal["multi_label", "single_label"] = "multi_label" if has_lists or config.separator else "single_label"
-    return replace(config, type=found), multi_label.suggest_separator(train)
+        return config
+    found: TaskType = "single_label"
+    if config.separator is not None:
+        found = "multi_label"
+    elif config.loss != TaskConfig.loss:
+        found = "regression"
+    elif len(train.columns) > 1:
+        found = _find_task_of_columns(train)
+    elif any(isinstance(value, list) for value in train.values):
+        found = "multi_label"
+    elif not train.given_names and not train.stored_names:
+        found = _find_task_of_texts(train)
+    return replace(config, type=found)
 
 
-def make_task(config: TaskConfig, constants: Mapping[str, Any] | None = None) -> Task:
+def _find_task_of_columns(train: LabelColumn) -> TaskType:
+    """Columns of 0 and 1 are labels; columns of other numbers are amounts."""
+    rows = [value for value in train.values if isinstance(value, list)]
+    are_bits = [all((row[i] or "").lower() in multi_label.BITS for row in rows) for i in range(len(train.columns))]
+    are_numbers = all(regression.read_number(cell) is not None for row in rows for cell in row)
+    if not are_numbers or all(are_bits):
+        return "multi_label"
+    if not any(are_bits):
+        return "regression"
+    column = are_bits.index(False)
+    code = next(code for code, row in enumerate(rows) if row[column] not in multi_label.BITS)
+    row = train.describe_row(train.codes.tolist().index(code))
+    raise UserError(
+        f"{train.option}: {train.path}: {row}: column {train.columns[column]!r} holds {rows[code][column]!r}; "
+        "multi_label needs 0 or 1, regression any number; choose --task.type multi_label or --task.type regression"
+    )
+
+
+def _find_task_of_texts(train: LabelColumn) -> TaskType:
+    """Many different fractions are amounts; names, and few whole numbers, are classes."""
+    texts = train.texts()
+    place = f"{train.option}: {train.path}: column {train.columns[0]!r}"
+    if joined := multi_label.find_joined(texts):
+        text, separator = joined
+        raise UserError(
+            f"{place}: {quoted([text])} is one class, or several labels; choose --task.type single_label or "
+            f"--task.separator {separator!r}"
+        )
+    numbers = [number for text in texts if (number := regression.read_number(text)) is not None]
+    fractions = [number for number in numbers if not number.is_integer()]
+    is_varied = len(texts) > MAX_NUMBERED_CLASSES
+    if len(numbers) < 0.9 * len(texts) or (not fractions and not is_varied):
+        return "single_label"
+    if fractions and (is_varied or len(texts) > max(4, len(train.codes) // 2)):
+        return "regression"
+    shown = f"{fractions[0] if fractions else numbers[0]:g}"
+    raise UserError(
+        f"{place}: its {len(texts)} different numbers, such as {shown}, are classes or amounts; choose "
+        "--task.type single_label or --task.type regression"
+    )
+
+
+def make_task(config: TaskConfig, constants: Constants | None = None) -> Task:
     """The task of a configuration that names its type. Without constants it has their defaults."""
     assert config.type is not None, "the labels of train choose it"
     return TASKS[config.type](config, constants or {})
+
+
+def restore_task(config: TaskConfig, constants: Mapping[str, Any], label_names: list[str]) -> Task:
+    """The task of a finished run with the constants that were saved.
+
+    Raises:
+        UserError: a constant is missing, or is not one number in its range for each label name.
+    """
+    limits = make_task(config).constants
+    if missing := sorted(limits.keys() - constants.keys()) if make_task(config).fit else []:
+        raise UserError(f"{missing[0]!r} is missing; copy the file again")
+    ordered = {}
+    for kind in limits.keys() & constants.keys():
+        values = constants[kind]
+        if not isinstance(values, dict) or values.keys() != set(label_names):
+            raise UserError(f"{kind!r} must have one number for each of {quoted(label_names)}")
+        for name, value in values.items():
+            if type(value) not in (int, float) or not limits[kind]["accepts"](value):
+                raise UserError(f"{kind!r} of {name!r} is {value!r}; it must be {limits[kind]['range']}")
+        ordered[kind] = {name: float(values[name]) for name in label_names}
+    return make_task(config, ordered)

@@ -14,35 +14,34 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, quoted
+from trainer.config.labels import describe_look_alikes, is_number, label_text, match_labels, plural, quoted
 from trainer.errors import UserError
 from trainer.tasks.task import LabelColumn, Mappings
 
 
-def name_classes(train: LabelColumn) -> tuple[list[str], str | None]:
-    """Class names in order, and why the column may not hold classes.
+def name_classes(train: LabelColumn, noun: str = "class") -> tuple[list[str], str | None]:
+    """Class names in order, and why the column may not hold classes. `noun` is what messages call them.
 
     The order is that of label_names, else that stored with the data. Otherwise the labels that occur are sorted.
     """
     if names := train.given_names or train.stored_names:
         return list(dict.fromkeys(map(_as_text, names.values() if isinstance(names, dict) else names))), None
     found, doubt = train.texts(), None
-    are_amounts = all(map(is_number, found)) and any("." in text for text in found)
-    if len(found) > max(4, len(train.codes) // 2) or (are_amounts and len(found) > 20):
+    if len(found) > max(4, len(train.codes) // 2):
         doubt = (
-            f"{train.option} has {len(found)} classes in {len(train.codes)} rows; does column {train.columns[0]!r} "
-            "hold the classes (data.label_column)?"
+            f"{train.option} has {len(found)} {plural(noun)} in {len(train.codes)} rows; does column "
+            f"{train.columns[0]!r} hold the {plural(noun)} (data.label_column)?"
         )
     return sorted(found, key=lambda text: (0, float(text), text) if is_number(text) else (1, 0, text)), doubt
 
 
-def class_numbers(column: LabelColumn, label_names: list[str]) -> tuple[np.ndarray, list[str]]:
+def class_numbers(column: LabelColumn, label_names: list[str], noun: str = "class") -> tuple[np.ndarray, list[str]]:
     """The class number of each example, int64 [N], and warnings.
 
     Raises:
         UserError: a label that means no class.
     """
-    meaning, found = _meaning(column, label_names), column.texts()
+    meaning, found = _meaning(column, label_names, noun), column.texts()
     matched = match_labels(found, meaning)
     numbers = [meaning[matched[value]] if value in matched else -1 for value in found]
     targets = np.array(numbers)[column.codes]
@@ -56,14 +55,14 @@ def class_numbers(column: LabelColumn, label_names: list[str]) -> tuple[np.ndarr
 
 def class_values(train: LabelColumn, label_names: list[str]) -> dict[str, str]:
     """{label of the training data: class name}; for a class that train lacks, the label that would mean it."""
-    meaning = _meaning(train, label_names)
+    meaning = _meaning(train, label_names, "class")
     values = {value: meaning[label] for value, label in match_labels(train.texts(), meaning).items()}
     present = set(values.values())
     values |= {label: number for label, number in meaning.items() if number not in present}
     return {value: label_names[number] for value, number in values.items()}
 
 
-def named_weights(class_weights: Mapping[str, float] | None, label_names: list[str]) -> np.ndarray:
+def named_weights(class_weights: Mapping[str, float] | None, label_names: list[str], noun: str = "class") -> np.ndarray:
     """The weight of each class, float64 [C]; 1 for a class that is not named.
 
     Raises:
@@ -73,9 +72,9 @@ def named_weights(class_weights: Mapping[str, float] | None, label_names: list[s
     matched = match_labels(weights, label_names)
     if unknown := sorted(set(weights) - set(matched)):
         hint = describe_look_alikes(unknown[0], label_names)
-        raise UserError(f"optim.class_weights: {unknown[0]!r} is not a class; classes: {label_names}{hint}")
+        raise UserError(f"optim.class_weights: {unknown[0]!r} is not a {noun}; {plural(noun)}: {label_names}{hint}")
     if len(set(matched.values())) < len(matched):
-        raise UserError(f"optim.class_weights: {list(weights)} name a class twice; classes: {label_names}")
+        raise UserError(f"optim.class_weights: {list(weights)} name a {noun} twice; {plural(noun)}: {label_names}")
     if any(not 0 <= weight < float("inf") for weight in weights.values()):
         raise UserError("optim.class_weights: weights must be at least 0")
     named = {label: weights[word] for word, label in matched.items()}
@@ -110,7 +109,7 @@ def _as_text(value: Any) -> str:
     return label_text(value) or str(value)
 
 
-def _meaning(column: LabelColumn, label_names: list[str]) -> dict[str, int]:
+def _meaning(column: LabelColumn, label_names: list[str], noun: str) -> dict[str, int]:
     """What the labels of a column stand for: {label: class number}.
 
     Numbers count from 0 only if no class name is a number. So classes found as 1 to 4 in train never meet a test split
@@ -128,7 +127,7 @@ def _meaning(column: LabelColumn, label_names: list[str]) -> dict[str, int]:
         if strangers := sorted(set(own.values()) - set(classes)):
             has = "label_names maps to" if column.given_names else "its stored class names have"
             raise UserError(
-                f"{column.option}: {has} {strangers[0]!r}, which is not a class of train: {quoted(label_names)} "
+                f"{column.option}: {has} {strangers[0]!r}, which is not a {noun} of train: {quoted(label_names)} "
                 "(see label_names)"
             )
         return {value: names[classes[name]] for value, name in own.items()}

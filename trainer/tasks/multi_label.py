@@ -9,7 +9,7 @@ Averages are over labels that are true or predicted somewhere. A row without lab
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from trainer.config.labels import quoted
-from trainer.config.schema import OptimConfig, TaskConfig
+from trainer.config.schema import FRACTION, OptimConfig, TaskConfig
 from trainer.errors import UserError
 from trainer.tasks import classes
-from trainer.tasks.task import ClassWeights, Label, LabelColumn, Losses, Metric, Task
+from trainer.tasks.task import ClassWeights, Constants, Label, LabelColumn, Losses, Metric, Task
 
 DEFAULT_THRESHOLD = 0.5
 DEFAULT_SEPARATOR = "|"
 """joins the labels of a prediction without `task.separator`"""
 SEPARATORS = "|;,"
-"""that `suggest_separator` looks for"""
+"""that `find_joined` looks for"""
 BITS = {"0": False, "false": False, "1": True, "true": True}
 """cells of data.label_columns"""
 
@@ -87,7 +87,7 @@ def name_labels(train: LabelColumn, joiner: str) -> tuple[list[str], str | None]
     """Label names in order, and why the column may not hold labels; columns of 0 and 1 keep their order."""
     entries, _ = separate(train)
     has_own_columns = len(train.columns) > 1 and not train.given_names
-    names, doubt = (train.columns, None) if has_own_columns else classes.name_classes(entries)
+    names, doubt = (train.columns, None) if has_own_columns else classes.name_classes(entries, "label")
     if unfit := [name for name in names if joiner in name]:
         raise UserError(
             f"task.separator: label {unfit[0]!r} contains {joiner!r}, which joins the labels of a prediction; "
@@ -102,24 +102,20 @@ def encode(column: LabelColumn, label_names: list[str], separator: str | None) -
     targets = np.zeros((len(column.codes), len(label_names)), dtype=np.uint8)
     if not len(rows):
         return targets, []
-    numbers, warnings = classes.class_numbers(entries, label_names)
+    numbers, warnings = classes.class_numbers(entries, label_names, "label")
     targets[rows, numbers] = 1
     if separator is not None and column.option == "data.train" and not any(len(value) > 1 for value in column.values):
         warnings.append(f"task.separator: {separator!r} separates no labels of column {column.columns[0]!r} of train")
     return targets, warnings
 
 
-def suggest_separator(train: LabelColumn) -> str | None:
-    """A hint for labels that look like several in a text: most contain a separator, and their parts repeat."""
-    if train.given_names or train.stored_names:
-        return None
-    texts = [value for value in train.values if isinstance(value, str)]
+def find_joined(texts: list[str]) -> tuple[str, str] | None:
+    """A text that looks like several labels, and its separator: most texts contain it, and their parts repeat."""
     for separator in SEPARATORS:
         joined = [text for text in texts if separator in text]
         parts = {part.strip() for text in texts for part in text.split(separator)}
         if 2 * len(joined) > len(texts) and len(parts) < len(texts):
-            read = f"{train.option}: column {train.columns[0]!r}: {quoted(joined[:1])} is read as one class"
-            return f"{read}; if it is several labels: --task.separator {separator!r}"
+            return joined[0], separator
     return None
 
 
@@ -133,10 +129,10 @@ def find_fault(targets: np.ndarray, label_names: list[str]) -> str | None:
     return None if targets.any() else "has no label in any row"
 
 
-def rarest_labels(targets: np.ndarray) -> np.ndarray:
-    """The rarest label of each example as its place among all labels, the rarest first; C without labels; int64 [N]."""
-    ranked = targets[:, np.argsort(targets.sum(axis=0), kind="stable")]
-    return np.where(ranked.any(axis=1), ranked.argmax(axis=1), targets.shape[1])
+def strata(targets: np.ndarray) -> np.ndarray:
+    """A group for each label, the rarest first, then one of the examples without labels; bool [N, C + 1]."""
+    ranked = targets[:, np.argsort(targets.sum(axis=0), kind="stable")].astype(bool)
+    return np.column_stack([ranked, ~ranked.any(axis=1)])
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -165,7 +161,7 @@ def positive_weights(class_weights: ClassWeights, targets: np.ndarray, label_nam
     A label that holds for all examples or for none has the weight 1 in `balanced`.
     """
     if class_weights != "balanced":
-        return classes.named_weights(class_weights, label_names)
+        return classes.named_weights(class_weights, label_names, "label")
     positives = targets.sum(axis=0, dtype=np.int64)
     negatives = len(targets) - positives
     return np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1.0)
@@ -202,7 +198,7 @@ def best_threshold(scores: np.ndarray, is_true: np.ndarray) -> float:
     return float(thresholds[np.abs(thresholds - DEFAULT_THRESHOLD).argmin()])
 
 
-def find_constants(logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, Any]:
+def find_constants(logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> Constants:
     """The threshold of each label by the scores of the validation split: {"thresholds": {label: threshold}}."""
     columns = zip(label_names, probabilities(logits).T, targets.T, strict=True)
     return {"thresholds": {name: best_threshold(scores, is_true) for name, scores, is_true in columns}}
@@ -275,7 +271,7 @@ def make_metrics(decide: Decide) -> dict[str, Metric]:
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def make_task(config: TaskConfig, constants: Mapping[str, Any]) -> Task:
+def make_task(config: TaskConfig, constants: Constants) -> Task:
     """The task with the thresholds that `find_constants` found; without them all are 0.5."""
     joiner = config.separator or DEFAULT_SEPARATOR
     thresholds = np.array(list(constants.get("thresholds", {}).values()) or DEFAULT_THRESHOLD)
@@ -307,9 +303,10 @@ def make_task(config: TaskConfig, constants: Mapping[str, Any]) -> Task:
         encode=lambda column, names: encode(column, names, config.separator),
         count_labels=count_labels,
         find_fault=find_fault,
-        strata=rarest_labels,
+        strata=strata,
         make_losses=make_losses,
         example_weights=lambda class_weights, targets, names: np.ones(len(targets)),
+        constants={"thresholds": FRACTION},
         find_constants=find_constants,
         metrics=make_metrics(decide),
         headline=("f1_micro", "f1_macro", "average_precision_macro", "loss"),

@@ -172,6 +172,7 @@ def format_targets(targets: np.ndarray, label_names: list[str]) -> list[str]:
 
 TASK = Task(
     problem_type="single_label_classification",
+    noun="class",
     name_labels=classes.name_classes,
     encode=classes.class_numbers,
     label_values=classes.class_values,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from trainer.config.labels import match_labels
-from trainer.config.schema import OptimConfig
+from trainer.config.schema import OptimConfig, Range
 from trainer.errors import UserError
 
 Label = str | list[str | None]
@@ -25,6 +25,8 @@ Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ClassWeights = Literal["balanced"] | Mapping[str, float] | None
 Mappings = Iterable[tuple[str, Any]]
 """(where it is from, {label: class name}) each"""
+Constants = Mapping[str, Mapping[str, float]]
+"""numbers that predictions need beside the logits: {kind: {label name: number}}, such as thresholds"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class LabelColumn:
 def weigh_equally(class_weights: ClassWeights, targets: np.ndarray, label_names: list[str]) -> np.ndarray:
     """Gives each example the weight 1, for a task whose labels are not classes."""
     if class_weights is not None:
-        raise UserError("optim.class_weights: the labels of this task are not classes; leave it out")
+        raise UserError("optim.class_weights: the labels of this task are not classes; use null")
     return np.ones(len(targets))
 
 
@@ -108,19 +110,30 @@ class Task:
 
     separator: str | None = None
     """cuts a text label into a list of labels; None = a text is one label"""
-    find_constants: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, Any]] = lambda logits, targets, names: {}
-    """(logits and targets of validation, label names) -> numbers that the task needs to predict, such as thresholds.
-    They are saved in adapter/task.json, and `TASKS` makes the task with them"""
+    noun: str = "label"
+    """what messages call one of the label names: class, label or target"""
+    constants: Mapping[str, Range] = field(default_factory=dict)
+    """the kinds of constants, and which numbers they may be. `fit` and `find_constants` find them. They are saved in
+    adapter/task.json, and `TASKS` makes the task with them"""
+    fit: Callable[[np.ndarray, list[str]], Constants] | None = None
+    """(targets of train, label names) -> the constants that the loss needs too. They are known before step 1"""
+    find_constants: Callable[[np.ndarray, np.ndarray, list[str]], Constants] = lambda logits, targets, names: {}
+    """(logits and targets of validation, label names) -> more constants, after training; none without validation"""
+    affine: tuple[np.ndarray, np.ndarray] | None = None
+    """factor and shift [C], if predictions are numbers: logit * factor + shift. An exported model computes them, and
+    TensorBoard draws them over the targets [N, C]"""
     headline: Sequence[str] = ()
     """metrics that the console, the report and summary.json show, beside evaluation.metric; () = all"""
     find_fault: Callable[[np.ndarray, list[str]], str | None] = lambda targets, names: None
     """(targets of train, label names) -> why they cannot train a model; None if they can"""
     strata: Callable[[np.ndarray], np.ndarray] = lambda targets: np.zeros(len(targets), dtype=np.int64)
-    """targets -> groups of which the validation split takes equal fractions, int64 [N]"""
+    """targets -> groups of which the validation split takes equal fractions. The group of each example, int64 [N]; if
+    groups overlap, the S groups of each example, at least one, bool [N, S]"""
     example_weights: Callable[[ClassWeights, np.ndarray, list[str]], np.ndarray] = weigh_equally
     """(optim.class_weights, targets, label names) -> weight of each example in the loss, float64 [N]"""
     files: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, str]] = lambda logits, targets, names: {}
-    """(logits, targets, label names) -> {name of a file in evaluation/<split>: its text}"""
+    """(logits, targets, label names) -> {name of a file in evaluation/<split>: its text}; the report draws
+    confusion_matrix.csv and residuals.csv"""
     output_labels: Callable[[Mappings, list[str]], tuple[list[str], str]] = keep_names
     """(mappings that a contest's file may follow, label names) -> what the column of predictions holds in place of each
     name, and a sentence about that column; `predict --layout full` has no mappings"""
@@ -131,9 +144,9 @@ class Task:
     class_scores: Callable[[np.ndarray, np.ndarray, list[str]], dict[str, dict[str, Any]]] = (
         lambda logits, targets, names: {}
     )
-    """(logits, targets, label names) -> {class: {"precision": ..., "recall": ..., "f1": ..., "support": ...}}"""
+    """(logits, targets, label names) -> {label name: {score: number}}; the report shows them as a table"""
     confusion: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
-    """(logits, targets) -> counts, rows true and columns predicted [C, C]"""
+    """(logits, targets) -> counts, rows true and columns predicted [C, C]; TensorBoard draws them"""
 
 
 def measure(task: Task, logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, Any]:
@@ -156,6 +169,11 @@ def metric_value(measured: Mapping[str, Any], name: str) -> float:
 def headline_values(task: Task, measured: Mapping[str, Any], metric: str) -> dict[str, float]:
     """The task's headline metrics, and the metric that chooses the best adapter."""
     return {name: metric_value(measured, name) for name in dict.fromkeys((*(task.headline or task.metrics), metric))}
+
+
+def format_score(value: float) -> str:
+    """A score for people: four decimals, or four digits if they would show too little or too much."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def is_better(task: Task, name: str, value: float, best: float | None) -> bool:

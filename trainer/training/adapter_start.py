@@ -32,7 +32,8 @@ def start_adapter(
     if start_of(settings) == "eva":
         train, num_rows = inputs.examples["train"], min(EVA_EXAMPLES, len(inputs.examples["train"].lengths))
         chosen = np.linspace(0, len(train.lengths) - 1, num_rows).round().astype(np.int64)
-        parts = [chosen[part] for part in split_by_tokens(train.lengths[chosen], EVA_TOKENS)]
+        split = split_by_tokens(train.lengths[chosen], EVA_TOKENS, window_length=train.window_length)
+        parts = [chosen[part] for part in split]
         padding = {"pad_token_id": inputs.backbone.tokenizer.pad_token_id, "left": False}
         batches = [collate_padded(train, part, np.ones(len(part)), torch.device("cpu"), **padding) for part in parts]
         start_from_data(model, [batch.inputs for batch in batches])

@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 
 from trainer.batching.plan import split_by_tokens
 from trainer.compat import peak_memory_bytes
-from trainer.config.labels import quoted
+from trainer.config.labels import plural, quoted
 from trainer.config.loading import config_text, load_config
 from trainer.config.schema import Config, as_dict, chosen_metric
 from trainer.distributed.session import StopRequest, check_agreement, check_device, choose_precision, join_processes
@@ -51,7 +51,7 @@ from trainer.model.lora_start import as_plain_lora
 from trainer.model.peft_options import parameter_table
 from trainer.packed.forward import PaddedForward
 from trainer.tasks import make_task
-from trainer.tasks.task import headline_values
+from trainer.tasks.task import Constants, format_score, headline_values
 from trainer.training.checkpoint import Checkpoint, load_newest, restore
 from trainer.training.loop import train
 from trainer.training.records import Run, current_plan
@@ -224,7 +224,8 @@ def describe_data(run: Run) -> list[str]:
     fix = "; data.long_documents windows reads them whole" if is_worth_a_word else ""
     is_held_out = run.config.data.validation is None and "validation" in corpus.splits
     together = "; the held-out validation has none of its texts" if is_held_out else ""
-    labels, kind = counts["train"]["label_counts"], "classes" if corpus.task.type == "single_label" else "labels"
+    num_labels, noun = len(corpus.label_names), run.learner.task.noun
+    kinds = f"{num_labels} {noun if num_labels == 1 else plural(noun)}"
     notes = {
         f"duplicates within train{together}": counts["train"]["num_duplicates"],
         **{f"rows of {name} found in train": counts[name]["num_in_train"] for name in corpus.splits if name != "train"},
@@ -232,7 +233,7 @@ def describe_data(run: Run) -> list[str]:
         f"examples have several windows of {max_length} tokens": int((lengths > max_length).sum()),
     }
     return [
-        f"{sizes} examples{f' of {len(labels)} {kind}' if labels else ''} (task.type {corpus.task.type})",
+        f"{sizes} examples of {kinds} (task.type {corpus.task.type})",
         *(f"note: {count:,} {what}" for what, count in notes.items() if count),
         *(f"warning: {line}" for line in corpus.warnings),
     ]
@@ -271,7 +272,7 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
         report = f"warning: no report: {error}"
     write_atomic(run.folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     for split, values in results.items():
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = "  ".join(f"{name} {format_score(value)}" for name, value in values.items())
         log.print_line(f"{split:>10}: {shown}  ({summary[split]['num_examples']} examples)")
     best_of = f"({summary['adapter_bytes']:,} bytes; best of step {summary['best_step']})"
     log.print_line(f"{'adapter':>10}: {run.folder / 'adapter'}  {best_of}")
@@ -280,14 +281,14 @@ def finish(run: Run, state: TrainState, best: dict[str, torch.Tensor]) -> None:
     log.print_line(f"{'next':>10}: {predict}")
 
 
-def write_evaluations(run: Run, state: TrainState) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def write_evaluations(run: Run, state: TrainState) -> tuple[dict[str, dict[str, float]], Constants]:
     """Scores validation and test and writes evaluation/<split>/.
 
     Returns:
-        the headline metrics by split, and the constants of the task that validation showed.
+        the headline metrics by split, and all constants of the task.
     """
     results: dict[str, dict[str, float]] = {}
-    task, constants = run.learner.task, {}
+    task, constants = run.learner.task, run.inputs.corpus.constants
     for name in ("validation", "test"):
         if name not in run.inputs.examples:
             continue
@@ -295,7 +296,7 @@ def write_evaluations(run: Run, state: TrainState) -> tuple[dict[str, dict[str, 
         if run.learner.accelerator.is_main_process:
             targets, corpus = run.inputs.examples[name].targets, run.inputs.corpus
             if name == "validation":
-                constants = task.find_constants(logits, targets, corpus.label_names)
+                constants = {**constants, **task.find_constants(logits, targets, corpus.label_names)}
                 task = make_task(run.config.task, constants)
             folder = run.folder / "evaluation" / name
             metrics = write_evaluation(folder, task, logits, targets, corpus.label_names, corpus.splits[name])
@@ -323,7 +324,7 @@ def save_final_adapter(
     run: Run,
     best: dict[str, torch.Tensor],
     summary: dict[str, Any],
-    constants: dict[str, Any],
+    constants: Constants,
     batch: dict[str, torch.Tensor],
     expected: torch.Tensor,
 ) -> None:

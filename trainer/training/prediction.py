@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.labels import describe_look_alikes, match_labels, quoted
+from trainer.config.labels import describe_look_alikes, match_labels, plural, quoted
 from trainer.config.predict_options import Options, source_of
 from trainer.config.schema import Config, Source, chosen_overlap
 from trainer.data.corpus import find_id_columns, load_for_prediction
@@ -22,11 +22,10 @@ from trainer.data.tokens import Examples, tokenize
 from trainer.distributed.session import choose_precision, join_processes
 from trainer.errors import UserError
 from trainer.files import write_atomic
-from trainer.model.adapter import find_trained_backbone, load_trained_model, read_constants
+from trainer.model.adapter import find_trained_backbone, load_task, load_trained_model
 from trainer.model.backbone import Backbone, silence_libraries
 from trainer.model.build import COMPUTE_TYPES
 from trainer.packed.forward import Padding, build_forward
-from trainer.tasks import make_task
 from trainer.tasks.task import Task, measure
 from trainer.training.scoring import predictions_csv, score_split
 
@@ -41,8 +40,8 @@ def predict_file(options: Options, config: Config, label_names: list[str]) -> No
     """
     silence_libraries()
     run, source = Path(options.run), source_of(options)
-    task = make_task(config.task, read_constants(run / "adapter"))
-    check_label_names(source, label_names)
+    task = load_task(run / "adapter", config.task, label_names)
+    check_label_names(source, label_names, task.noun)
     summary = read_summary(run)
     labels, about_labels = choose_labels(options, task, summary, label_names)
     found = find_id_columns(source, config.data) if options.id_column is None else []
@@ -90,13 +89,14 @@ def _score(
         return logits, accelerator.is_main_process
 
 
-def check_label_names(source: Source, label_names: list[str]) -> None:
-    """Refuses `--label_names` that name no class of the run."""
+def check_label_names(source: Source, label_names: list[str], noun: str) -> None:
+    """Refuses `--label_names` that name no class of the run; `noun` is what the task calls them."""
     given = source.label_names or ()
     for name in given.values() if isinstance(given, dict) else given:
         if not match_labels([name], label_names):
             hint = describe_look_alikes(name, label_names)
-            raise UserError(f"--label_names: {name!r} is not a class of the run; classes: {quoted(label_names)}{hint}")
+            known = f"{plural(noun)}: {quoted(label_names)}"
+            raise UserError(f"--label_names: {name!r} is not a {noun} of the run; {known}{hint}")
 
 
 def choose_id_column(options: Options, found: list[str]) -> tuple[str | None, str]:

@@ -28,7 +28,7 @@ from trainer.errors import UserError, bar_settings
 from trainer.files import csv_text, write_atomic
 from trainer.model.adapter import adapter_tensors
 from trainer.packed.forward import Forward
-from trainer.tasks.task import Task, headline_values, is_better, measure, metric_value
+from trainer.tasks.task import Task, format_score, headline_values, is_better, measure, metric_value
 from trainer.training.records import Run, current_plan
 from trainer.training.state import TrainState
 from trainer.training.step import first_signal, sum_over_ranks
@@ -141,18 +141,12 @@ def evaluate(
     logits = score(run, state, "validation")
     log, task, label_names = run.log, run.learner.task, run.inputs.corpus.label_names
     metric, patience = chosen_metric(run.config), run.config.evaluation.patience
-    targets = run.inputs.examples["validation"].targets
-    metrics = measure(task, logits, targets, label_names)
+    metrics = measure(task, logits, run.inputs.examples["validation"].targets, label_names)
     value = metric_value(metrics, metric)
     better = is_better(task, metric, value, state.best_value)
-    scalars = {f"validation/{name}": metrics[name] for name in task.metrics}
-    scalars |= {f"validation/f1/{name}": numbers["f1"] for name, numbers in metrics["per_class"].items()}
-    epoch = state.step / run.plan.steps_per_epoch
-    log.log_scalars(scalars, state.step, epoch)
-    if task.confusion is not None:
-        counts = task.confusion(logits, targets)
-        log.log_confusion_matrix("validation/confusion_matrix", counts, label_names, state.step)
-    shown = "  ".join(f"{name} {number:.4f}" for name, number in headline_values(task, metrics, metric).items())
+    log_evaluation(run, state, logits, metrics)
+    epoch, headline = state.step / run.plan.steps_per_epoch, headline_values(task, metrics, metric)
+    shown = "  ".join(f"{name} {format_score(number)}" for name, number in headline.items())
     log.print_line(f"step {state.step:>6}  epoch {epoch:5.2f}  validation: {shown}{'  best' if better else ''}")
     state = dataclasses.replace(state, evaluated_step=state.step)
     if better:
@@ -162,9 +156,24 @@ def evaluate(
     if num_worse == patience:
         log.print_line(
             f"early stopping at step {state.step}: evaluation.patience {patience} is used up; the best "
-            f"{metric} is {state.best_value:.4f}, of step {state.best_step}"
+            f"{metric} is {format_score(state.best_value or 0.0)}, of step {state.best_step}"
         )
     return dataclasses.replace(state, num_worse=num_worse, stopped_early=num_worse == patience), best
+
+
+def log_evaluation(run: Run, state: TrainState, logits: np.ndarray, metrics: dict[str, Any]) -> None:
+    """Logs the metrics of the validation split, and draws its confusion matrix or residuals."""
+    log, task, label_names = run.log, run.learner.task, run.inputs.corpus.label_names
+    targets = run.inputs.examples["validation"].targets
+    scalars = {f"validation/{name}": metrics[name] for name in task.metrics}
+    scalars |= {f"validation/f1/{name}": each["f1"] for name, each in metrics["per_class"].items() if "f1" in each}
+    log.log_scalars(scalars, state.step, state.step / run.plan.steps_per_epoch)
+    if task.confusion is not None:
+        counts = task.confusion(logits, targets)
+        log.log_confusion_matrix("validation/confusion_matrix", counts, label_names, state.step)
+    if task.affine is not None:
+        factor, shift = task.affine
+        log.log_residuals("validation/residuals", targets, logits * factor + shift, label_names, state.step)
 
 
 def write_evaluation(
@@ -187,6 +196,9 @@ def write_evaluation(
 
 
 def predictions_csv(columns: Mapping[str, Iterable[Any]]) -> str:
-    """Columns of N values as csv, with six decimals."""
-    rows = zip(*columns.values(), strict=True)
-    return csv_text([columns, *([f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in rows)])
+    """Columns of N values as csv; probabilities have six decimals."""
+    shown = [
+        [f"{value:.6f}" for value in values] if name.partition(":")[0] in ("confidence", "probability") else values
+        for name, values in columns.items()
+    ]
+    return csv_text([columns, *zip(*shown, strict=True)])

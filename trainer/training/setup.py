@@ -147,7 +147,8 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
         _use_deterministic_kernels()
     model, notes = build_model(backbone, config.peft, config.run.seed)
     start, about_start = start_adapter(model, config.peft, inputs)
-    task, train, label_names = make_task(config.task), inputs.examples["train"], inputs.corpus.label_names
+    train, label_names = inputs.examples["train"], inputs.corpus.label_names
+    task = make_task(config.task, inputs.corpus.constants)
     texts, max_length = inputs.corpus.splits["train"], config.data.max_length
     keys, padding = check_start(model, config.run.seed, texts, backbone.tokenizer, max_length, backbone.path)
     if padding.one_length and config.data.long_documents == "windows":

@@ -189,8 +189,8 @@ def test_a_mapping_to_no_class_of_the_run_is_refused(names):
         "--label_names: 'sports' is not a class of the run; classes: 'World', 'Sports', 'Business', 'Tech'; 'sports', "
     )
     with pytest.raises(UserError, match=re.escape(f"{told}'Sports' differ only in case")):
-        check_label_names(Source("x.csv", label_names=names), FOUR)
-    check_label_names(Source("x.csv", label_names=FOUR[:2]), FOUR)
+        check_label_names(Source("x.csv", label_names=names), FOUR, "class")
+    check_label_names(Source("x.csv", label_names=FOUR[:2]), FOUR, "class")
 
 
 def test_the_task_says_what_the_predictions_are():
@@ -340,7 +340,7 @@ def test_a_text_of_most_rows_is_not_held_out(tmp_path):
 
 def test_a_hold_out_that_equal_texts_forbid_says_so(tmp_path):
     path = write_csv(tmp_path / "x.csv", [("x", "a")] * 10 + [("y", "b")] * 10)
-    with pytest.raises(UserError, match="class by class, equal texts together, leaves train or validation empty"):
+    with pytest.raises(UserError, match="stratified, equal texts together, leaves train or validation empty"):
         load(path, validation_fraction=0.1)
 
 
@@ -354,7 +354,7 @@ def test_the_hold_out_of_earlier_versions(tmp_path):
 def test_texts_with_two_labels_are_counted(tmp_path):
     rows = [("x", "a"), ("y", "a"), ("x", "b"), ("x", "a"), ("y", "a"), ("z", "b"), ("z", "a")]
     corpus = load(write_csv(tmp_path / "x.csv", rows))
-    assert corpus.warnings == ["data.train: texts with more than one label: 2, first in row 1 and row 3"]
+    assert corpus.warnings == ["data.train: texts with different labels: 2, first in row 1 and row 3"]
 
 
 # --- a label column that holds no classes -----------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_texts_with_two_labels_are_counted(tmp_path):
 @pytest.mark.parametrize(
     "labels",
     [
-        [str(1000 + i) for i in range(45)],
+        [f"id {i}" for i in range(45)],
         [f"a text of its own {i}" for i in range(45)],
         [str(i) for i in range(12)],
     ],

@@ -323,7 +323,7 @@ OTHER = {
     "run.seed": "7", "run.precision": "bf16", "data.validation_fraction": "0.2", "data.column_names": "[a]",
     "data.empty_text": "skip",
     "data.text_columns": "[b]", "data.text_pair_columns": "[c]", "data.label_column": "d", "data.label_names": "[e]",
-    "data.label_columns": "[f, g]", "task.type": "multi_label", "task.separator": "|",
+    "data.label_columns": "[f, g]", "task.type": "multi_label", "task.separator": "|", "task.loss": "huber",
     "data.max_length": "9", "data.long_documents": "windows", "data.window_overlap": "3",
     "batch.size": "3", "model.dropout": "0.3", "peft.peft_type": "IA3", "peft.r": "3",
     "optim.name": "adam", "optim.learning_rate": "1", "optim.weight_decay": "0.5", "optim.betas": "[0, 0]",
@@ -377,8 +377,17 @@ def test_invalid_formats_are_refused(key, value):
             "data.label_columns: ['a', 'a'] must name at least two columns",
         ),
         (["--data.label_columns", "[a, text]"], "data.label_columns: 'text' is also a text column"),
-        (["--data.label_columns", "[a, b]", "--task.type", "single_label"], "data.label_columns are for task.type"),
-        (["--task.type", "several"], "task.type: 'several' is not valid; expected 'single_label' or 'multi_label'"),
+        (
+            ["--data.label_columns", "[a, b]", "--task.type", "single_label"],
+            "data.label_columns: for task.type",
+        ),
+        (
+            ["--task.type", "several"],
+            "task.type: 'several' is not valid; expected 'single_label' or 'multi_label' or 'regression'",
+        ),
+        (["--task.type", "regression", "--task.separator", "|"], "task.separator '|' is for task.type multi_label"),
+        (["--task.type", "multi_label", "--task.loss", "huber"], "task.loss huber is for task.type regression"),
+        (["--task.separator", "|", "--task.loss", "huber"], "task.loss huber is for task.type regression"),
     ],
 )
 def test_options_of_labels_that_do_not_fit(words, says):

@@ -27,8 +27,9 @@ def large(cache, monkeypatch):
     monkeypatch.setattr("trainer.data.formats.CHUNK", 3)
 
 
-def load(train, seed=1, **settings):
-    return load_corpus(DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings}), TaskConfig(), seed)
+def load(train, seed=1, task=None, **settings):
+    config = DataConfig(train=str(train), **{"validation_fraction": 0.0, **settings})
+    return load_corpus(config, task or TaskConfig(), seed)
 
 
 def refused(train, **settings):
@@ -117,8 +118,9 @@ def test_classes_called_by_numbers_are_met_under_their_names(tmp_path):
     mapped = load(train, label_names={"-1.0": "bad", 0: "fair", 1.0: "good"})
     assert texts_and_labels(mapped) == [("a", "bad"), ("b", "fair"), ("c", "good")]
     halves = write(tmp_path / "z.csv", "text,label\na,0.5\nb,1.5\n")
-    assert load(halves).label_names == ["0.5", "1.5"]
-    assert "unknown, first 1 in" in refused(halves, test=str(test))
+    single = TaskConfig("single_label")
+    assert load(halves, task=single).label_names == ["0.5", "1.5"]
+    assert "unknown, first 1 in" in refused(halves, task=single, test=str(test))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -357,7 +359,7 @@ def test_hold_out_that_leaves_nothing(tmp_path, fraction, count):
     path = numbered(tmp_path / "x.csv", ["a", "b"] * (count // 2))
     said = refused(path, validation_fraction=fraction)
     assert said == (
-        f"data.validation_fraction: {fraction} of {count} examples, class by class, leaves train or "
+        f"data.validation_fraction: {fraction} of {count} examples, stratified, leaves train or "
         "validation empty; change it, or name data.validation"
     )
 

@@ -14,7 +14,7 @@ from trainer.config.schema import DataConfig, OptimConfig, Source, TaskConfig
 from trainer.data.corpus import load_corpus, load_for_prediction
 from trainer.errors import UserError
 from trainer.tasks import make_task
-from trainer.tasks.multi_label import best_threshold, make_losses, positive_weights, probabilities, rarest_labels
+from trainer.tasks.multi_label import best_threshold, make_losses, positive_weights, probabilities, strata
 from trainer.tasks.task import measure
 
 NAMES = ["a", "b", "c"]
@@ -91,20 +91,23 @@ def test_one_label_a_row_is_single_label(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [["a|b", "b", "a", "a|c", "b|c", "a|b|c"], ["x;y", "y;z", "x;z", "z;x;y"]])
-def test_labels_that_look_like_several_are_pointed_out(tmp_path, labels):
+def test_labels_that_look_like_several_need_a_choice(tmp_path, labels):
     path = write_labelled(tmp_path / "x.csv", labels)
-    [warning] = [line for line in load(path).warnings if "--task.separator" in line]
-    assert "column 'label'" in warning and labels[0] in warning
-    assert not [line for line in load(path, TaskConfig("single_label")).warnings if "--task.separator" in line]
+    with pytest.raises(UserError) as refusal:
+        load(path)
+    separator = labels[0][1]
+    options = ("--task.type single_label", f"--task.separator {separator!r}")
+    for word in ("column 'label'", repr(labels[0]), *options):
+        assert word in str(refusal.value)
+    assert load(path, TaskConfig("single_label")).label_names == sorted(set(labels))
+    assert len(load(path, TaskConfig(separator=separator)).label_names) == 3
 
 
 @pytest.mark.parametrize(
     "labels", [["a|b", "c|d"], ["Sci/Tech", "World"], ["Arts, Crafts", "Sports"], ["a", "b", "a|b"]]
 )
-def test_names_with_a_separator_are_not(tmp_path, labels):
-    assert not [
-        line for line in load(write_labelled(tmp_path / "x.csv", labels)).warnings if "--task.separator" in line
-    ]
+def test_names_with_a_separator_need_none(tmp_path, labels):
+    assert load(write_labelled(tmp_path / "x.csv", labels)).task.type == "single_label"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,22 @@ def test_the_hold_out_has_its_share_of_rare_labels(tmp_path):
     train, held = (corpus.counts[name]["label_counts"] for name in ("train", "validation"))
     for name in train:
         assert held[name] == pytest.approx(0.2 * (train[name] + held[name]), abs=1.5), name
-    assert rarest_labels(np.array(TARGETS, dtype=np.uint8)).tolist() == [0, 3, 2, 0, 2]
+    groups = strata(np.array(TARGETS, dtype=np.uint8))
+    assert groups.argmax(axis=1).tolist() == [0, 3, 2, 0, 2] and groups.sum(axis=1).tolist() == [2, 1, 1, 3, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_hold_out_has_its_share_of_each_label(tmp_path, seed):
+    """Though labels occur together: half of them in 40 sets of two or three."""
+    generator = np.random.default_rng(seed)
+    rates = np.array([0.02, 0.05, 0.1, 0.2, 0.3, 0.5])
+    rows = [[name for name, is_there in zip("abcdef", generator.random(6) < rates, strict=True) if is_there]
+            for _ in range(500)]  # fmt: skip
+    corpus = load(write_labelled(tmp_path / "x.json", rows), validation_fraction=0.1)
+    train, held = (corpus.counts[name]["label_counts"] for name in ("train", "validation"))
+    for name in train:
+        assert held[name] == pytest.approx(0.1 * (train[name] + held[name]), abs=2), name
+    assert len(corpus.splits["validation"]) == pytest.approx(50, abs=4)
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
