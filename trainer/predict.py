@@ -2,7 +2,7 @@
 
     python trainer/predict.py --run runs/NAME --input FILE.csv --output PREDICTIONS.csv
 
-Parses and checks the options; training/prediction.py does the work.
+Several --run average their predictions. Parses and checks the options; training/prediction.py does the work.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import re
 import jsonargparse
 
 from trainer.config.loading import load_finished_run
-from trainer.config.predict_options import Options, source_of
-from trainer.config.schema import Config, find_source_problems, resolve
+from trainer.config.predict_options import FinishedRun, Options, check_runs_agree, source_of
+from trainer.config.schema import find_source_problems, resolve
 from trainer.distributed.environment import read_environment, set_environment
 from trainer.errors import UserError, main_guard
 
@@ -34,7 +34,9 @@ def main() -> int:
     parser = jsonargparse.ArgumentParser(
         prog="predict.py", description="Predicts the labels of a file.", exit_on_error=False, allow_abbrev=False
     )
-    parser.add_class_arguments(Options, as_group=False)
+    about_runs = "folder of a finished run; --run A --run B averages their probabilities, or their values"
+    parser.add_argument("--run", action="append", required=True, metavar="RUN", help=about_runs)
+    parser.add_class_arguments(Options, as_group=False, skip={"run"})
     try:
         options = Options(**vars(parser.instantiate(parser.parse_args())))
     except jsonargparse.ArgumentError as error:
@@ -49,25 +51,31 @@ def predict(options: Options) -> int:
     """Checks the options, then scores the input and writes the output; returns the exit code.
 
     Raises:
-        UserError: the run is not finished, the input cannot be read, or the output cannot be written.
+        UserError: a run is not finished, the runs cannot be averaged, the input cannot be read, or the output cannot be
+            written.
     """
-    config, label_names = load_finished_run(Path(options.run), options.model.name, options.model.revision)
-    source = resolve(source_of(options), resolve(config.data.train or "", config.data))
+    runs = [
+        FinishedRun(Path(folder), *load_finished_run(Path(folder), options.model.name, options.model.revision))
+        for folder in options.run
+    ]
+    check_runs_agree(runs, options)
+    data = runs[0].config.data
+    source = resolve(source_of(options), resolve(data.train or "", data))
     if problems := list(find_source_problems("--", source)):
         raise UserError("\n".join(problems))
     from trainer.data.sources import check_paths  # this import and those below take seconds; --help needs none
 
     check_paths({"input": options.input})
-    _check_output(options, config)
+    _check_output(options, runs)
     set_environment()
     from trainer.training.prediction import predict_file
 
-    predict_file(options, config, label_names)
+    predict_file(options, runs)
     return 0
 
 
-def _check_output(options: Options, config: Config) -> None:
-    """The output must not be the input, data of the run, or in the run's folder."""
+def _check_output(options: Options, runs: list[FinishedRun]) -> None:
+    """The output must not be the input, data of a run, or in a run's folder."""
     output = Path(options.output)
     if output.suffix.lower() not in OUTPUT_TYPES:
         raise UserError(f"--output: {output} must end in {' or '.join(OUTPUT_TYPES)}")
@@ -75,14 +83,15 @@ def _check_output(options: Options, config: Config) -> None:
         raise UserError(f"--output: no folder {output.parent}")
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(f"--output: {output} cannot be written")
-    if Path(options.run).resolve() in output.resolve().parents:
+    if any(run.folder.resolve() in output.resolve().parents for run in runs):
         raise UserError(f"--output: {output} is in the run's folder; give another file")
     if not output.exists():
         return
     from trainer.data.sources import list_files
 
-    splits = (config.data.train, config.data.validation, config.data.test)
-    for pattern in (options.input, *(resolve(split, config.data).path for split in splits if split)):
+    data = [run.config.data for run in runs]
+    splits = [(split, each) for each in data for split in (each.train, each.validation, each.test) if split]
+    for pattern in (options.input, *(resolve(split, each).path for split, each in splits)):
         with contextlib.suppress(ValueError, KeyError):  # the folder of a split may hold no table any more
             if any(Path(path).exists() and output.samefile(path) for path in list_files(pattern)):
                 raise UserError(f"--output: {output} is the input or data of the run; give another file")

@@ -31,7 +31,7 @@ from trainer.files import UNFINISHED, publish, replace_folder, writing
 from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
 from trainer.model.build import build_without_weights, set_precision
 from trainer.model.tokenizer import save_tokenizer
-from trainer.tasks import restore_task
+from trainer.tasks import check_constants, make_task
 from trainer.tasks.task import Constants, Task
 
 IDENTITY, WEIGHTS, CONSTANTS = "backbone/identity.json", "adapter_model.safetensors", "task.json"
@@ -159,13 +159,18 @@ def save_adapter(
 
 def load_task(folder: Path, config: TaskConfig, label_names: list[str]) -> Task:
     """The task with the constants that `save_adapter` wrote to an adapter's folder."""
+    return make_task(config, load_constants(folder, config, label_names))
+
+
+def load_constants(folder: Path, config: TaskConfig, label_names: list[str]) -> Constants:
+    """The constants of the task that `save_adapter` wrote to an adapter's folder."""
     path = folder / CONSTANTS
     try:
         constants = dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--run: {path} cannot be read: {one_line(error)}") from None
     try:
-        return restore_task(config, constants, label_names)
+        return check_constants(config, constants, label_names)
     except UserError as error:
         raise UserError(f"--run: {path}: {error}") from None
 

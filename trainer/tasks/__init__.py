@@ -94,8 +94,8 @@ def make_task(config: TaskConfig, constants: Constants | None = None) -> Task:
     return TASKS[config.type](config, constants or {})
 
 
-def restore_task(config: TaskConfig, constants: Mapping[str, Any], label_names: list[str]) -> Task:
-    """The task of a finished run with the constants that were saved.
+def check_constants(config: TaskConfig, constants: Mapping[str, Any], label_names: list[str]) -> Constants:
+    """The constants that a finished run saved, in the order of its label names.
 
     Raises:
         UserError: a constant is missing, or is not one number in its range for each label name.
@@ -112,4 +112,4 @@ def restore_task(config: TaskConfig, constants: Mapping[str, Any], label_names: 
             if type(value) not in (int, float) or not limits[kind]["accepts"](value):
                 raise UserError(f"{kind!r} of {name!r} is {value!r}; it must be {limits[kind]['range']}")
         ordered[kind] = {name: float(values[name]) for name in label_names}
-    return make_task(config, ordered)
+    return ordered

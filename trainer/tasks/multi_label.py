@@ -9,7 +9,7 @@ Averages are over labels that are true or predicted somewhere. A row without lab
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -204,6 +204,18 @@ def find_constants(logits: np.ndarray, targets: np.ndarray, label_names: list[st
     return {"thresholds": {name: best_threshold(scores, is_true) for name, scores, is_true in columns}}
 
 
+def average(
+    logits: Sequence[np.ndarray], constants: Sequence[Constants], label_names: list[str]
+) -> tuple[np.ndarray, Constants]:
+    """Logits whose probabilities are the mean of those of several runs; each threshold is the mean of theirs too."""
+    wide = np.stack(logits).astype(np.float64)
+    log_yes, log_no = (np.logaddexp.reduce(-np.logaddexp(0, sign * wide)) for sign in (-1, 1))
+    default = dict.fromkeys(label_names, DEFAULT_THRESHOLD)
+    thresholds = [each.get("thresholds", default) for each in constants]
+    means = {name: float(np.mean([each[name] for each in thresholds])) for name in label_names}
+    return log_yes - log_no, {"thresholds": means}
+
+
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +320,8 @@ def make_task(config: TaskConfig, constants: Constants) -> Task:
         example_weights=lambda class_weights, targets, names: np.ones(len(targets)),
         constants={"thresholds": FRACTION},
         find_constants=find_constants,
+        average=average,
+        decide=decide,
         metrics=make_metrics(decide),
         headline=("f1_micro", "f1_macro", "average_precision_macro", "loss"),
         class_scores=class_scores,

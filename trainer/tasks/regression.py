@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,16 @@ SCORES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], float], bool]] = {
 """by name: the score of one target, of predictions and targets [N] in own units, and whether higher is better"""
 
 
+def average(
+    logits: Sequence[np.ndarray], constants: Sequence[Constants], label_names: list[str]
+) -> tuple[np.ndarray, Constants]:
+    """The mean of the numbers that several runs predict, in the standardized units of the first."""
+    units = [[np.array([own[kind][name] for name in label_names]) for kind in ("mean", "scale")] for own in constants]
+    numbers = [each.astype(np.float64) * scale + mean for each, (mean, scale) in zip(logits, units, strict=True)]
+    mean, scale = units[0]
+    return (np.stack(numbers).mean(axis=0) - mean) / scale, constants[0]
+
+
 # --- the task ---------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +211,7 @@ def make_task(config: TaskConfig, constants: Constants) -> Task:
         constants={"mean": FINITE, "scale": ABOVE_ZERO},
         fit=fit,
         affine=(np.atleast_1d(scale), np.atleast_1d(mean)),
+        average=average,
         make_losses=make_losses,
         metrics={name: Metric(score(name), higher_is_better=higher) for name, (_, higher) in SCORES.items()}
         | {"loss": Metric(loss, higher_is_better=False)},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from trainer.config.schema import OptimConfig
 from trainer.errors import UserError
 from trainer.files import csv_text
 from trainer.tasks import classes
-from trainer.tasks.task import ClassWeights, Losses, Metric, Task
+from trainer.tasks.task import ClassWeights, Constants, Losses, Metric, Task
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 
@@ -128,6 +129,19 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
+def average(
+    logits: Sequence[np.ndarray], constants: Sequence[Constants], label_names: list[str]
+) -> tuple[np.ndarray, Constants]:
+    """Logits whose probabilities are the mean of those of several runs: logs of the means."""
+    return np.logaddexp.reduce([log_probabilities(each) for each in logits]) - np.log(len(logits)), {}
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Log of the softmax over the classes in double precision, [N, C]."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
 def confusion(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Counts, rows true and columns predicted, int64 [C, C]."""
     from sklearn.metrics import confusion_matrix
@@ -184,6 +198,8 @@ TASK = Task(
     example_weights=example_weights,
     metrics=METRICS,
     headline=("accuracy", "f1_macro", "loss"),
+    average=average,
+    decide=lambda logits: logits.argmax(axis=1),
     class_scores=class_scores,
     confusion=confusion,
     files=files,

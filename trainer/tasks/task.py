@@ -79,6 +79,13 @@ def weigh_equally(class_weights: ClassWeights, targets: np.ndarray, label_names:
     return np.ones(len(targets))
 
 
+def average_logits(
+    logits: Sequence[np.ndarray], constants: Sequence[Constants], label_names: list[str]
+) -> tuple[np.ndarray, Constants]:
+    """The mean of the logits, for a task without constants."""
+    return np.stack(logits).astype(np.float64).mean(axis=0), {}
+
+
 def keep_names(mappings: Mappings, label_names: list[str]) -> tuple[list[str], str]:
     """Writes predictions as they are, for a task whose labels are not classes."""
     return label_names, "holds the predictions of the model"
@@ -122,6 +129,13 @@ class Task:
     affine: tuple[np.ndarray, np.ndarray] | None = None
     """factor and shift [C], if predictions are numbers: logit * factor + shift. An exported model computes them, and
     TensorBoard draws them over the targets [N, C]"""
+    average: Callable[[Sequence[np.ndarray], Sequence[Constants], list[str]], tuple[np.ndarray, Constants]] = (
+        average_logits
+    )
+    """(logits [N, C] of several runs, the constants of each, label names) -> logits and constants that predict the mean
+    of what the runs predict"""
+    decide: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
+    """logits -> the targets that the task predicts"""
     headline: Sequence[str] = ()
     """metrics that the console, the report and summary.json show, beside evaluation.metric; () = all"""
     find_fault: Callable[[np.ndarray, list[str]], str | None] = lambda targets, names: None

@@ -51,6 +51,7 @@ from trainer.model.lora_start import as_plain_lora
 from trainer.model.peft_options import parameter_table
 from trainer.packed.forward import PaddedForward
 from trainer.tasks import make_task
+from trainer.tasks.shares import find_shift
 from trainer.tasks.task import Constants, format_score, headline_values
 from trainer.training.checkpoint import Checkpoint, load_newest, restore
 from trainer.training.loop import train
@@ -299,7 +300,10 @@ def write_evaluations(run: Run, state: TrainState) -> tuple[dict[str, dict[str, 
                 constants = {**constants, **task.find_constants(logits, targets, corpus.label_names)}
                 task = make_task(run.config.task, constants)
             folder = run.folder / "evaluation" / name
-            metrics = write_evaluation(folder, task, logits, targets, corpus.label_names, corpus.splits[name])
+            split, train = corpus.splits[name], corpus.counts["train"]
+            metrics = write_evaluation(folder, task, logits, targets, corpus.label_names, split, train)
+            if shift := find_shift(metrics["class_shares"], len(split)):
+                run.log.print_line(f"warning: {name}: {shift}")
             results[name] = headline_values(task, metrics, chosen_metric(run.config))
     return results, constants
 

@@ -28,6 +28,7 @@ from trainer.errors import UserError, bar_settings
 from trainer.files import csv_text, write_atomic
 from trainer.model.adapter import adapter_tensors
 from trainer.packed.forward import Forward
+from trainer.tasks.shares import class_shares
 from trainer.tasks.task import Task, format_score, headline_values, is_better, measure, metric_value
 from trainer.training.records import Run, current_plan
 from trainer.training.state import TrainState
@@ -177,9 +178,18 @@ def log_evaluation(run: Run, state: TrainState, logits: np.ndarray, metrics: dic
 
 
 def write_evaluation(
-    folder: Path, task: Task, logits: np.ndarray, targets: np.ndarray, label_names: list[str], split: TextSplit
+    folder: Path,
+    task: Task,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    label_names: list[str],
+    split: TextSplit,
+    train: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes predictions.csv, metrics.json and the task's own files to evaluation/<split>; returns the metrics."""
+    """Writes predictions.csv, metrics.json and the task's own files to evaluation/<split>; returns the metrics.
+
+    `train` has the counts of the training split, for the shares of the classes.
+    """
     columns: dict[str, Iterable[Any]] = {
         "id": split.rows,
         "label": task.format_targets(targets, label_names),
@@ -187,7 +197,8 @@ def write_evaluation(
         "text": split.texts,
         **({"text_pair": split.text_pairs} if split.text_pairs is not None else {}),
     }
-    metrics = measure(task, logits, targets, label_names)
+    shares = class_shares(task, logits, label_names, train)
+    metrics = {**measure(task, logits, targets, label_names), "class_shares": shares}
     write_atomic(folder / "predictions.csv", predictions_csv(columns))
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     for name, text in task.files(logits, targets, label_names).items():

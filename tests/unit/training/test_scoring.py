@@ -125,7 +125,8 @@ LOGITS = np.log(np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]], dtype=np.fl
 def test_the_files_of_an_evaluation(tmp_path, pairs):
     texts = ["one", "two\nlines", '=1+"1"']
     split = SimpleNamespace(rows=np.array([4, 5, 9]), texts=texts, text_pairs=pairs)
-    metrics = write_evaluation(tmp_path / "test", single_label.TASK, LOGITS, np.array([0, 1, 1]), NAMES, split)
+    targets, train = np.array([0, 1, 1]), {"num_examples": 4, "label_counts": dict(zip(NAMES, [1, 3], strict=True))}
+    metrics = write_evaluation(tmp_path / "test", single_label.TASK, LOGITS, targets, NAMES, split, train)
     with (tmp_path / "test" / "predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == ["4", "5", "9"]
@@ -137,6 +138,7 @@ def test_the_files_of_an_evaluation(tmp_path, pairs):
     assert [float(row[f"probability:{NAMES[1]}"]) for row in rows] == [0.25, 0.5, 0.875]
     assert json.loads((tmp_path / "test" / "metrics.json").read_text()) == metrics
     assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["class_shares"][NAMES[0]] == {"predicted": 2 / 3, "train": 0.25}
     with (tmp_path / "test" / "confusion_matrix.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.reader(file)) == [["true \\ predicted", *NAMES], [NAMES[0], "1", "0"], [NAMES[1], "1", "1"]]
     report = (tmp_path / "test" / "classification_report.txt").read_text()
