@@ -30,7 +30,6 @@ from benchmarks.workload import (
     MICRO_BATCH,
     RANK,
     SEED,
-    TARGETS,
     WEIGHT_DECAY,
     Pass,
     clock,
@@ -49,12 +48,12 @@ def silence():
     warnings.filterwarnings("ignore", module=r"transformers\.")
 
 
-def build_model(folder):
+def build_model(folder, targets):
     """The classifier with its adapter: the same tensors as `trainer.model.build.build_model` draws."""
     torch.manual_seed(SEED)
     model = AutoModelForSequenceClassification.from_pretrained(folder / "backbone")
     torch.manual_seed(SEED)
-    lora = LoraConfig(TaskType.SEQ_CLS, r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=TARGETS)
+    lora = LoraConfig(TaskType.SEQ_CLS, r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=list(targets))
     return get_peft_model(model, lora)
 
 
@@ -92,7 +91,7 @@ class Peer:
         self.tokens = np.concatenate([one["input_ids"] for one in features])
         self.plan = plan_of(self.lengths, task.batch)
         self.collator = CountingCollator(tokenizer)
-        self.model = build_model(task.folder)
+        self.model = build_model(task.folder, task.targets)
 
     def of_steps(self, steps):
         """The examples that Isotrain trains in these steps."""

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
@@ -31,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED, LABELS, MAX_LENGTH = 0, 4, 512
 POOL = 4992  # examples: whole batches of 32, 64 and 128
 MICRO_BATCH, EVALUATION_BATCH = 16, 32
-RANK, ALPHA, DROPOUT, TARGETS = 8, 16, 0.1, ["query", "value"]
+RANK, ALPHA, DROPOUT = 8, 16, 0.1
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROBERTA_NAMES = {
@@ -46,6 +52,36 @@ LENGTHS = {
 
 
 @dataclass(frozen=True)
+class Backbone:
+    """A shape, whose weights are drawn at random, and how much of it a CPU trains in a pass."""
+
+    config: Callable[[], PreTrainedConfig]
+    examples_a_pass: int
+    passes: int = 3
+    targets: Sequence[str] = ("query", "value")
+
+
+MINILM = {
+    "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}  # fmt: skip
+ELECTRA_BASE = {
+    "embedding_size": 768, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
+}  # fmt: skip
+BACKBONES = {
+    "roberta-base": Backbone(
+        lambda: RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1), 128, passes=5
+    ),
+    "minilm": Backbone(lambda: BertConfig(**MINILM), 512, passes=5),
+    "distilbert": Backbone(DistilBertConfig, 192, targets=("q_lin", "v_lin")),
+    "electra": Backbone(lambda: ElectraConfig(**ELECTRA_BASE), 96),
+    "mpnet": Backbone(lambda: MPNetConfig(max_position_embeddings=514), 96, targets=("q", "v")),
+    "modernbert": Backbone(ModernBertConfig, 96, targets=("Wqkv",)),
+}
+"""the base size of each family"""
+
+
+@dataclass(frozen=True)
 class Task:
     """What a contender is made from."""
 
@@ -56,6 +92,8 @@ class Task:
     precision: str
     """no, bf16 or fp16"""
     device: str
+    targets: Sequence[str] = ("query", "value")
+    """what LoRA is put on"""
 
 
 @dataclass(frozen=True)
@@ -115,19 +153,12 @@ def read_tokenizer(folder):
     )
 
 
-def backbone_config(name):
-    """roberta-base's or all-MiniLM-L6-v2's shape."""
-    if name == "roberta-base":
-        return RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-    return BertConfig(
-        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
-
-
 def write_inputs(folder, config, rows, tokenizer):
     """Writes backbone/, its weights drawn from a seed, and train.csv."""
     config.num_labels = max(label for _, label in rows) + 1
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = DROPOUT
+    for name, value in config.to_dict().items():
+        if "dropout" in name and isinstance(value, float):
+            setattr(config, name, DROPOUT)
     config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(SEED)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "backbone")
@@ -150,10 +181,11 @@ def plan_of(lengths, batch):
 
 
 def num_layer_weights(config):
-    """Weights of the backbone outside the embeddings: those of its layers."""
+    """Weights of the backbone's layers."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    return sum(parameter.numel() for parameter in model.base_model.encoder.parameters())
+    layers = next(module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList))
+    return sum(parameter.numel() for parameter in layers.parameters())
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -188,7 +220,7 @@ def serve(arguments, build):
         arguments: what a `Task` is made from, and what else `build` takes.
         build: makes the contender of a `Task`.
     """
-    folder, batch, precision, device, *others = arguments
+    folder, batch, precision, device, targets, *others = arguments
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
 
@@ -196,7 +228,7 @@ def serve(arguments, build):
         print(json.dumps(found), file=answers, flush=True)
 
     libraries = peak_of_process()
-    contender = build(Task(Path(folder), int(batch), precision, device), *others)
+    contender = build(Task(Path(folder), int(batch), precision, device, targets.split(",")), *others)
     plan = plan_of(contender.lengths, int(batch))
     longest = int(np.argmax(contender.lengths))
     first = next(step for step in range(plan.steps_per_epoch) if longest in plan.global_batch(step))

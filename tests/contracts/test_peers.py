@@ -173,8 +173,11 @@ def test_the_generated_texts_have_the_lengths_of_news():
 
 
 def test_the_weights_that_count():
-    assert workload.num_layer_weights(workload.backbone_config("roberta-base")) == 85_054_464
-    assert workload.num_layer_weights(workload.backbone_config("minilm")) == 10_646_784
+    counts = {name: workload.num_layer_weights(backbone.config()) for name, backbone in workload.BACKBONES.items()}
+    assert counts == {
+        "roberta-base": 85_054_464, "minilm": 10_646_784, "distilbert": 42_527_232, "electra": 85_054_464,
+        "mpnet": 85_054_464, "modernbert": 110_330_112,
+    }  # fmt: skip
 
 
 def test_the_peak_of_a_process_is_its_own_and_what_it_holds():
@@ -223,6 +226,8 @@ def test_a_missed_target_is_named(result):
     assert [met for met, _ in judged] == [True, False, True, True]
     assert judged[1][1].startswith("MISSED: Trainer, group_by_length: 1.40x, at least 1.5x (the other reaches")
     assert judged[3][1] == "met: memory: 0.50x, at most 0.6x"
+    [(met, said)] = compare.verdicts(compare.summarised(result), "mpnet", "cpu", 32)
+    assert met and said == "met: Trainer, dynamic padding: 3.00x, at least 2.5x"
     result["training"][compare.GROUPED] = passes_of(7.0, 7.0, 7.0)
     assert all(met for met, _ in compare.verdicts(compare.summarised(result), "roberta-base", "cpu", 32))
     result["memory"][compare.OURS]["process"] = 2**32
