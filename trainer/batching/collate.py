@@ -14,7 +14,7 @@ import torch
 from trainer.compat import on_device
 from trainer.data.tokens import Examples, num_windows
 
-WINDOW_BITS = 40  # the windows of an example are numbered above these bits of its id
+WINDOW_BITS = 40  # a window's number is above these bits of its example's id; the first window has number 0
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Batch:
     owners: np.ndarray
     """position in `ids` of each window's example, int64 [W]"""
     window_ids: np.ndarray
-    """a function of example id and number of the window, int64 [W]: the id of an example's first window"""
+    """what dropout's masks depend on: a function of the example and the window alone, int64 [W]"""
     lengths: np.ndarray
     """tokens per window, int64 [W]"""
     inputs: dict[str, torch.Tensor]

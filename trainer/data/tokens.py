@@ -39,7 +39,7 @@ HASHED_NUMBERS = 2**24
 TYPES = {"tokens": np.int32, "lengths": np.int64, "token_types": np.int8}
 """types of the cached arrays, each a file"""
 
-ANY_LENGTH = 2**31
+ANY_LENGTH = 2**31 - 1
 """a window length that no example reaches, so each example is one window"""
 
 Arrays = dict[str, np.ndarray]
@@ -120,7 +120,7 @@ def tokenize(
         token_types=arrays.get("token_types"),
         targets=split.targets if split.targets is not None else np.zeros(len(split), dtype=np.int64),
         lengths=arrays["lengths"],
-        window_length=max_length,
+        window_length=ANY_LENGTH if overlap is None else max_length,
     )
 
 

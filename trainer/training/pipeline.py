@@ -231,7 +231,7 @@ def describe_data(run: Run) -> list[str]:
         f"duplicates within train{together}": counts["train"]["num_duplicates"],
         **{f"rows of {name} found in train": counts[name]["num_in_train"] for name in corpus.splits if name != "train"},
         f"examples fill all {max_length} tokens and may be cut{fix}": num_cut,
-        f"examples have several windows of {max_length} tokens": int((lengths > max_length).sum()),
+        f"examples have several windows of {max_length} tokens": int((lengths > run.plan.window_length).sum()),
     }
     return [
         f"{sizes} examples of {kinds} (task.type {corpus.task.type})",
