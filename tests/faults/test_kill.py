@@ -14,6 +14,7 @@ import sys
 import pytest
 
 from tests.harness.commands import changed, command, start
+from tests.harness.data import OTHER_FAMILIES, save_backbone
 from tests.harness.processes import ROOT
 from tests.harness.runs import assert_same, checkpoints, outcome, records, tensors
 
@@ -86,7 +87,20 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_killed_with_an_adapter_that_is_more_than_its_tensors(adapter, options, tmp_path):
-    options = changed(options, **ADAPTERS[adapter], optim__lora_b_lr_ratio=4, optim__epochs=1)
+    kill_and_compare(changed(options, **ADAPTERS[adapter], optim__lora_b_lr_ratio=4), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["modernbert", "qwen3"])
+def test_killed_in_another_packed_family(family, options, tmp_path):
+    targets, sizes = OTHER_FAMILIES[family]
+    backbone = save_backbone(tmp_path / family, family, **sizes)
+    options = changed(options, model__name=backbone, peft__target_modules=targets, model__packed="true")
+    kill_and_compare(options, tmp_path)
+
+
+def kill_and_compare(options, tmp_path):
+    """A run of one epoch, killed in its fifth step and continued, is the run that nothing interrupted."""
+    options = changed(options, optim__epochs=1)
     whole, killed = (changed(options, run__output_dir=tmp_path / name) for name in ("whole", "killed"))
     assert command("run", whole, [LESS]).code == 0
     assert command("run", killed, [LESS, ("at_call", "train_step", 5)]).code == -signal.SIGKILL

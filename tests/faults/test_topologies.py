@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from tests.harness.commands import changed, on_ranks
+from tests.harness.data import OTHER_FAMILIES, save_backbone
 from tests.harness.runs import assert_each_once, checkpoints, distance, records, trained_ids
 
 LESS = ("no_figures",)
@@ -62,6 +63,21 @@ def test_two_ranks_then_one_then_four(alone, tmp_path):
     assert len(rates(folder)) == 12
     assert rates(folder) == rates(expected)
     assert distance(folder, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["modernbert", "qwen3"])
+def test_two_ranks_then_one_in_another_packed_family(family, options, tmp_path):
+    targets, sizes = OTHER_FAMILIES[family]
+    changes = {"model__name": save_backbone(tmp_path / family, family, **sizes), "peft__target_modules": targets}
+    arguments, expected = trained_alone(options, tmp_path / "alone", **changes, model__packed="true", optim__epochs=1)
+    arguments = changed(arguments, run__output_dir=tmp_path)
+    term = ("at_call", "example_losses", 4, int(signal.SIGTERM))
+    two = on_ranks(2, arguments, [LESS], {1: [term]})
+    assert [rank.code for rank in two] == [128 + signal.SIGTERM] * 2, two[0].stderr
+    (one,) = on_ranks(1, arguments, [LESS])
+    assert one.code == 0, one.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_sizes"] == [2, 1]
+    assert distance(tmp_path / "run", expected) < TOLERANCE
 
 
 def test_another_seed_and_an_example_twice_are_noticed(alone, options, tmp_path):

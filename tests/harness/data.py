@@ -96,6 +96,16 @@ def make_tokenizer():
     )
 
 
+# Families that have a packed forward of their own: targets of LoRA, and sizes by their own names.
+OTHER_FAMILIES = {
+    "mpnet": ("[q,v]", {}),
+    "distilbert": ("[q_lin,v_lin]", {"hidden_dim": 64}),
+    "electra": ("[query,value]", {"embedding_size": 24}),
+    "modernbert": ("[Wqkv,Wi]", {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 2}),
+    "qwen3": ("[q_proj,v_proj,up_proj]", {"num_key_value_heads": 2, "head_dim": 12}),
+}
+
+
 def save_backbone(folder, family="roberta", **sizes):
     """Writes a backbone of 2 layers, 32 hidden units and random weights, as a hub download would look."""
     import torch

@@ -7,7 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, RobertaConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+    LlamaConfig,
+    Qwen3Config,
+    RobertaConfig,
+)
 
 from tests.harness.ranks import call_on_ranks
 from tests.parity.ranks import gradients
@@ -22,10 +28,11 @@ SIZE = {
 }  # fmt: skip
 RATES = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 FAMILIES = {
-    "packed": RobertaConfig(**SIZE, **RATES),
+    "packed roberta": RobertaConfig(**SIZE, **RATES),
+    "packed qwen3": Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=12, attention_dropout=0.1),
     "roberta": RobertaConfig(**SIZE, **RATES),
     "llama": LlamaConfig(**SIZE, num_key_value_heads=2),
-    "dropout without keys": GPT2Config(**SIZE),
+    "dropout without keys": DebertaV2Config(**SIZE, **RATES, relative_attention=True, pos_att_type=["p2c"]),
 }
 
 
@@ -36,7 +43,7 @@ def build(family, way):
     options = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.1, "init_lora_weights": False}
     model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, **options)).double().train()
     keys = install(model, seed=7)
-    if family == "packed":
+    if "packed" in family:
         return keys, PackedForward(model, way and way(keys))
     if way:
         checkpoint_layers(model.get_base_model(), way(keys))
@@ -87,7 +94,7 @@ def other_masks(keys):
     return lambda function, *inputs: keys.checkpoint(functools.partial(compute, function), *inputs)
 
 
-@pytest.mark.parametrize("family", ["packed", "roberta"])
+@pytest.mark.parametrize("family", ["packed roberta", "roberta"])
 def test_other_masks_in_the_second_forward_would_be_seen(family):
     expected, _ = gradient(family)
     assert (gradient(family, other_masks)[0] - expected).abs().max() > 1e-3 * expected.abs().max()

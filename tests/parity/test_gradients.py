@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.harness.data import save_backbone, topic_rows
+from tests.harness.data import OTHER_FAMILIES, save_backbone, topic_rows
 from tests.harness.ranks import call_on_ranks
 from tests.parity.ranks import gradients, plain_gradient
 
@@ -59,18 +59,9 @@ def test_every_factorisation_gives_one_gradient(found, world_size, dropout, pack
             assert np.linalg.norm(whole["gradient"]) == pytest.approx(rank[case]["norm"], rel=1e-9)
 
 
-OTHER_FAMILIES = {
-    "mpnet": ("[q,v]", {}),
-    "distilbert": ("[q_lin,v_lin]", {"hidden_dim": 64}),
-    "electra": ("[query,value]", {"embedding_size": 24}),
-    "modernbert": ("[Wqkv,Wi]", {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 2}),
-    "qwen3": ("[q_proj,v_proj,up_proj]", {"num_key_value_heads": 2, "head_dim": 12}),
-}
-"""targets of LoRA, and sizes by their own names; on one rank see test_packed.py"""
-
-
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_two_ranks_give_one_gradient_in_every_packed_family(family, parity_arguments, tmp_path):
+    """On one rank see test_packed.py."""
     targets, sizes = OTHER_FAMILIES[family]
     backbone = save_backbone(tmp_path / family, family, **sizes)
     cases = [(*batch, budget) for batch in BATCHES[:2] for budget in (WHOLE, 70)]
