@@ -167,8 +167,9 @@ def accuracy_figure(records: Sequence[Record], best_step: int, test_accuracy: fl
     axes = figure.add_subplot(xlabel="step", ylabel="validation score")
     names = _plot_points(axes, records, "validation/f1_macro", "macro-F1", VERMILION, ".1%")
     names += _plot_points(axes, records, "validation/accuracy", "accuracy", BLUE, ".1%")
-    names += _plot_points(axes, records, "validation/spearman", "Spearman", VERMILION, ".1%")
-    names += _plot_points(axes, records, "validation/pearson", "Pearson", BLUE, ".1%")
+    correlations = _plot_points(axes, records, "validation/spearman", "Spearman", VERMILION, ".3f")
+    correlations += _plot_points(axes, records, "validation/pearson", "Pearson", BLUE, ".3f")
+    names += correlations
     if not names:
         return None
     if test_accuracy is not None:
@@ -182,7 +183,8 @@ def accuracy_figure(records: Sequence[Record], best_step: int, test_accuracy: fl
             best_step, 0.02, f"best: step {best_step} ", transform=axes.get_xaxis_transform(), ha="right", fontsize=9
         )
     axes.margins(y=0.18)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if not correlations:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _label_lines(axes, records, names)
     return figure
 

@@ -228,10 +228,10 @@ def render_page(run: RunFiles, pictures: Mapping[str, bytes]) -> str:
 
 
 def _format_number(value: object, digits: int = 0) -> str:
-    """Shows decimals, or digits where decimals would all be 0; a dash for anything else."""
+    """Shows decimals, or as many digits of a small number; a dash for anything else."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "—"
-    is_tiny = digits > 0 and 0 < abs(value) < 0.5 * 10**-digits
+    is_tiny = digits > 0 and 0 < abs(value) < 10.0 ** (1 - digits)
     return f"{value:.{digits}g}" if is_tiny else f"{value:,.{digits}f}"
 
 
