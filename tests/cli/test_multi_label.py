@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -99,9 +100,10 @@ def test_a_second_start_finds_the_run_finished(arguments, run):
 
 
 def test_a_killed_run_ends_in_the_same_bits_and_on_two_ranks_in_the_same_adapter(arguments, run, tmp_path):
-    for world_size, place in ((1, tmp_path / "one"), (2, tmp_path / "two")):
-        given = changed(arguments, run__output_dir=place)
-        assert command("run", given, [LESS, ("at_call", "train_step", 8)]).code == -signal.SIGKILL
+    one, two = (changed(arguments, run__output_dir=tmp_path / name) for name in ("one", "two"))
+    assert command("run", one, [LESS, ("at_call", "train_step", 8)]).code == -signal.SIGKILL
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for world_size, given in ((1, one), (2, two)):
         ranks = on_ranks(world_size, given, [LESS])
         assert [rank.code for rank in ranks] == [0] * world_size, ranks[0].stderr
     assert_same(tmp_path / "one" / "run", outcome(run[0]))

@@ -152,27 +152,39 @@ def test_the_step_is_that_of_torchs_own_loss_and_autograd(found, parity_argument
         assert abs(loss - weighted_loss) > 1e-4
 
 
-def test_several_labels_give_one_gradient_too(parity_arguments, tmp_path):
-    """With weights of labels; all labels of two examples in a row make one list, and some lists are empty."""
+OF_TASKS = {
+    "multi_label": ("--optim.class_weights", "balanced"),
+    "regression": ("--optim.class_weights", "null", "--task.type", "regression", "--task.loss", "huber"),
+}
+
+
+def label_of(task, rows, i):
+    """All labels of two examples in a row make one list, and some lists are empty; numbers are of uneven size."""
+    if task == "regression":
+        return 1000 + 0.37 * i**2 * (-1) ** i
+    return [rows[i][1], rows[i - 1][1]] if i % 3 else []
+
+
+@pytest.mark.parametrize("task", OF_TASKS)
+def test_every_task_gives_one_gradient_too(parity_arguments, tmp_path, task):
     for name, seed, count in (("train", 1, 61), ("validation", 3, 13)):
         rows = topic_rows(count, seed)
-        labels = [[rows[i][1], rows[i - 1][1]] if i % 3 else [] for i in range(count)]
-        content = [{"text": text, "label": label} for (text, _), label in zip(rows, labels, strict=True)]
+        content = [{"text": text, "label": label_of(task, rows, i)} for i, (text, _) in enumerate(rows)]
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
 
-    def results(world_size, packed, weights, wrong=None):
+    def results(world_size, packed, wrong=None):
         arguments = parity_arguments(
-            f"labels-{world_size}-{packed}-{weights}-{wrong}", 0.1, *STEP_IS_GRADIENT, "--model.packed", packed,
+            f"{task}-{world_size}-{packed}-{wrong}", 0.1, *STEP_IS_GRADIENT, "--model.packed", packed,
             "--data.train", tmp_path / "train.json", "--data.validation", tmp_path / "validation.json",
-            "--optim.label_smoothing", "0", "--optim.class_weights", weights,
+            "--optim.label_smoothing", "0", *OF_TASKS[task],
         )  # fmt: skip
         return call_on_ranks(world_size, gradients, arguments, CASES[:5], wrong)
 
-    whole = results(1, "false", "balanced")[0][CASES[0]]
+    whole = results(1, "false")[0][CASES[0]]
     assert len(whole["sizes"]) == 1 and np.abs(whole["gradient"]).max() > 1e-3
     for world_size, packed in ((1, "true"), (2, "true"), (2, "false")):
-        for rank in results(world_size, packed, "balanced"):
+        for rank in results(world_size, packed):
             assert max(distance(result, whole) for result in rank.values()) < TOLERANCE
             assert all(result["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE) for result in rank.values())
-    wrong = results(2, "true", "balanced", "mean of means")[0]
+    wrong = results(2, "true", "mean of means")[0]
     assert sum(distance(result, whole) > 1e6 * TOLERANCE for result in wrong.values()) >= 2

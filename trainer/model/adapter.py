@@ -158,21 +158,21 @@ def save_adapter(
 
 
 def load_task(folder: Path, config: TaskConfig, label_names: list[str]) -> Task:
-    """The task with the constants that `save_adapter` wrote to an adapter's folder."""
+    """The task of a finished run, with the constants in its adapter's folder."""
     return make_task(config, load_constants(folder, config, label_names))
 
 
-def load_constants(folder: Path, config: TaskConfig, label_names: list[str]) -> Constants:
-    """The constants of the task that `save_adapter` wrote to an adapter's folder."""
+def load_constants(folder: Path, config: TaskConfig, label_names: list[str], option: str = "--run") -> Constants:
+    """The constants of the task that `save_adapter` wrote; `option` is the one that names the folder."""
     path = folder / CONSTANTS
     try:
         constants = dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--run: {path} cannot be read: {one_line(error)}") from None
+        raise UserError(f"{option}: {path} cannot be read: {one_line(error)}") from None
     try:
         return check_constants(config, constants, label_names)
     except UserError as error:
-        raise UserError(f"--run: {path}: {error}") from None
+        raise UserError(f"{option}: {path}: {error}") from None
 
 
 def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str], problem_type: str) -> Backbone:

@@ -100,16 +100,19 @@ def check_constants(config: TaskConfig, constants: Mapping[str, Any], label_name
     Raises:
         UserError: a constant is missing, or is not one number in its range for each label name.
     """
-    limits = make_task(config).constants
-    if missing := sorted(limits.keys() - constants.keys()) if make_task(config).fit else []:
+    task = make_task(config)
+    missing = sorted(task.constants.keys() - constants.keys())
+    if missing and task.fit is not None:
         raise UserError(f"{missing[0]!r} is missing; copy the file again")
     ordered = {}
-    for kind in limits.keys() & constants.keys():
+    for kind, limits in task.constants.items():
+        if kind in missing:
+            continue
         values = constants[kind]
         if not isinstance(values, dict) or values.keys() != set(label_names):
             raise UserError(f"{kind!r} must have one number for each of {quoted(label_names)}")
         for name, value in values.items():
-            if type(value) not in (int, float) or not limits[kind]["accepts"](value):
-                raise UserError(f"{kind!r} of {name!r} is {value!r}; it must be {limits[kind]['range']}")
+            if type(value) not in (int, float) or not limits["accepts"](value):
+                raise UserError(f"{kind!r} of {name!r} is {value!r}; it must be {limits['range']}")
         ordered[kind] = {name: float(values[name]) for name in label_names}
     return ordered

@@ -7,6 +7,7 @@ process builds the same.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from trainer.distributed.session import StopRequest
 from trainer.distributed.watch import Watch
 from trainer.dropout.sites import DropoutKeys
 from trainer.errors import UserError, print_once
-from trainer.model.adapter import read_adapter
+from trainer.model.adapter import SavedAdapter, load_constants, read_adapter
 from trainer.model.backbone import FP32_ONLY_FAMILIES, Backbone, Identity, check_same_backbone, find_backbone
 from trainer.model.budget import fit_budget
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
@@ -31,6 +32,7 @@ from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Forward, build_forward, check_packed
 from trainer.reporting.tracking import RunLog
 from trainer.tasks import make_task
+from trainer.tasks.task import Constants
 from trainer.training.adalora import set_total_steps
 from trainer.training.adapter_start import start_adapter
 from trainer.training.optim import build_optimizer
@@ -55,6 +57,8 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
         there, here = (kind.removesuffix("_classification") for kind in (start.problem_type, problem_type))
         fix = "set task.type to that of its run, or leave model.adapter out"
         raise UserError(f"model.adapter: {start.folder} was trained for {there}, and the labels are {here}; {fix}")
+    if start is not None:
+        corpus = dataclasses.replace(corpus, constants=keep_constants(corpus, start))
     backbone = find_backbone(config.model, corpus.label_names, recorded, problem_type=problem_type)
     if config.run.precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
@@ -79,8 +83,18 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
         "backbone": backbone.identity.fingerprint,
         **{f"{name} split": split.fingerprint() for name, split in examples.items()},
         **({"adapter to start from": start.fingerprint()} if start is not None else {}),
+        **({"constants of the task": json.dumps(corpus.constants)} if corpus.constants else {}),
     }
     return Inputs(corpus, examples, backbone, peft, start, fingerprints)
+
+
+def keep_constants(corpus: Corpus, start: SavedAdapter) -> Constants:
+    """The constants before step 1; a label name that `start` knows keeps its own, since its logits fit them."""
+    saved = load_constants(start.folder, corpus.task, start.label_names, "model.adapter")
+    return {
+        kind: {name: saved[kind].get(name, value) for name, value in values.items()}
+        for kind, values in corpus.constants.items()
+    }
 
 
 def choose_rank(backbone: Backbone, config: Config) -> PeftConfig:

@@ -15,7 +15,15 @@ import yaml
 
 from tests.harness.commands import run_script
 from trainer.files import read_json_lines
-from trainer.reporting.figures import MAX_FIGURE_INCHES, confusion_matrix_figure, figure_label, select_values, smooth
+from trainer.reporting.figures import (
+    MAX_FIGURE_INCHES,
+    MAX_SHOWN_TARGETS,
+    confusion_matrix_figure,
+    figure_label,
+    residuals_figure,
+    select_values,
+    smooth,
+)
 from trainer.reporting.page import build_report, find_confident_errors
 
 NEWS = ["World", "Sports", "Business", "Sci/Tech"]
@@ -250,6 +258,51 @@ def test_errors_are_sorted_by_confidence(tmp_path: Path) -> None:
     errors = find_confident_errors(tmp_path / "predictions.csv")
     expected = sorted(range(1, 100, 2), key=lambda place: -confidences[place])[:25]
     assert [int(row["id"]) for row in errors] == expected
+
+
+def write_numbers(folder: Path, names: Sequence[str], true: Any, predicted: Any) -> None:
+    """Turns a split into that of a regression; the numbers are [N, C]."""
+    for name in ("confusion_matrix.csv", "metrics.json"):
+        (folder / name).unlink()
+    scores = {"mse": 1.25e-7, "mae": 0.25, "pearson": -0.5, "spearman": 0.75, "r2": -12.5}
+    metrics = {**scores, "loss": 0.5, "num_examples": len(true), "per_class": dict.fromkeys(names, scores)}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    pairs = list(zip(np.array(true).tolist(), np.array(predicted).tolist(), strict=True))
+    with (folder / "residuals.csv").open("w", newline="") as file:
+        rows = [[name, t, p] for ts, ps in pairs for name, t, p in zip(names, ts, ps, strict=True)]
+        csv.writer(file).writerows([["target", "true", "predicted"], *rows])
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        cells = [[json.dumps(row[0] if len(names) == 1 else row) for row in pair] for pair in pairs]
+        rows = [[i, *pair, f"text {i}"] for i, pair in enumerate(cells)]
+        csv.writer(file).writerows([["id", "label", "prediction", "text"], *rows])
+
+
+@pytest.mark.parametrize("names", [["stars"], ["stars", HOSTILE[0]]])
+def test_a_regression_has_scores_residuals_and_its_largest_errors(tmp_path: Path, names: list[str]) -> None:
+    run = write_run(tmp_path / "run")
+    size = 1000.0 ** np.arange(len(names))
+    true = np.random.default_rng(0).normal(size=(40, len(names))) * size
+    predicted = true.copy()
+    predicted[7, -1] += 5 * size[-1]
+    predicted[3, 0] -= 2 * size[0]
+    for split in ("validation", "test"):
+        write_numbers(run / "evaluation" / split, names, true, predicted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_report(run)
+    assert all((run / f"evaluation/{split}/residuals.png").is_file() for split in ("validation", "test"))
+    page = read_page(run)
+    assert "The largest errors of the test split" in page.text and "Scores by target" in page.text
+    assert "1.25e-07" in page.text and "-12.500" in page.text and "onfusion" not in page.text
+    assert all(name in page.text for name in names) and "script" not in {tag for tag, _ in page.tags}
+    assert page.text.index("text 7") < page.text.index("text 3"), "the error in standard deviations counts"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_equal_numbers_have_a_figure_too(count: int) -> None:
+    constant = np.full((count, 1), 2.5)
+    assert len(residuals_figure(constant, constant, ["x"]).axes) == 2
+    assert len(residuals_figure(np.zeros((count, 20)), np.ones((count, 20)), ["x"] * 20).axes) == 2 * MAX_SHOWN_TARGETS
 
 
 def test_full_texts_and_pairs_are_on_the_page(tmp_path: Path) -> None:

@@ -108,10 +108,11 @@ def test_hyperparameters_text_and_figure(tmp_path):
     folder = tmp_path / "run"
     log = opened(folder)
     log.log_confusion_matrix("validation/confusion_matrix", np.array([[3, 1], [0, 2]]), ["a <b>", "$x^"], 4)
+    log.log_residuals("validation/residuals", np.ones((3, 1)), np.zeros((3, 1)), ["$x^"], 4)
     log.log_final_metrics(CONFIG, {"final/test_accuracy": 0.75}, 6, 1.0)
     log.close()
     tags = board(folder).Tags()
-    assert tags["images"] == ["validation/confusion_matrix"]
+    assert tags["images"] == ["validation/confusion_matrix", "validation/residuals"]
     (text,) = [tag for tag in tags["tensors"] if tag.startswith("config")]
     said = board(folder).Tensors(text)[0].tensor_proto.string_val[0].decode()
     assert '"class_weights"' in said
