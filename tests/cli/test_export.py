@@ -11,7 +11,8 @@ from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from tests.harness.commands import changed, command
-from tests.harness.data import topic_rows
+from tests.harness.data import topic_rows, write_csv
+from tests.harness.runs import read_csv
 
 LENGTH = 48  # data.max_length of the run
 TEXTS = [text for text, _ in topic_rows(9, seed=5)]
@@ -47,7 +48,7 @@ def test_the_logits_are_the_adapters(run, exported):
     assert torch.allclose(logits(merged, tokenizer), logits(apart, tokenizer), atol=1e-5)
 
 
-def test_labels_tokenizer_and_pipeline(exported):
+def test_labels_tokenizer_and_pipeline(run, exported, tmp_path):
     folder, _ = exported
     names = ["Business", "Sci/Tech", "Sports", "World"]
     settings = json.loads((folder / "config.json").read_text())
@@ -57,9 +58,17 @@ def test_labels_tokenizer_and_pipeline(exported):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(folder))
     assert not [name for name in os.listdir(folder) if "adapter" in name]
     assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "config.json").stat().st_mode}
-    answers = pipeline("text-classification", model=str(folder), device="cpu")(TEXTS)
-    assert len(answers) == len(TEXTS)
-    assert {answer["label"] for answer in answers} <= set(names)
+    assert settings["problem_type"] == "single_label_classification"
+    answers = pipeline("text-classification", model=str(folder), device="cpu", top_k=None)(TEXTS)
+    shares = [{answer["label"]: answer["score"] for answer in row} for row in answers]
+    source = write_csv(tmp_path / "new.csv", [(text,) for text in TEXTS], ("text",))
+    assert command("predict", ["--run", run, "--input", source, "--output", tmp_path / "out.csv"]).code == 0
+    header, *rows = read_csv(tmp_path / "out.csv")
+    predicted = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [max(row, key=row.get) for row in shares] == [row["prediction"] for row in predicted]
+    for name in names:
+        wanted = [float(row[f"probability:{name}"]) for row in predicted]
+        assert [row[name] for row in shares] == pytest.approx(wanted, abs=2e-6)
 
 
 def test_whoever_truncates_gets_the_length_of_training(run, exported):
