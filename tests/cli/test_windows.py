@@ -104,6 +104,13 @@ def test_a_model_whose_logits_depend_on_padding_is_refused(arguments, tmp_path):
     assert all(word in ended.stderr for word in ("data.long_documents windows", "padding", "use cut")), ended.stderr
 
 
+def test_memory_for_less_than_a_document(arguments, tmp_path):
+    given = changed(arguments, run__output_dir=tmp_path)
+    ended = command("run", given, [LESS, ("out_of_memory", 20, "backward")])
+    assert ended.code == 2 and "Traceback" not in ended.stderr
+    assert all(word in ended.stderr for word in ("step 1", "single example", "data.long_documents cut")), ended.stderr
+
+
 def test_an_export_says_that_a_pipeline_cuts(run, tmp_path):
     ended = command("export", ["--run", run[0], "--output", tmp_path / "model"])
     assert ended.code == 0 and all(word in ended.stderr for word in ("pipeline", "16 tokens", "stride=4"))
