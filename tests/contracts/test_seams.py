@@ -14,6 +14,7 @@ from transformers import Data2VecTextForSequenceClassification
 
 from tests.harness.data import TOPICS, topic_rows, write_csv
 from trainer.config.loading import parse_config
+from trainer.config.schema import FINITE
 from trainer.errors import UserError
 from trainer.packed.encoder import encoder_layers, modules_of_bert
 from trainer.packed.families import FAMILIES, Family, embed_from_padding
@@ -75,7 +76,16 @@ AMOUNT = Task(
 
 
 def test_a_task(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "amount", lambda config, constants: AMOUNT)
+    learned_with = []
+
+    def make_task(config, constants):
+        losses = AMOUNT.make_losses
+        return dataclasses.replace(
+            AMOUNT, make_losses=lambda *given: learned_with.append(constants) or losses(*given),
+            constants={"largest": FINITE}, fit=lambda targets, names: {"largest": {names[0]: float(targets.max())}},
+        )  # fmt: skip
+
+    monkeypatch.setitem(TASKS, "amount", make_task)
     amounts = {topic: 0.5 * i for i, topic in enumerate(TOPICS)}
     for name, count in (("train", 61), ("test", 23)):
         rows = [(text, amounts[topic]) for text, topic in topic_rows(count, seed=count)]
@@ -90,6 +100,7 @@ def test_a_task(train, tmp_path, monkeypatch):
     errors = [abs(float(row["label"]) - float(row["prediction"])) for row in rows]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["test"] == {"mean_error": pytest.approx(np.mean(errors), abs=1e-6), "num_examples": 23}
+    assert json.loads((run / "adapter" / "task.json").read_text()) == {"largest": {"stars": 1.5}} == learned_with[-1]
     assert (run / "evaluation" / "test" / "range.txt").read_text() == "0.0 to 1.5\n"
     assert [tensor.shape for name, tensor in adapter(run).items() if "out_proj.bias" in name] == [(1,)]
     losses = list(records(run, "train/loss").values())
