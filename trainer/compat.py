@@ -10,6 +10,7 @@ import ctypes
 import re
 import resource
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -85,6 +87,25 @@ def use_default_attention(config: PreTrainedConfig) -> None:
 def checkpoint_layers(model: Any, checkpoint: Callable[..., Any]) -> None:
     """Calls each layer as `checkpoint(function, *inputs)` in training (transformers 5.17, 5.23)."""
     model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+
+
+class StoredTensor:
+    """A tensor of a safetensors file, for transformers' loader: it reads by `tensor[...].to(...)` (5.17, 5.23).
+
+    It is mapped from the file in its own type, by a mapping of its own. The memory is free as soon as it is copied.
+    """
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.file, self.name = file, name
+
+    def __getitem__(self, index: Any) -> StoredTensor:
+        return self
+
+    def to(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
+        """As stored if that is a type that fp32 contains, else in `dtype`."""
+        with safe_open(self.file, framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(self.name)
+        return tensor if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor.to(dtype)
 
 
 def layer_classes(model: Any) -> Collection[str]:

@@ -29,7 +29,7 @@ from trainer.config.schema import Config, ModelConfig, PeftConfig, TaskConfig
 from trainer.errors import UserError, one_line, print_once
 from trainer.files import UNFINISHED, publish, replace_folder, writing
 from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
-from trainer.model.build import build_without_weights, set_precision
+from trainer.model.build import build_without_weights, set_precision, widen_trained
 from trainer.model.tokenizer import save_tokenizer
 from trainer.tasks import check_constants, make_task
 from trainer.tasks.task import Constants, Task
@@ -205,7 +205,8 @@ def load_trained_model(backbone: Backbone, folder: Path, compute_type: torch.dty
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter does not fit: {' '.join(str(error).split())[:240]}") from None
-    _check_tensors(model, safetensors.torch.load_file(folder / WEIGHTS), str(folder))
+    widen_trained(model)  # PEFT loads into the types of the backbone
+    load_adapter_tensors(model, safetensors.torch.load_file(folder / WEIGHTS), str(folder))
     set_precision(model, compute_type)
     return model.requires_grad_(False).eval()
 

@@ -22,16 +22,18 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from trainer.compat import use_default_attention
+from trainer.compat import StoredTensor, use_default_attention
 from trainer.config.schema import ModelConfig
 from trainer.errors import UserError, one_line
 from trainer.model.tokenizer import OFFSET_POSITION_FAMILIES, read_special_tokens_as_text, set_padding
 
 REMOTE_CODE_FAMILIES = ("mra",)  # transformers downloads the code of their attention
 FP32_ONLY_FAMILIES = ("xmod",)  # their code mixes types under autocast, which torch refuses
+NARROW_TYPES = (torch.bfloat16, torch.float16)  # fp32 contains their numbers
 # What config.json may hold from an earlier use, and must not change a run.
 NEUTRAL_SETTINGS: dict[str, Any] = {
     "output_attentions": False, "output_hidden_states": False, "return_dict": True, "torchscript": False,
@@ -90,16 +92,24 @@ class Backbone:
     @cached_property
     def identity(self) -> Identity:
         """Hashes the files; downloads those of a hub model that the cache lacks."""
-        weights, folder = getattr(self.config, "transformers_weights", None) or "model.safetensors", self.path
-        shards = f"{weights.removesuffix('.safetensors')}-*-of-*.safetensors"
-        patterns = ["config.json", "adapter_config.json", weights, f"{weights}.index.json", shards]
         try:
-            if self.commit is not None:
-                folder = snapshot_download(self.path, revision=self.commit, allow_patterns=patterns)
-            files = _hash_files(Path(folder), weights)
+            files = _hash_files(self.folder, self._weights)
         except Exception as error:  # huggingface_hub raises many kinds
             raise UserError(f"model.name: the files of {self.path} cannot be read: {one_line(error)}") from None
         return Identity(self.requested.name, self.requested.revision, self.commit, files)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its files are; downloads those of a hub model that the cache lacks."""
+        if self.commit is None:
+            return Path(self.path)
+        shards = f"{self._weights.removesuffix('.safetensors')}-*-of-*.safetensors"
+        patterns = ["config.json", "adapter_config.json", self._weights, f"{self._weights}.index.json", shards]
+        return Path(snapshot_download(self.path, revision=self.commit, allow_patterns=patterns))
+
+    @property
+    def _weights(self) -> str:
+        return getattr(self.config, "transformers_weights", None) or "model.safetensors"
 
     @property
     def max_positions(self) -> int | None:
@@ -159,31 +169,45 @@ def find_backbone(
 
 
 def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str], list[str]]:
-    """Loads the model in fp32. Refuses weights that lack more than the head and the pooler.
+    """Loads the model on the CPU. Refuses weights that lack more than the head and the pooler.
 
-    Returns the model, the names of the tensors that its file lacks or has in another shape, and notes for the user.
+    Parameters of the file are mapped from it in its own type, so they take no memory until `set_precision` copies them.
+    What the file lacks is in fp32. Returns the model, the names of the tensors that its file lacks or has in another
+    shape, and notes for the user.
     """
-    backbone.identity  # noqa: B018  # refuses missing files, and an adapter that transformers would add
+    files = [backbone.folder / name for name in backbone.identity.files if name != "config.json"]
+    model_class: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(backbone.config)]
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            backbone.path,
-            revision=backbone.commit,
+        model, info = model_class.from_pretrained(
+            None,
+            state_dict=_find_tensors(files),
             config=copy.deepcopy(backbone.config),
             dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # draws a head again that has another number of classes
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, huggingface_hub and torch raise many kinds
         reason = f"cannot be read; copy them again: {one_line(error)}"
         raise UserError(f"model.name: the weights of {backbone.path} {reason}") from None
+    model.name_or_path = model.config.name_or_path = backbone.path  # PEFT records it
+    for buffer in model.buffers():
+        if buffer.dtype in NARROW_TYPES:
+            buffer.data = buffer.data.float()
     missing = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     _refuse_partial_weights(backbone.path, model, missing, info["unexpected_keys"])
     notes = []
     if unused := _find_unused(model, info["unexpected_keys"]):
         notes.append(f"{len(unused)} tensors of the weights are not used: config.json has no place for {unused[0]}")
     return model, missing, notes
+
+
+def _find_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+    """The tensors of safetensors files, by name; reads the files' headers only."""
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: StoredTensor(file, name) for name in opened.keys()}  # noqa: SIM118
+    return found
 
 
 def set_dropout(config: PreTrainedConfig, p: float) -> None:

@@ -1,7 +1,7 @@
 """Backbone + head + adapter as one model: checked before a weight is read, then built, in the precision of the run.
 
-Always holds: only adapter and head train, in fp32. Frozen matrices are kept in the compute type, norms and embeddings
-as loaded.
+Always holds: only adapter and head train, in fp32. Frozen matrices are kept in the compute type, norms in fp32, and
+input embeddings in fp32 or as stored.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.compat import layer_classes
 from trainer.config.schema import PeftConfig
 from trainer.errors import UserError, one_line
-from trainer.model.backbone import Backbone, load_weights
-from trainer.model.peft_options import NEEDS_NUMBERS, adapter_config, add_adapter, check_effects, check_parameter_budget
+from trainer.model.backbone import NARROW_TYPES, Backbone, load_weights
+from trainer.model.peft_options import (
+    NEEDS_NUMBERS,
+    adapter_config,
+    add_adapter,
+    check_effects,
+    check_parameter_budget,
+    reads_weights,
+)
 
 MATRIX_MODULES = (nn.Linear, Conv1D)
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,11 +57,11 @@ def build_without_weights(backbone: Backbone, settings: PeftConfig) -> PeftModel
         except Exception as error:  # a family's code raises many kinds at sizes that do not fit together
             raise UserError(f"model.name: {backbone.path} cannot be built: {one_line(error)}") from None
         model = add_adapter(model, adapter_config(settings, backbone.path), set())
-    _widen_trained(model)
+    widen_trained(model)
     return model
 
 
-def _widen_trained(model: PeftModel) -> None:
+def widen_trained(model: PeftModel) -> None:
     """Keeps what trains in fp32, whatever type config.json names."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -71,7 +78,7 @@ def _check_max_length(backbone: Backbone, max_length: int, pairs: bool) -> None:
 
 
 def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> tuple[PeftModel, list[str]]:
-    """Loads the weights and adds head and adapter, drawn from the seed; in fp32 on the CPU.
+    """Loads the weights and adds head and adapter, drawn from the seed, in fp32; on the CPU.
 
     Layers that the weights lack are new and train, so the parameter budget is checked again. Also returns notes on the
     weights for the user.
@@ -79,27 +86,46 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> tuple[Pe
     torch.manual_seed(seed)
     model, missing, notes = load_weights(backbone)
     new_modules = {name.rpartition(".")[0] for name in missing}
+    if reads_weights(settings):
+        model.float()
     torch.manual_seed(seed)
     model = add_adapter(model, adapter_config(settings, backbone.path), new_modules)
     model.peft_config["default"].revision = backbone.commit
     check_parameter_budget(model, settings)
-    _widen_trained(model)
+    widen_trained(model)
     return model, notes
 
 
 def set_precision(model: nn.Module, compute_type: torch.dtype) -> None:
-    """Keeps frozen matrices and their biases in the compute type; autocast would cast them at every use.
+    """Gives each frozen tensor the type that it keeps: matrices and their biases the compute type, the others fp32.
 
-    They are copied: a mapped file aligns memory by chance, which changes the last bits of small products. An adapter's
-    output gets the type that autocast gives a product; some methods return fp32, which DeBERTa cannot take.
+    autocast would cast a matrix at every use. Each is copied out of its mapped file: a file aligns memory by chance,
+    which changes the last bits of small products. So the host holds one matrix twice, never all.
+    Input embeddings stay in a 16-bit type that the file has. What they return is in fp32, where it is the same number.
+    An adapter's output gets the type that autocast gives a product. Some methods return fp32, which DeBERTa refuses.
     """
+    embeddings = _find_narrow_embeddings(model) if compute_type != torch.float32 else []
+    for embedding in embeddings:
+        embedding.register_forward_hook(lambda module, ids, output: output.float())
     for module in model.modules():
-        if isinstance(module, MATRIX_MODULES) or hasattr(module, "q_bias"):  # DeBERTa adds these biases itself
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(compute_type, copy=True)
+        # DeBERTa adds the biases of its queries itself
+        is_matrix = isinstance(module, MATRIX_MODULES) or hasattr(module, "q_bias")
+        for parameter in module.parameters(recurse=False):
+            if is_matrix and not parameter.requires_grad:
+                parameter.data = parameter.data.to(compute_type, copy=True)
+            elif not is_matrix and parameter.dtype in NARROW_TYPES and module not in embeddings:
+                parameter.data = parameter.data.float()
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), MATRIX_MODULES):
             module.register_forward_hook(_cast_as_autocast)
+
+
+def _find_narrow_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules with the matrix of the input embeddings, if it is frozen, and in 16 bits."""
+    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    weight = backbone.get_input_embeddings().weight
+    owners = [module for module in model.modules() if getattr(module, "weight", None) is weight]
+    is_plain = all(type(module) is nn.Embedding for module in owners)  # others multiply what they read
+    return owners if is_plain and not weight.requires_grad and weight.dtype in NARROW_TYPES else []
 
 
 def _cast_as_autocast(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -160,6 +160,13 @@ def add_adapter(model: nn.Module, config: peft.PeftConfig, new_modules: set[str]
         raise UserError(f"peft.target_modules: {fault}; choose from {targets}. {hint}") from None
 
 
+def reads_weights(settings: PeftConfig) -> bool:
+    """Whether the adapter starts from numbers that PEFT computes from the frozen weights, in their type."""
+    start = settings.options.get("init_lora_weights")
+    is_random = not isinstance(start, str) or start.lower() in ("true", "false", "gaussian", "orthogonal")
+    return bool(settings.options.get("use_dora")) or not is_random
+
+
 def check_effects(model: PeftModel, settings: PeftConfig) -> None:
     """Refuses options that name modules, parameters or layers to no effect; PEFT ignores them."""
     tuner: Any = model.base_model

@@ -39,7 +39,7 @@ class FrozenWeight:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x weight^T + bias: [..., H] -> [..., O]."""
-        if self._forward is None:
+        if self._forward is None or x.dtype != self.weight.dtype:  # the check before step 1 computes in fp32
             return nn.functional.linear(x, self.weight, self.bias)
         return reordered_linear(x, self._forward, self.bias)
 
@@ -105,7 +105,7 @@ def widened(x: torch.Tensor, modules: Sequence[Any]) -> tuple[torch.Tensor, list
     num_ones = 8 - sum(low.shape[-1] for low in (x, *lows)) % 8  # other widths are slower on a GPU
     weights = []
     for module in modules:
-        weight, bias = _base(module).weight, _base(module).bias
+        weight, bias = _base(module).weight.to(x.dtype), _base(module).bias
         parts = [
             (each.lora_B["default"].weight * each.scaling["default"]).to(weight.dtype)
             if each is module

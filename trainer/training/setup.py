@@ -164,12 +164,12 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     train, label_names = inputs.examples["train"], inputs.corpus.label_names
     task = make_task(config.task, inputs.corpus.constants)
     texts, max_length = inputs.corpus.splits["train"], config.data.max_length
+    set_precision(model, COMPUTE_TYPES[config.run.precision])
     keys, padding = check_start(model, config.run.seed, texts, backbone.tokenizer, max_length, backbone.path)
     if padding.one_length and config.data.long_documents == "windows":
         reason = "its logits depend on padding, and the last window of a text is shorter"
         raise UserError(f"data.long_documents windows is not supported for {backbone.path}: {reason}; use cut")
     backbone.tokenizer.padding_side = "left" if padding.left else "right"  # it is saved with the adapter
-    set_precision(model, COMPUTE_TYPES[config.run.precision])
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
     if sharded:
         shard_frozen(model, device, accelerator.num_processes)

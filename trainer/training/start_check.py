@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.rows import TextSplit
@@ -30,13 +31,18 @@ NUM_TEXTS = 32
 TOLERANCE = 2e-5
 """of logits in fp32, relative to the largest logit or to 1"""
 
+PRODUCTS = {
+    torch.nn.functional.linear, torch.addmm, torch.mm, torch.bmm, torch.matmul, torch.baddbmm, torch.Tensor.mm,
+    torch.Tensor.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
+}  # fmt: skip
+
 
 def check_start(
     model: PeftModel, seed: int, split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
 ) -> tuple[DropoutKeys, Padding]:
     """Installs keyed dropout, then computes two examples in every way that training may.
 
-    The model is in fp32 on the CPU. Its dropout is replaced in place. `name` is the backbone's, for messages.
+    The model is on the CPU. Its dropout is replaced in place. `name` is the backbone's, for messages.
 
     Returns:
         the keys of its dropout, and how its examples may share a batch.
@@ -50,8 +56,8 @@ def check_start(
     long = min(max_length, max(MIN_TOKENS, min(MAX_TOKENS, affordable)))
     short = max(2 * long // 5, num_special)
     try:
-        keys = install(model, seed)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _ProductsInFp32():
+            keys = install(model, seed)
             unequal, equal = (make_examples(split, tokenizer, (first, short)) for first in (long, short))
             trials = [(Padding(), unequal), (Padding(left=True), unequal), (Padding(one_length=True), equal)]
             if keys.sites and not keys.unreached:
@@ -89,6 +95,21 @@ def make_examples(split: TextSplit, tokenizer: PreTrainedTokenizerBase, lengths:
         targets=np.zeros(len(rows), dtype=np.int64),
         lengths=sizes,
     )
+
+
+class _ProductsInFp32(TorchFunctionMode):
+    """Multiplies in fp32, whatever type a frozen matrix is kept in."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            args, kwargs = map(_widen, args), {name: _widen(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _widen(value: Any) -> Any:
+    is_narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_narrow else value
 
 
 class Refused(Exception):

@@ -185,7 +185,14 @@ def test_types_of_trained_and_frozen_weights(tiny_backbone, tmp_path, compute_ty
     assert kinds["trained"] == {torch.float32}
     assert kinds["matrix"] == kinds["key"] == {compute_type}
     assert kinds["norm"] == {torch.float32}
-    assert {p.dtype for name, p in model.named_parameters() if "embeddings" in name} == {torch.float32}
+    embeddings = {name.split(".")[-2]: p.dtype for name, p in model.named_parameters() if "embeddings" in name}
+    words = embeddings.pop("word_embeddings")
+    assert set(embeddings.values()) == {torch.float32}
+    assert words == (torch.float32 if compute_type == torch.float32 else stored)
+    ids = torch.arange(5)
+    assert torch.equal(
+        model.get_input_embeddings()(ids), stored_tensors["roberta.embeddings.word_embeddings.weight"][ids].float()
+    )
 
 
 def test_the_seed_alone_draws_head_and_adapter(backbone):
