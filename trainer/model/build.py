@@ -62,7 +62,7 @@ def build_without_weights(backbone: Backbone, settings: PeftConfig) -> PeftModel
 
 
 def widen_trained(model: PeftModel) -> None:
-    """Keeps what trains in fp32, whatever type config.json names."""
+    """Keeps what trains in fp32, in memory of its own, whatever type the file or config.json has."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32, copy=True)
@@ -120,12 +120,16 @@ def set_precision(model: nn.Module, compute_type: torch.dtype) -> None:
 
 
 def _find_narrow_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The modules with the matrix of the input embeddings, if it is frozen, and in 16 bits."""
+    """The embeddings of tokens that are frozen and in 16 bits. A subclass of `nn.Embedding` scales what it reads."""
     backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    weight = backbone.get_input_embeddings().weight
-    owners = [module for module in model.modules() if getattr(module, "weight", None) is weight]
-    is_plain = all(type(module) is nn.Embedding for module in owners)  # others multiply what they read
-    return owners if is_plain and not weight.requires_grad and weight.dtype in NARROW_TYPES else []
+    vocab_size = getattr(backbone.config.get_text_config(), "vocab_size", None)
+    others = {id(getattr(module, "weight", None)) for module in model.modules() if type(module) is not nn.Embedding}
+    return [
+        module
+        for module in model.modules()
+        if type(module) is nn.Embedding and module.num_embeddings == vocab_size and id(module.weight) not in others
+        if module.weight.dtype in NARROW_TYPES and not module.weight.requires_grad
+    ]
 
 
 def _cast_as_autocast(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
