@@ -29,7 +29,7 @@ from typing import Any, NamedTuple  # and no package: the environment may not ex
 ROOT = Path(__file__).parents[1]
 RUN, VERIFY, VENV = str(ROOT / "trainer/run.py"), str(ROOT / "trainer/verification/verify.py"), str(ROOT / ".venv")
 TOPOLOGIES = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
-USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-run] [--setup-only]
+USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts N] [--dry-run] [--setup-only] [--plan]
                    [options of trainer/run.py]
        ./launch.sh --verify [--topology NAME] [--processes N] [--output FILE] [--folder DIR]
 
@@ -40,6 +40,7 @@ USAGE = f"""usage: ./launch.sh [--topology NAME] [--processes N] [--max-restarts
   --max-restarts N  start again, from the newest checkpoint, after a process crashed or was lost; default: 0 times
   --dry-run         print the plan, and the command on stdout; install nothing, start nothing
   --setup-only      make the environment if there is none, print its python on stdout, stop
+  --plan            print parameters, steps, tokens, memory and FLOPs of the run on this topology; train nothing
   --verify          check exactness, resume, memory and speed on this machine; writes verify.json
 
 Without --recipe it trains the quickstart. If ISOTRAIN_PYTHON names an interpreter, that one is used as it is; only a
@@ -98,13 +99,15 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     own, of_run = (argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False) for _ in range(2))
     for name, default in (("--topology", None), ("--processes", None), ("--max-restarts", "0")):
         own.add_argument(name, default=default)
-    for name in ("--help", "--dry-run", "--setup-only", "--verify"):
+    for name in ("--help", "--dry-run", "--setup-only", "--plan", "--verify"):
         own.add_argument(name, action="store_true")
     for name, short in (("--recipe", "recipe"), ("--model.name", "backbone"), ("--run.precision", "precision")):
         of_run.add_argument(name, dest=short)
     options, arguments = own.parse_known_args(["--help" if word == "-h" else word for word in words])
     options.max_restarts = parse_number(Choice(options.max_restarts, "--max-restarts"), least=0)
     of_run.parse_known_args(arguments, options)
+    if options.plan and options.verify:
+        raise Mistake("--plan trains nothing, and --verify does; leave one of them out")
     if not (options.recipe or options.verify):
         options.recipe, arguments = "quickstart", ["--recipe", "quickstart", *arguments]
     options.arguments = arguments
@@ -172,6 +175,8 @@ def follow_options(python: Choice, is_ready: bool, words: Sequence[str]) -> int:
     if options.setup_only:
         print(python.value)
         return 0
+    if options.plan and "node_rank" in rows and rows["node_rank"].value != "0":
+        return 0  # the first machine prints it
     return os.execvp(command[0], command)  # an exec, so that signals reach the launcher
 
 
@@ -291,8 +296,11 @@ def make_plan(
         "MASTER_ADDR": nodes["MASTER_ADDR"].value if is_multi_node else "127.0.0.1",
         "MASTER_PORT": nodes["MASTER_PORT"].value if is_multi_node else "0",  # any free one
     }
-    command = ["env", *(f"{name}={value}" for name, value in planned.items() if value)]
-    command += [python.value, "-P", __file__, "ranks", str(options.max_restarts), RUN, *options.arguments]
+    start = [python.value, "-P", __file__, "ranks", str(options.max_restarts), RUN]
+    if options.plan:  # one process, which belongs to no group
+        start = [python.value, RUN, "--plan"]
+        planned |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"), "")
+    command = ["env", *(f"{name}={value}" for name, value in planned.items() if value), *start, *options.arguments]
     rows = {"topology": topology}
     if is_multi_node:
         address, port = nodes["MASTER_ADDR"], nodes["MASTER_PORT"]

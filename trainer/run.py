@@ -21,7 +21,10 @@ from trainer.errors import UserError, main_guard, quote_path
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line describes; returns the exit code: 0, or 128 + signal."""
-    config = parse_config(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = parse_config([word for word in arguments if word != "--plan"])
+    if "--plan" in arguments:
+        return _print_plan(config)
     read_environment()
     folder = Path(config.run.output_dir).expanduser() / run_name(config)
     # on several hosts rank 0 decides for all, since the others may not see the folder
@@ -37,6 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
     from trainer.training.pipeline import train_and_report
 
     return train_and_report(config, folder, None if one_host else lambda: _check_folder(folder, config))
+
+
+def _print_plan(config: Config) -> int:
+    """Prints what the run would take; makes no folder, and looks at none."""
+    from trainer.data.sources import check_paths
+
+    check_paths({name: getattr(config.data, name) for name in ("train", "validation", "test")})
+    set_environment()
+    from trainer.training.estimate import print_plan
+
+    return print_plan(config)
 
 
 def _check_folder(folder: Path, config: Config) -> bool:

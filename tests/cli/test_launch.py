@@ -105,6 +105,25 @@ def test_a_stale_default_config_does_not_rule(launch, tmp_path):
     assert rank["environment"]["WORLD_SIZE"] == "1"
 
 
+def test_a_plan_takes_one_process_on_any_topology(launch):
+    address = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for arguments, environment, processes in (
+        (["--topology=cpu"], {}, "1"),
+        (["--topology=cpu_multi", "--processes=3", "--max-restarts=1"], {}, "3"),
+        (["--topology=multi_node"], {**address, "NODE_RANK": "0"}, "2"),
+    ):
+        result = launch("--recipe=x", "--plan", *arguments, **environment)
+        assert result.returncode == 0, result.stderr
+        (rank,) = told(result.stdout)
+        assert rank["arguments"] == ["--plan", "--recipe=x"]
+        assert rank["environment"]["ISOTRAIN_NUM_PROCESSES"] == processes
+        assert "WORLD_SIZE" not in rank["environment"]
+    result = launch("--recipe=x", "--plan", "--topology=multi_node", **address, NODE_RANK="1")
+    assert (result.returncode, result.stdout) == (0, "")
+    result = launch("--plan", "--verify")
+    assert result.returncode == 2 and "--plan trains nothing" in result.stderr
+
+
 @both_topologies
 def test_run_pys_exit_code_and_words_are_the_launchers(launch, topology):
     result = launch("--recipe=x", "--topology", topology, STUB="mistake")

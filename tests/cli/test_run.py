@@ -1,6 +1,7 @@
 """The training command from end to end: what it leaves, what it says, and each of its larger options once."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -126,6 +127,34 @@ def test_accelerate_launch(options, tmp_path):
     assert process.returncode == 0, process.stderr
     assert summary_of(tmp_path / "run")["steps"] == 2
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_plan_is_what_the_run_did_and_leaves_nothing(uninterrupted, options, tiny_backbone, tmp_path):
+    backbone = shutil.copytree(tiny_backbone, tmp_path / "backbone")
+    (backbone / "model.safetensors").unlink()  # no weights are needed
+    arguments = changed(options, run__output_dir=tmp_path / "runs", model__name=backbone)
+    ended = command("run", [*arguments, "--plan"], env={"ISOTRAIN_NUM_PROCESSES": "2"})
+    assert ended.code == 0, ended.stderr
+    assert not (tmp_path / "runs").exists()
+    folder = uninterrupted[0]
+    summary = summary_of(folder)
+    state = json.loads((checkpoints(folder)[-1] / "trainer_state.json").read_text())["train"]
+    epochs = round(summary["epochs"])
+    assert f"\nadapter     {summary['adapter_bytes']:,} bytes\n" in ended.stdout
+    assert f"\nsteps       {summary['steps']} of 8 examples: {epochs} epochs of" in ended.stdout
+    assert f"\ntokens      {state['total']['tokens'] // epochs:,} an epoch; " in ended.stdout
+    assert f"{summary['trainable_parameters']:,}  {summary['total_parameters']:>14,}  together" in ended.stdout
+    assert "\npadding     0.0%: examples are packed; " in ended.stdout
+    others = command("run", [*arguments, "--plan"], env={"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"})
+    assert (others.code, others.stdout) == (0, "")
+
+
+def test_the_planned_padding_is_that_of_the_run(options, tmp_path):
+    arguments = changed(options, run__output_dir=tmp_path, model__packed="false", optim__epochs=1)
+    planned = command("run", [*arguments, "--plan"])
+    assert planned.code == 0, planned.stderr
+    folder, _ = trained(options, tmp_path, model__packed="false", optim__epochs=1)
+    assert f"padding     {summary_of(folder)['padding_fraction']:.1%}: model.packed is false" in planned.stdout
 
 
 # --- what decides about the outcome -----------------------------------------------------------------------------------

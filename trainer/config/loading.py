@@ -101,7 +101,8 @@ def _build_parser() -> jsonargparse.ArgumentParser:
         prog="run.py",
         exit_on_error=False,
         description="Fine-tunes a text classifier. Order: defaults < recipe < command line.",
-        epilog=f"Recipes: {', '.join(_recipe_names())}. PEFT's own options are written --peft.NAME, as --peft.r 16.",
+        epilog=f"Recipes: {', '.join(_recipe_names())}. PEFT's own options are written --peft.NAME, as --peft.r 16. "
+        "--plan prints parameters, steps, tokens, memory and FLOPs of the run, and trains nothing.",
     )
     parser.add_argument("--recipe", type=str | None, help="name of a shipped recipe, or path of a yaml file")
     for group, kind in GROUPS.items():

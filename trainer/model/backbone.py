@@ -136,13 +136,14 @@ def find_backbone(
     recorded: Identity | None = None,
     tokenizer: Any = None,
     problem_type: str = "single_label_classification",
+    needs_weights: bool = True,
 ) -> Backbone:
     """Reads configuration and tokenizer of the backbone; no weights, and none of its code.
 
     The commit of `recorded`, the backbone of an earlier start, is used again. `tokenizer` replaces the backbone's own.
-    `problem_type` is the task's name in transformers.
+    `problem_type` is the task's name in transformers. If not `needs_weights`, a folder may lack them.
     """
-    path, commit = _find_path(config.name), None
+    path, commit = _find_path(config.name, needs_weights), None
     is_local = Path(path).is_dir()
     if config.revision is not None and is_local:
         raise UserError(
@@ -223,7 +224,7 @@ def set_dropout(config: PreTrainedConfig, p: float) -> None:
                 raise UserError(f"model.dropout: this backbone does not accept {p}: {one_line(error)}") from None
 
 
-def _find_path(name: str) -> str:
+def _find_path(name: str, needs_weights: bool) -> str:
     """Local folder or hub id of `model.name`. A package is found without running its code."""
     path = _find_in_package(name) if name.startswith("package:") else Path(name)
     if not path.is_dir():
@@ -232,7 +233,7 @@ def _find_path(name: str) -> str:
         return name
     if not (path / "config.json").is_file():
         raise UserError(f"model.name: {path} has no config.json")
-    if not any(path.glob("*.safetensors")):
+    if needs_weights and not any(path.glob("*.safetensors")):
         raise UserError(f"model.name: {path} has no *.safetensors weights; pickled ones are not read: they run code")
     return str(path.resolve())
 

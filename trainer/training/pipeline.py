@@ -31,6 +31,8 @@ from trainer.compat import peak_memory_bytes
 from trainer.config.labels import plural, quoted
 from trainer.config.loading import config_text, load_config
 from trainer.config.schema import Config, as_dict, chosen_metric
+from trainer.data.corpus import Corpus
+from trainer.data.tokens import Examples
 from trainer.distributed.session import StopRequest, check_agreement, check_device, choose_precision, join_processes
 from trainer.errors import UserError, quote_path
 from trainer.files import hold_run_folder, remove_unfinished, write_atomic
@@ -178,7 +180,8 @@ def record_start(run: Run, state: TrainState, notes: list[str]) -> TrainState:
     """Tells the user what will run, writes config.yaml and environment.json, and adds the start to the state."""
     accelerator, precision, say = run.learner.accelerator, run.config.run.precision, run.log.print_line
     trainable, total = run.learner.model.get_nb_trainable_parameters()
-    for line in [*describe_data(run), *(f"note: {note}" for note in notes)]:
+    about_data = describe_data(run.config, run.inputs.corpus, run.inputs.examples)
+    for line in [*about_data, *(f"note: {note}" for note in notes)]:
         say(line)
     say(
         f"training {run.folder}: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
@@ -213,25 +216,24 @@ def record_start(run: Run, state: TrainState, notes: list[str]) -> TrainState:
     return dataclasses.replace(state, world_sizes=(*state.world_sizes, accelerator.num_processes))
 
 
-def describe_data(run: Run) -> list[str]:
+def describe_data(config: Config, corpus: Corpus, examples: dict[str, Examples]) -> list[str]:
     """Lines for the user about the data."""
-    corpus, max_length = run.inputs.corpus, run.config.data.max_length
-    counts = corpus.counts
+    counts, max_length = corpus.counts, config.data.max_length
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in corpus.splits.items())
-    lengths = np.concatenate([split.lengths for split in run.inputs.examples.values()])
-    num_cut = int((lengths == max_length).sum()) if run.config.data.long_documents == "cut" else 0
+    lengths = np.concatenate([split.lengths for split in examples.values()])
+    num_cut = int((lengths == max_length).sum()) if config.data.long_documents == "cut" else 0
     # a short text of just this length is not cut, so a few examples say little
     is_worth_a_word = num_cut > len(lengths) / 10 and corpus.splits["train"].text_pairs is None
     fix = "; data.long_documents windows reads them whole" if is_worth_a_word else ""
-    is_held_out = run.config.data.validation is None and "validation" in corpus.splits
+    is_held_out = config.data.validation is None and "validation" in corpus.splits
     together = "; the held-out validation has none of its texts" if is_held_out else ""
-    num_labels, noun = len(corpus.label_names), run.learner.task.noun
+    num_labels, noun = len(corpus.label_names), make_task(corpus.task).noun
     kinds = f"{num_labels} {noun if num_labels == 1 else plural(noun)}"
     notes = {
         f"duplicates within train{together}": counts["train"]["num_duplicates"],
         **{f"rows of {name} found in train": counts[name]["num_in_train"] for name in corpus.splits if name != "train"},
         f"examples fill all {max_length} tokens and may be cut{fix}": num_cut,
-        f"examples have several windows of {max_length} tokens": int((lengths > run.plan.window_length).sum()),
+        f"examples have several windows of {max_length} tokens": int((lengths > examples["train"].window_length).sum()),
     }
     return [
         f"{sizes} examples of {kinds} (task.type {corpus.task.type})",

@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 
 from trainer.batching.plan import Plan
 from trainer.compat import checkpoint_layers
 from trainer.config.labels import describe_look_alikes, match_labels
-from trainer.config.schema import Config, PeftConfig, chosen_overlap, fill_task
+from trainer.config.schema import Config, OptimConfig, PeftConfig, chosen_overlap, fill_task
 from trainer.data.corpus import Corpus, load_corpus
-from trainer.data.tokens import tokenize
+from trainer.data.tokens import Examples, tokenize
 from trainer.distributed.session import StopRequest
 from trainer.distributed.watch import Watch
 from trainer.dropout.sites import DropoutKeys
@@ -44,22 +46,29 @@ CPU_TOKENS, GPU_TOKENS = 2048, 65536
 DRAW_FORMAT = "3"  # changes with the batches or masks of a (seed, step): a run of another format is refused
 
 
-def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> Inputs:
-    """Reads the data, finds the backbone, and checks that they fit the configuration; loads no weights.
+@dataclass(frozen=True)
+class Draft:
+    """A run as far as no weights are needed."""
 
-    `recorded` is the backbone of the run's checkpoints, which must be found again.
+    corpus: Corpus
+    backbone: Backbone
+    peft: PeftConfig
+    """the options of the adapter, with the rank that fits the budget"""
+    twin: PeftModel
+    """the model on the meta device"""
+
+
+def draft_run(config: Config, recorded: Identity | None = None, needs_weights: bool = True) -> Draft:
+    """Reads the data, finds the backbone, and checks that they fit the configuration.
+
+    `recorded` is the backbone of the run's checkpoints. The weights must be there if `needs_weights`.
     """
-    start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, config.task, config.run.seed, config.run.quiet)
     check_names(config, corpus)
     problem_type = make_task(corpus.task).problem_type
-    if start is not None and start.problem_type != problem_type:
-        there, here = (kind.removesuffix("_classification") for kind in (start.problem_type, problem_type))
-        fix = "set task.type to that of its run, or leave model.adapter out"
-        raise UserError(f"model.adapter: {start.folder} was trained for {there}, and the labels are {here}; {fix}")
-    if start is not None:
-        corpus = dataclasses.replace(corpus, constants=keep_constants(corpus, start))
-    backbone = find_backbone(config.model, corpus.label_names, recorded, problem_type=problem_type)
+    backbone = find_backbone(
+        config.model, corpus.label_names, recorded, problem_type=problem_type, needs_weights=needs_weights
+    )
     if config.run.precision != "no" and backbone.config.model_type in FP32_ONLY_FAMILIES:
         raise UserError(f"run.precision: {backbone.config.model_type} computes in fp32 only; use --run.precision no")
     pairs = corpus.splits["train"].text_pairs is not None
@@ -69,15 +78,24 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     if config.model.gradient_checkpointing and not twin.get_base_model().supports_gradient_checkpointing:
         family = backbone.config.model_type
         raise UserError(f"model.gradient_checkpointing: transformers does not support it for {family}; leave it out")
+    return Draft(corpus, backbone, peft, twin)
+
+
+def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> Inputs:
+    """Prepares all that a run trains on and starts from; loads no weights.
+
+    `recorded` is the backbone of the run's checkpoints, which must be found again.
+    """
+    start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
+    draft = draft_run(config, recorded)
+    backbone = draft.backbone
     if recorded is not None:
         check_same_backbone(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
+    corpus = draft.corpus
     if start is not None:
-        check_same_backbone(start.backbone, backbone.identity, start.folder)
-    overlap = chosen_overlap(config.data)
-    examples = {
-        name: tokenize(split, backbone.tokenizer, config.data.max_length, config.run.quiet, overlap=overlap)
-        for name, split in corpus.splits.items()
-    }
+        check_start_fits(start, draft)
+        corpus = dataclasses.replace(corpus, constants=keep_constants(corpus, start))
+    examples = tokenize_splits(config, draft)
     fingerprints = {
         "draw format": DRAW_FORMAT,
         "backbone": backbone.identity.fingerprint,
@@ -85,7 +103,27 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
         **({"adapter to start from": start.fingerprint()} if start is not None else {}),
         **({"constants of the task": json.dumps(corpus.constants)} if corpus.constants else {}),
     }
-    return Inputs(corpus, examples, backbone, peft, start, fingerprints)
+    return Inputs(corpus, examples, backbone, draft.peft, start, fingerprints)
+
+
+def check_start_fits(start: SavedAdapter, draft: Draft) -> None:
+    """Refuses an adapter that was trained for another task, or on another backbone."""
+    there, here = (
+        kind.removesuffix("_classification") for kind in (start.problem_type, make_task(draft.corpus.task).problem_type)
+    )
+    if there != here:
+        fix = "set task.type to that of its run, or leave model.adapter out"
+        raise UserError(f"model.adapter: {start.folder} was trained for {there}, and the labels are {here}; {fix}")
+    check_same_backbone(start.backbone, draft.backbone.identity, start.folder)
+
+
+def tokenize_splits(config: Config, draft: Draft) -> dict[str, Examples]:
+    """The corpus in tokens, by split."""
+    overlap = chosen_overlap(config.data)
+    return {
+        name: tokenize(split, draft.backbone.tokenizer, config.data.max_length, config.run.quiet, overlap=overlap)
+        for name, split in draft.corpus.splits.items()
+    }
 
 
 def keep_constants(corpus: Corpus, start: SavedAdapter) -> Constants:
@@ -125,7 +163,7 @@ def build(
         one_length=learner.forward.padding.one_length,
         window_length=train.window_length,
     )
-    total_steps = config.optim.max_steps or config.optim.epochs * plan.steps_per_epoch
+    total_steps = count_steps(config.optim, plan)
     set_total_steps(learner.model, total_steps)
     return Run(
         config=config,
@@ -139,6 +177,11 @@ def build(
         total_steps=total_steps,
         eval_max_tokens=config.batch.eval_max_tokens or default_tokens,
     )
+
+
+def count_steps(config: OptimConfig, plan: Plan) -> int:
+    """Optimizer steps of the whole run."""
+    return config.max_steps or config.epochs * plan.steps_per_epoch
 
 
 def describe_forward(forward: Forward, keys: DropoutKeys) -> list[str]:
