@@ -100,8 +100,8 @@ def tiny_part(kind):
     return {name: value for name, value in SIZES.items() if name in known}
 
 
-def tiny(family, **settings):
-    """A tiny classifier of 3 classes with LoRA in every linear layer; its weights are large enough to tell."""
+def tiny_classifier(family, **settings):
+    """A tiny classifier of 3 classes; its weights are large enough to tell."""
     kind = CONFIG_MAPPING[family]
     known = {*kind().to_dict(), *getattr(kind, "attribute_map", {})}
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -110,7 +110,12 @@ def tiny(family, **settings):
     parts = {name: tiny_part(part) for name, part in kind.sub_configs.items() if isinstance(part, type)}
     config = kind(**{**sizes, **special, **parts, **OTHERS.get(family, {}), "num_labels": 3, **settings})
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def tiny(family, **settings):
+    """A tiny classifier with LoRA in every linear layer."""
+    model = tiny_classifier(family, **settings)
     targets = "all-linear" if family != "phimoe" else ["q_proj"]
     return add_adapter(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets), set())
 

@@ -135,8 +135,13 @@ def plain_owner(parameter: str) -> str:
     return re.sub(r"\.(base_layer|original_module|modules_to_save\.default|\w+\.default)(?=\.|$)", "", owner)
 
 
-def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Tensors of adapter and head. With `bias: all`, PEFT 0.21.2 adds the head's frozen original and doubles biases."""
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    """Tensors of adapter and head, or all that trains without an adapter.
+
+    With `bias: all`, PEFT 0.21.2 adds the head's frozen original and doubles biases.
+    """
+    if not isinstance(model, PeftModel):
+        return {path_in_model(name): p for name, p in model.named_parameters() if p.requires_grad}
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     doubled = (".original_module.", ".modules_to_save.default.")
     return {name: tensor for name, tensor in state.items() if not any(part in name for part in doubled)}

@@ -77,7 +77,6 @@ def test_killed_at_the_end(place, killed, reference):
 
 ADAPTERS = {
     "pissa": {"peft__init_lora_weights": "pissa"},
-    "eva": {"peft__init_lora_weights": "eva"},
     "adalora": {
         "peft__peft_type": "ADALORA", "peft__r": None, "peft__init_r": 4, "peft__target_r": 2, "peft__tinit": 1,
         "peft__tfinal": 1, "peft__deltaT": 2,

@@ -93,7 +93,9 @@ ADALORA = [
 
 
 @pytest.mark.parametrize(
-    "adapter", [["--peft.init_lora_weights", "olora"], ["--peft.init_lora_weights", "eva"], ADALORA], ids=lambda x: x[1]
+    "adapter",
+    [["--peft.init_lora_weights", "olora"], ["--peft.init_lora_weights", "eva"], ADALORA],
+    ids=["olora", "eva", "adalora"],
 )
 def test_an_adapter_that_is_more_than_its_tensors(parity_arguments, adapter):
     """With a faster B, as in LoRA+."""

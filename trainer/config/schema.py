@@ -200,10 +200,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The adapter: these three and the options of the PEFT method (r, lora_alpha, target_modules, ...)."""
+    """The adapter: these four and the options of the PEFT method (r, lora_alpha, target_modules, ...)."""
 
     peft_type: str = "LORA"
-    """PEFT method: LORA, IA3, LOHA, LOKR, OFT, VERA, ... (an unknown name lists all)"""
+    """PEFT method: LORA, IA3, LOHA, LOKR, OFT, VERA, ... (an unknown name lists all), or none = no adapter"""
+    train: Literal["all", "bias"] | None = None
+    """what trains with peft_type none: all = every weight (null too), bias = biases and head (BitFit)"""
     max_trainable_parameters: int | None = field(default=None, metadata=at_least(1))
     """maximum number of trained parameters, with the head; null = no limit"""
     fit_budget: bool = False
@@ -318,6 +320,8 @@ RANKED_METHODS = {"LORA": "lora_alpha", "LOHA": "alpha", "HRA": None, "MISS": No
 """methods that train more parameters the higher r is; by method: the option that is divided by r"""
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # PEFT's, of the methods with an option that is divided by r
 BY_CONTENT = ("data", "model")
+NO_ADAPTER = "NONE"
+"""peft.peft_type of a run without adapter"""
 LORA_TYPES = ("LORA", "ADALORA")
 """methods of PEFT whose matrices are called lora_A and lora_B"""
 DEFAULT_METRICS = {"single_label": "accuracy", "multi_label": "average_precision_macro", "regression": "loss"}
@@ -425,6 +429,8 @@ def find_problems(config: Config) -> Iterator[str]:
     data, optim = config.data, config.optim
     if optim.final_lr_fraction and optim.schedule == "constant":
         yield "optim.final_lr_fraction has no effect with optim.schedule constant; use linear or cosine"
+    if config.peft.train is not None and config.peft.peft_type != NO_ADAPTER:
+        yield f"peft.train {config.peft.train} is for peft.peft_type none; leave one of them out"
     if optim.lora_b_lr_ratio is not None and config.peft.peft_type not in LORA_TYPES:
         yield f"optim.lora_b_lr_ratio has no effect with peft.peft_type {config.peft.peft_type}; leave it out"
     if optim.name == "sgd" and config.peft.peft_type == "ADALORA":

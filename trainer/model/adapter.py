@@ -30,6 +30,7 @@ from trainer.errors import UserError, one_line, print_once
 from trainer.files import UNFINISHED, publish, replace_folder, writing
 from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
 from trainer.model.build import build_without_weights, set_precision, widen_trained
+from trainer.model.plain import PlainModel, only_these_train
 from trainer.model.tokenizer import save_tokenizer
 from trainer.tasks import check_constants, make_task
 from trainer.tasks.task import Constants, Task
@@ -48,10 +49,13 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in adapter_state(model).items()}
 
 
-def load_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
+def load_adapter_tensors(model: Any, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Puts tensors of adapter and head into the model; `source` says in messages where they are from."""
     _check_tensors(model, tensors, source)
-    set_peft_model_state_dict(model, tensors)
+    if isinstance(model, PlainModel):
+        model.load(tensors)
+    else:
+        set_peft_model_state_dict(model, tensors)
 
 
 def _check_tensors(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
@@ -146,7 +150,8 @@ def save_adapter(
         save_tokenizer(backbone.tokenizer, max_length, temporary)
         files = {path.name: path.read_bytes() for path in temporary.iterdir() if path.is_file()}
     files[WEIGHTS] = safetensors.torch.save(tensors, {"format": "pt"})
-    files["adapter_config.json"] = adapter_config_json(peft_config).encode()
+    if peft_config.peft_type is not None:
+        files["adapter_config.json"] = adapter_config_json(peft_config).encode()
     # in its own folder: beside adapter_config.json, transformers would read the adapter as a whole model
     files["backbone/config.json"] = backbone.config.to_json_string().encode()
     files[IDENTITY] = (json.dumps(dataclasses.asdict(backbone.identity), indent=2, ensure_ascii=False) + "\n").encode()
@@ -198,11 +203,14 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
 
 
 def load_trained_model(backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32) -> PeftModel:
-    """Loads a backbone with the adapter in `folder` through plain PEFT, in evaluation mode."""
+    """Loads a backbone with what `folder` holds, in evaluation mode: an adapter through plain PEFT."""
     model, _, _ = load_weights(backbone)
     try:
         # trainable until the frozen weights are cast, so that the adapter stays in fp32 as in training
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        if (folder / "adapter_config.json").is_file():
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        else:
+            model = only_these_train(model, safetensors.torch.load_file(folder / WEIGHTS).keys())
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter does not fit: {' '.join(str(error).split())[:240]}") from None
     widen_trained(model)  # PEFT loads into the types of the backbone

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.compat import layer_classes
-from trainer.config.schema import PeftConfig
+from trainer.config.schema import NO_ADAPTER, PeftConfig
 from trainer.errors import UserError, one_line
 from trainer.model.backbone import NARROW_TYPES, Backbone, load_weights
 from trainer.model.peft_options import (
@@ -30,6 +30,7 @@ from trainer.model.peft_options import (
     check_parameter_budget,
     reads_weights,
 )
+from trainer.model.plain import train_plainly
 
 MATRIX_MODULES = (nn.Linear, Conv1D)
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,8 @@ def check_fit(backbone: Backbone, settings: PeftConfig, max_length: int, pairs: 
     """
     _check_max_length(backbone, max_length, pairs)
     model = build_without_weights(backbone, settings)
-    check_effects(model, settings)
+    if settings.peft_type != NO_ADAPTER:
+        check_effects(model, settings)
     check_parameter_budget(model, settings)
     return model
 
@@ -56,9 +58,16 @@ def build_without_weights(backbone: Backbone, settings: PeftConfig) -> PeftModel
             model = AutoModelForSequenceClassification.from_config(copy.deepcopy(backbone.config))
         except Exception as error:  # a family's code raises many kinds at sizes that do not fit together
             raise UserError(f"model.name: {backbone.path} cannot be built: {one_line(error)}") from None
-        model = add_adapter(model, adapter_config(settings, backbone.path), set())
+        model = prepare_training(model, settings, backbone.path, set())
     widen_trained(model)
     return model
+
+
+def prepare_training(model: nn.Module, settings: PeftConfig, path: str, new_modules: set[str]) -> PeftModel:
+    """Adds the adapter, or lets the model itself train; `new_modules` are those that no weights file filled."""
+    if settings.peft_type == NO_ADAPTER:
+        return train_plainly(model, settings, path, new_modules)
+    return add_adapter(model, adapter_config(settings, path), new_modules)
 
 
 def widen_trained(model: PeftModel) -> None:
@@ -89,7 +98,7 @@ def build_model(backbone: Backbone, settings: PeftConfig, seed: int) -> tuple[Pe
     if reads_weights(settings):
         model.float()
     torch.manual_seed(seed)
-    model = add_adapter(model, adapter_config(settings, backbone.path), new_modules)
+    model = prepare_training(model, settings, backbone.path, new_modules)
     model.peft_config["default"].revision = backbone.commit
     check_parameter_budget(model, settings)
     widen_trained(model)
@@ -144,6 +153,8 @@ def shard_frozen(model: PeftModel, device: torch.device, world_size: int) -> Non
     In place: moves `model` from the CPU to `device`.
     """
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    if len(trained) == len(list(model.parameters())):
+        raise UserError("peft.peft_type none: no weight is frozen, so none can be sharded; start without FSDP")
     mesh = init_device_mesh(device.type, (world_size,))
     layers = layer_classes(model.get_base_model())
     for module in reversed(list(model.modules())):  # innermost first, the model itself last

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from trainer.config.labels import plural
-from trainer.config.schema import Config, DataConfig, chosen_overlap, resolve
+from trainer.config.schema import NO_ADAPTER, Config, DataConfig, chosen_overlap, resolve
 from trainer.model.backbone import Backbone
 from trainer.tasks import make_task
 from trainer.tasks.task import Constants, Task, format_score
@@ -24,7 +24,8 @@ def model_card(
     constants: Constants,
 ) -> str:
     """Text of README.md, from the run's summary and the constants of its task."""
-    front = {"library_name": "peft", "pipeline_tag": "text-classification"}
+    is_plain = config.peft.peft_type == NO_ADAPTER
+    front = {"library_name": "transformers" if is_plain else "peft", "pipeline_tag": "text-classification"}
     if backbone.commit:  # the hub accepts no local folder as a base model
         front["base_model"] = backbone.path
     scores = ""
@@ -42,7 +43,7 @@ def model_card(
 
 # {name}
 
-A {config.peft.peft_type} adapter and classification head, trained by Isotrain: {summary["trainable_parameters"]:,}
+{_describe(config)}, trained by Isotrain: {summary["trainable_parameters"]:,}
 trained parameters, {summary["steps"]} steps, best of step {summary["best_step"]}. `backbone/identity.json` names the
 backbone, with its commit on the hub and the SHA-256 of its files.
 
@@ -53,10 +54,19 @@ backbone, with its commit on the hub and the SHA-256 of its files.
 
 These lines {"classify" if task.affine is None else "predict the numbers of"} a text:
 
-{loading_lines(backbone, task, label_names, has_pairs)}{window_lines(config.data, task, label_names)}"""
+{loading_lines(backbone, task, label_names, has_pairs, is_plain)}{window_lines(config.data, task, label_names)}"""
 
 
-def loading_lines(backbone: Backbone, task: Task, label_names: list[str], has_pairs: bool) -> str:
+def _describe(config: Config) -> str:
+    """What the folder holds, as the beginning of a sentence."""
+    if config.peft.peft_type == NO_ADAPTER:
+        return "The biases and classification head" if config.peft.train == "bias" else "All weights of a classifier"
+    return f"A {config.peft.peft_type} adapter and classification head"
+
+
+def loading_lines(
+    backbone: Backbone, task: Task, label_names: list[str], has_pairs: bool, is_plain: bool = False
+) -> str:
     """Python lines that load the adapter and classify a text, or a pair of texts; or that predict its numbers."""
     name, imports = backbone.requested.name, ""
     path, comment = repr(backbone.path), "" if backbone.commit else "  # the backbone's folder"
@@ -65,9 +75,14 @@ def loading_lines(backbone: Backbone, task: Task, label_names: list[str], has_pa
         imports = "from importlib.util import find_spec\n\n"
         path, comment = f"find_spec({package!r}).submodule_search_locations[0] + {'/' + folder!r}", ""
     revision = f"revision={backbone.commit!r}, " if backbone.commit else ""
+    imported = "from peft import PeftModel"
+    loaded = "model = PeftModel.from_pretrained(model, adapter).eval()"
+    if is_plain:
+        imported = "from safetensors.torch import load_file"
+        loaded = 'model.load_state_dict(load_file(f"{adapter}/adapter_model.safetensors"), strict=False)\nmodel.eval()'
     text = '{"text": "A text.", "text_pair": "Its pair."}' if has_pairs else '"A text."'
     return f"""```python
-{imports}from peft import PeftModel
+{imports}{imported}
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 adapter = "adapter"  # this folder
@@ -78,7 +93,7 @@ config = AutoConfig.from_pretrained(adapter, subfolder="backbone")
 model = AutoModelForSequenceClassification.from_pretrained(
     backbone, {revision}config=config, dtype="float32", ignore_mismatched_sizes=True
 )
-model = PeftModel.from_pretrained(model, adapter).eval()
+{loaded}
 classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
 {show_lines(f"classify([{text}], truncation=True, top_k=None)", task, label_names)}
 ```

@@ -126,6 +126,12 @@ def test_shapes_that_depend_on_the_weights(backbone):
     assert shapes[0] != shapes[1]
 
 
+def test_examples_that_change_one_another(backbone, batch):
+    model = train(wrapped(backbone, "LILY", r=4, target_modules=ATTENTION), batch, steps=5)
+    alone = torch.cat([logits(model, {name: tensor[i : i + 1] for name, tensor in batch.items()}) for i in range(6)])
+    assert (alone - logits(model, batch)).abs().max() > 1e-5
+
+
 def test_causal_models_only():
     with pytest.raises(ValueError, match="CAUSAL_LM"):
         config_of("CPT")
