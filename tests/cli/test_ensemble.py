@@ -77,7 +77,7 @@ def test_one_kind_of_texts_only_is_a_shift(runs, tmp_path):
         tmp_path / "input.csv", [(text,) for text, label in topic_rows(400) if label == "Sports"], ["text"]
     )
     _, rows, ended = predict(source, tmp_path / "out.csv", "--run", runs[0], "--text_columns", "[text]")
-    found = [line for line in ended.stderr.splitlines() if "other shares" in line]
+    found = [line for line in ended.stderr.splitlines() if "shares differ" in line]
     top = max(CLASSES, key=[row[1] for row in rows].count)
     assert len(found) == 1 and found[0].startswith("warning: ") and f"'{top}'" in found[0]
 

@@ -57,7 +57,9 @@ def find_shift(shares: Shares, num_predictions: int) -> str | None:
     by_chance = math.sqrt(math.log(2 * len(shares) / CHANCE) / (2 * num_predictions))
     if _difference(shares[name]) <= max(MIN_DIFFERENCE, by_chance):
         return None
-    return f"the predictions have other shares of classes than train: {quoted([name])} {_percent(shares[name])}"
+    row = shares[name]
+    found = f"{quoted([name])} is {row['predicted']:.1%} of the predictions, and {row['train']:.1%} of train"
+    return f"class shares differ: {found}"
 
 
 def _difference(row: Mapping[str, float]) -> float:

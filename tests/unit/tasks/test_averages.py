@@ -113,7 +113,9 @@ def test_a_shift_is_large_and_not_by_chance(counts, is_shift):
 
 
 def test_a_shift_names_the_class():
-    assert "'d' 60.0% (25.0%)" in find_shift(shares_of([1500, 1500, 1000, 6000]), 10_000)
+    assert "'d' is 60.0% of the predictions, and 25.0% of train" in find_shift(
+        shares_of([1500, 1500, 1000, 6000]), 10_000
+    )
 
 
 def test_draws_from_train_are_no_shift():
