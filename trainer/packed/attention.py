@@ -189,24 +189,32 @@ class Rotary:
     """
 
     cos: torch.Tensor
-    """[N of the longest example, D / 2]"""
+    """of the angle by which a unit turns with the one half a head away, [N of the longest example, D]"""
     sin: torch.Tensor
     rounds_to: torch.dtype | None = None
     """the type to which the family rounds queries and keys before it turns them, also in fp64; None: it does not"""
 
     def turn(self, x: torch.Tensor) -> None:
         """Turns queries or keys in place, [..., N, D]."""
-        cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
-        first, second = x.to(self.rounds_to or x.dtype).chunk(2, dim=-1)
-        x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+        by_cos, by_sin = self._products(x.to(self.rounds_to or x.dtype))
+        half = x.shape[-1] // 2
+        by_cos[..., :half] -= by_sin[..., half:]
+        by_cos[..., half:] += by_sin[..., :half]
+        x.copy_(by_cos)
 
     def turn_back(self, gradient: torch.Tensor) -> None:
         """Replaces the gradient of the turned by the gradient of what was turned, [..., N, D]."""
-        cos, sin = self.cos[: gradient.shape[-2]], self.sin[: gradient.shape[-2]]
-        parts = [half * angle for half in gradient.chunk(2, dim=-1) for angle in (cos, sin)]
-        rounded = [part.to(self.rounds_to or part.dtype).to(part.dtype) for part in parts]
-        first_cos, first_sin, second_cos, second_sin = rounded
-        gradient.copy_(torch.cat((first_cos + second_sin, second_cos - first_sin), dim=-1))
+        products = self._products(gradient)
+        by_cos, by_sin = (each.to(self.rounds_to or each.dtype).to(each.dtype) for each in products)
+        half = gradient.shape[-1] // 2
+        by_cos[..., :half] += by_sin[..., half:]
+        by_cos[..., half:] -= by_sin[..., :half]
+        gradient.copy_(by_cos)
+
+    def _products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x times cos and x times sin, in at least the type of these; tensors of two types are slow to multiply."""
+        x, num_places = x.to(torch.promote_types(x.dtype, self.cos.dtype)), x.shape[-2]
+        return x * self.cos[:num_places], x * self.sin[:num_places]
 
 
 @dataclass(frozen=True)

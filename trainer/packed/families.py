@@ -28,8 +28,8 @@ from transformers import (
 from trainer.packed.attention import Layout, add_bias
 from trainer.packed.encoder import embed, encoder_layers, modules_of_bert, modules_of_distilbert, modules_of_mpnet
 from trainer.packed.prenorm import (
+    modernbert_layers,
     modules_of_llama,
-    modules_of_modernbert,
     prenorm_layers,
     prepare_llama,
     prepare_modernbert,
@@ -138,9 +138,7 @@ MPNET = replace(
 )
 MODERNBERT = Family(
     embed=lambda model, inputs, layout: model.base_model.embeddings(inputs["input_ids"]),
-    layers=lambda model, trains: prenorm_layers(
-        model.base_model.layers, modules_of_modernbert, model.base_model.final_norm, trains
-    ),
+    layers=modernbert_layers,
     classify=lambda model, x: model.classifier(model.drop(model.head(x))),
     prepare=prepare_modernbert,
     why_not=why_not_rotary,

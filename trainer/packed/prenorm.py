@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trainer.compat import trained_module
-from trainer.dropout.masks import Mask
+from trainer.dropout.masks import Mask, dropped
 from trainer.dropout.sites import draw_mask
 from trainer.packed.attention import Attention, Layout, Rotary, look_around, look_back
 from trainer.packed.projections import Projection
@@ -39,7 +39,7 @@ class Prepared:
 
     by_type: Mapping[str, Seen]
     read: Callable[[torch.Tensor], torch.Tensor]
-    """what the head reads of each example, [B, H], from hidden states [T, H]"""
+    """what the head reads of each example, [B, H], from what the last layer gives"""
 
 
 @dataclass(frozen=True)
@@ -103,26 +103,30 @@ def modules_of_llama(layer: Any) -> Modules:
 
 
 class PreNormLayer:
-    """One layer."""
+    """One layer. With `reads_first` it is the last one, and computes the first token of each example alone."""
 
-    def __init__(self, modules: Modules, trains: bool) -> None:
-        self.modules = modules
+    def __init__(self, modules: Modules, reads_first: bool, trains: bool) -> None:
+        self.modules, self.reads_first = modules, reads_first
         self.projection = Projection(*modules.projections, trains=trains)
         self.join = Projection(modules.attention_output, trains=trains)
         self.gate = Projection(*modules.gate, trains=trains)
         self.down = Projection(modules.down, trains=trains)
 
     def __call__(self, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
-        """[T, H] -> [T, H]"""
+        """[T, H] -> [T, H], or [B, 1, H] of the first tokens."""
         modules, seen = self.modules, prepared.by_type[self.modules.type]
         projected = self.projection(modules.attention_norm(x))
         if modules.head_norms is not None:
             projected = _norm_heads(projected, *modules.head_norms, seen.layout)
         attention = Attention(seen.layout, modules.attention.head_dim**-0.5, self._draw, seen.rotary)
-        x = x + modules.output_dropout(self.join(attention.of_all(projected)))
+        attended = attention.of_all(projected)
+        if self.reads_first:
+            x, attended = (each[seen.layout.starts].unsqueeze(1) for each in (x, attended))
+        output = self.join(attended)
+        mask = draw_mask(output, getattr(modules.output_dropout, "p", 0.0), modules.output_dropout)
+        x = dropped(output, mask, x)
         activated, factor = self.gate(modules.mlp_norm(x)).chunk(2, dim=-1)
-        output: torch.Tensor = x + self.down(modules.gate_dropout(modules.activation(activated) * factor))
-        return output
+        return x + self.down(modules.gate_dropout(modules.activation(activated) * factor))
 
     def _draw(self, shares: torch.Tensor, first: int) -> Mask | None:
         return draw_mask(shares, self.modules.attention.attention_dropout, self.modules.attention, first)
@@ -143,15 +147,22 @@ class Reader:
         self.norm = norm
 
     def __call__(self, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
-        """[T, H] -> [B, H]"""
+        """What the last layer gives -> [B, H]"""
         return prepared.read(self.norm(x))
 
 
 def prenorm_layers(
-    layers: Sequence[Any], modules_of: Callable[[Any], Modules], norm: Any, trains: bool
+    layers: Sequence[Any], modules_of: Callable[[Any], Modules], norm: Any, trains: bool, reads_first: bool = False
 ) -> list[PreNormLayer | Reader]:
-    """The layers of a model, and what follows them."""
-    return [*(PreNormLayer(modules_of(layer), trains) for layer in layers), Reader(norm)]
+    """The layers of a model, and what follows them; `reads_first`: the head reads the first tokens alone."""
+    own = [PreNormLayer(modules_of(layer), reads_first and layer is layers[-1], trains) for layer in layers]
+    return [*own, Reader(norm)]
+
+
+def modernbert_layers(model: Any, trains: bool) -> list[PreNormLayer | Reader]:
+    """All of ModernBERT's; the last one computes no more than the head reads."""
+    backbone, reads_first = model.base_model, model.config.classifier_pooling == "cls"
+    return prenorm_layers(backbone.layers, modules_of_modernbert, backbone.final_norm, trains, reads_first)
 
 
 # --- what the layers of a micro-batch share ---
@@ -167,7 +178,7 @@ def prepare_modernbert(model: Any, inputs: dict[str, torch.Tensor], layout: Layo
     if config.classifier_pooling == "mean":
         lengths = layout.lengths.tolist()
         return Prepared(by_type, lambda x: torch.stack([own.mean(dim=0) for own in x.split(lengths)]))
-    return Prepared(by_type, lambda x: x[layout.starts])
+    return Prepared(by_type, lambda x: x.squeeze(1))
 
 
 def prepare_llama(model: Any, inputs: dict[str, torch.Tensor], layout: Layout) -> Prepared:
@@ -189,9 +200,8 @@ def _rotary(model: Any, layout: Layout, *kind: str, rounds_to: torch.dtype | Non
     positions = torch.arange(max(group.longest for group in layout.groups), device=layout.starts.device)
     dtype = torch.promote_types(layout.groups[0].bias.dtype, torch.float32)
     like = torch.empty((), dtype=dtype, device=positions.device)  # only its type and device are read
-    angles = model.base_model.rotary_emb(like, positions.unsqueeze(0), *kind)
-    cos, sin = (each[0].chunk(2, dim=-1)[0] for each in angles)  # transformers has each angle twice
-    return Rotary(cos, sin, rounds_to)
+    cos, sin = model.base_model.rotary_emb(like, positions.unsqueeze(0), *kind)
+    return Rotary(cos[0], sin[0], rounds_to)
 
 
 def why_not_rotary(model: Any) -> str | None:
