@@ -11,7 +11,7 @@ from transformers import pipeline
 
 from tests.harness.commands import changed, command, on_ranks
 from tests.harness.data import TOPICS, topic_rows
-from tests.harness.runs import assert_same, distance, outcome, read_csv
+from tests.harness.runs import assert_same, distance, outcome, read_csv, tensors
 from trainer.config.loading import load_config
 
 LESS = ("no_figures",)
@@ -68,6 +68,22 @@ def thresholds_of(folder):
 def shares_of(answers):
     """Probabilities that a pipeline with top_k=None gave, in the order of NAMES, [N, 5]."""
     return np.array([[{entry["label"]: entry["score"] for entry in row}[name] for name in NAMES] for row in answers])
+
+
+def test_labels_that_stay_keep_their_rows_of_the_head(run, arguments, tmp_path):
+    old, names = run[0] / "adapter", ["World", "even", "Sports", "odd"]
+    rows = [{"text": text, "tags": [*names[: 1 + i % 4]]} for i, (text, _) in enumerate(topic_rows(40, 1))]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    settings = {"data__train": tmp_path / "train.json", "data__test": None, "data__label_names": json.dumps(names)}
+    settings |= {"run__output_dir": tmp_path, "model__adapter": old, "optim__learning_rate": 0, "optim__max_steps": 1}
+    ended = command("run", changed(arguments, **settings), [LESS])
+    assert ended.code == 0, ended.stderr
+    assert "kept the head rows of 3 of 4 labels; new: 'odd'; dropped: 'Business', 'Sci/Tech'\n" in ended.stderr
+    before, after = (tensors(place / "adapter_model.safetensors") for place in (old, tmp_path / "run" / "adapter"))
+    for name in (name for name in after if "out_proj" in name):
+        kept = [NAMES.index(label) for label in names[:3]]
+        assert np.array_equal(after[name][:3], before[name][kept])
+        assert not any(np.array_equal(after[name][3], row) for row in before[name])
 
 
 def test_the_task_is_found_and_recorded(run):

@@ -470,7 +470,7 @@ def _find_budget_problems(peft: PeftConfig) -> Iterator[str]:
         yield "peft.fit_budget needs a budget; add --peft.max_trainable_parameters NUMBER"
     if peft.peft_type not in RANKED_METHODS:
         known = ", ".join(RANKED_METHODS)
-        yield f"peft.fit_budget: {peft.peft_type} has no rank that grows with its parameters; use one of {known}"
+        yield f"peft.fit_budget: {peft.peft_type} has no rank to choose, or is not supported; supported: {known}"
     for name in ("r", "lora_alpha", "alpha"):
         value = peft.options.get(name, 1)
         if type(value) not in (int, float) or not 0 < value < float("inf"):

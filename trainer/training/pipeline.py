@@ -172,7 +172,7 @@ def _load_start(run: Run, start: SavedAdapter) -> None:
     )
     if new or dropped:
         lists = [f"; {word}: {quoted(found)}" for word, found in (("new", new), ("dropped", dropped)) if found]
-        kept = f"kept the head rows of {len(names) - len(new)} of {len(names)} classes"
+        kept = f"kept the head rows of {len(names) - len(new)} of {len(names)} {plural(run.learner.task.noun)}"
         run.log.print_line(f"{kept}{''.join(lists)}")
 
 

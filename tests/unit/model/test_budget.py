@@ -87,7 +87,7 @@ def test_a_budget_that_nothing_fits_is_refused(backbone):
     ("changes", "message"),
     [
         ({"peft__max_trainable_parameters": None}, "peft.fit_budget needs a budget; add --peft.max_trainable_param"),
-        ({"peft__peft_type": "oft"}, "peft.fit_budget: OFT has no rank that grows .* LORA, LOHA"),
+        ({"peft__peft_type": "oft"}, "peft.fit_budget: OFT has no rank to choose, .*; supported: LORA, LOHA"),
         ({"peft__peft_type": "IA3"}, "peft.fit_budget: IA3 has no rank"),
         ({"peft__r": "many"}, "peft.r: 'many' must be a number above 0"),
         ({"peft__r": 0}, "peft.r: 0 must be"),
