@@ -7,10 +7,12 @@ these units, so targets of any size count alike. Predictions and the other metri
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -137,69 +139,116 @@ SCORES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], float], bool]] = {
 """by name: the score of one target, of predictions and targets [N] in own units, and whether higher is better"""
 
 
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Units:
+    """What logits stand for: number = logit * scale + mean, in each column."""
+
+    mean: np.ndarray
+    """[C], or one for all"""
+    scale: np.ndarray
+    """[C], or one for all"""
+
+    def numbers(self, logits: np.ndarray) -> np.ndarray:
+        """The numbers that logits [N, C] stand for, float64 [N, C]."""
+        return np.asarray(logits.astype(np.float64) * self.scale + self.mean)
+
+    def rounded(self, logits: np.ndarray) -> np.ndarray:
+        """The same, with `PRECISION` digits below the scale."""
+        digits = [max(0, PRECISION - math.floor(math.log10(size))) for size in np.atleast_1d(self.scale)]
+        return np.column_stack([np.round(column, n) for column, n in zip(self.numbers(logits).T, digits, strict=True)])
+
+
+def read_units(constants: Constants) -> Units:
+    """The units by the constants of `fit`; without them a logit is the number itself."""
+    mean, scale = constants.get("mean", {}), constants.get("scale", {})
+    return Units(np.array(list(mean.values()) or [0.0]), np.array(list(scale.values()) or [1.0]))
+
+
+def losses(units: Units, name: str, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Squared error or Huber's loss of each example in standardized units, averaged over its targets, [B]."""
+    wide = targets.double()
+    wanted = (wide - torch.from_numpy(units.mean).to(wide)) / torch.from_numpy(units.scale).to(wide)
+    function = torch.nn.functional.huber_loss if name == "huber" else torch.nn.functional.mse_loss
+    return function(logits, wanted.to(logits.dtype), reduction="none").mean(dim=1)
+
+
+def check_options(optim: OptimConfig, targets: np.ndarray, label_names: list[str]) -> None:
+    """Refuses the options of a loss of classes."""
+    if optim.label_smoothing:
+        raise UserError(f"optim.label_smoothing: {optim.label_smoothing} is for classes; use 0 for regression")
+    weigh_equally(optim.class_weights, targets, label_names)
+
+
+def mean_loss(units: Units, name: str, logits: np.ndarray, targets: np.ndarray) -> float:
+    """The mean of `losses` over a split, in double precision."""
+    return float(losses(units, name, torch.from_numpy(logits).double(), torch.from_numpy(targets)).mean())
+
+
+def score_targets(name: str, units: Units, logits: np.ndarray, targets: np.ndarray) -> list[float]:
+    """A score of `SCORES` for each target, [C]."""
+    return [SCORES[name][0](*pair) for pair in zip(units.numbers(logits).T, targets.T, strict=True)]
+
+
+def make_metrics(units: Units, loss: str) -> dict[str, Metric]:
+    """The means of `SCORES` over the targets, and the loss."""
+
+    def mean_score(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
+        return lambda logits, targets: float(np.mean(score_targets(name, units, logits, targets)))
+
+    metrics = {name: Metric(mean_score(name), higher_is_better) for name, (_, higher_is_better) in SCORES.items()}
+    return metrics | {"loss": Metric(functools.partial(mean_loss, units, loss), higher_is_better=False)}
+
+
+def target_scores(
+    units: Units, logits: np.ndarray, targets: np.ndarray, label_names: list[str]
+) -> dict[str, dict[str, Any]]:
+    """{target: {score: value}}."""
+    columns = {name: score_targets(name, units, logits, targets) for name in SCORES}
+    return {label: {name: column[i] for name, column in columns.items()} for i, label in enumerate(label_names)}
+
+
+def prediction_columns(units: Units, logits: np.ndarray, label_names: list[str]) -> dict[str, list[Any]]:
+    """The predicted numbers; of several targets together, and in a column for each."""
+    numbers = units.rounded(logits)
+    columns = {f"prediction:{name}": column.tolist() for name, column in zip(label_names, numbers.T, strict=True)}
+    return {"prediction": format_targets(numbers, label_names), **(columns if len(label_names) > 1 else {})}
+
+
+def residuals(units: Units, logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, str]:
+    """residuals.csv: true and predicted number of each target of each example."""
+    rows = [
+        [name, *pair]
+        for pairs in zip(targets.tolist(), units.rounded(logits).tolist(), strict=True)
+        for name, *pair in zip(label_names, *pairs, strict=True)
+    ]
+    return {"residuals.csv": csv_text([["target", "true", "predicted"], *rows])}
+
+
 def average(
     logits: Sequence[np.ndarray], constants: Sequence[Constants], label_names: list[str]
 ) -> tuple[np.ndarray, Constants]:
     """The mean of the numbers that several runs predict, in the standardized units of the first."""
-    units = [[np.array([own[kind][name] for name in label_names]) for kind in ("mean", "scale")] for own in constants]
-    numbers = [each.astype(np.float64) * scale + mean for each, (mean, scale) in zip(logits, units, strict=True)]
-    mean, scale = units[0]
-    return (np.stack(numbers).mean(axis=0) - mean) / scale, constants[0]
+    units = [read_units({kind: {n: own[kind][n] for n in label_names} for kind in own}) for own in constants]
+    numbers = np.stack([own.numbers(each) for own, each in zip(units, logits, strict=True)]).mean(axis=0)
+    return (numbers - units[0].mean) / units[0].scale, constants[0]
 
 
-# --- the task ---------------------------------------------------------------------------------------------------------
+def format_targets(targets: np.ndarray, label_names: list[str]) -> list[Any]:
+    """A number for each example; several numbers as a list in JSON."""
+    rows = targets.tolist()
+    return [row[0] for row in rows] if len(label_names) == 1 else list(map(json.dumps, rows))
 
 
 def make_task(config: TaskConfig, constants: Constants) -> Task:
-    """The task with the constants of `fit`; without them a logit is the number itself."""
-    mean = np.array(list(constants.get("mean", {}).values()) or 0.0)
-    scale = np.array(list(constants.get("scale", {}).values()) or 1.0)
-
-    def losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Loss of each example in standardized units, averaged over its targets, [B]."""
-        wide = targets.double()
-        wanted = (wide - torch.from_numpy(mean).to(wide)) / torch.from_numpy(scale).to(wide)
-        loss = torch.nn.functional.huber_loss if config.loss == "huber" else torch.nn.functional.mse_loss
-        return loss(logits, wanted.to(logits.dtype), reduction="none").mean(dim=1)
+    """The task in the units of train."""
+    units = read_units(constants)
 
     def make_losses(optim: OptimConfig, targets: np.ndarray, label_names: list[str]) -> Losses:
-        if optim.label_smoothing:
-            raise UserError(f"optim.label_smoothing: {optim.label_smoothing} is for classes; use 0 for regression")
-        weigh_equally(optim.class_weights, targets, label_names)
-        return losses
-
-    def predict(logits: np.ndarray) -> np.ndarray:
-        return np.asarray(logits.astype(np.float64) * scale + mean)
-
-    def each(name: str, logits: np.ndarray, targets: np.ndarray) -> list[float]:
-        return [SCORES[name][0](*pair) for pair in zip(predict(logits).T, targets.T, strict=True)]
-
-    def score(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-        return lambda logits, targets: float(np.mean(each(name, logits, targets)))
-
-    def loss(logits: np.ndarray, targets: np.ndarray) -> float:
-        return float(losses(torch.from_numpy(logits).double(), torch.from_numpy(targets)).mean())
-
-    def target_scores(logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, dict[str, Any]]:
-        columns = {name: each(name, logits, targets) for name in SCORES}
-        return {label: {name: columns[name][i] for name in SCORES} for i, label in enumerate(label_names)}
-
-    def round_numbers(numbers: np.ndarray) -> np.ndarray:
-        digits = [max(0, PRECISION - math.floor(math.log10(size))) for size in np.atleast_1d(scale)]
-        return np.column_stack([np.round(column, n) for column, n in zip(numbers.T, digits, strict=True)])
-
-    def prediction_columns(logits: np.ndarray, label_names: list[str]) -> dict[str, list[Any]]:
-        numbers = round_numbers(predict(logits))
-        columns = {f"prediction:{name}": column.tolist() for name, column in zip(label_names, numbers.T, strict=True)}
-        return {"prediction": format_targets(numbers, label_names), **(columns if len(label_names) > 1 else {})}
-
-    def residuals(logits: np.ndarray, targets: np.ndarray, label_names: list[str]) -> dict[str, str]:
-        rows = [
-            [name, *pair]
-            for pairs in zip(targets.tolist(), round_numbers(predict(logits)).tolist(), strict=True)
-            for name, *pair in zip(label_names, *pairs, strict=True)
-        ]
-        return {"residuals.csv": csv_text([["target", "true", "predicted"], *rows])}
+        check_options(optim, targets, label_names)
+        return functools.partial(losses, units, config.loss)
 
     return Task(
         problem_type="regression",
@@ -210,19 +259,12 @@ def make_task(config: TaskConfig, constants: Constants) -> Task:
         strata=strata,
         constants={"mean": FINITE, "scale": ABOVE_ZERO},
         fit=fit,
-        affine=(np.atleast_1d(scale), np.atleast_1d(mean)),
+        affine=(units.scale, units.mean),
         average=average,
         make_losses=make_losses,
-        metrics={name: Metric(score(name), higher_is_better=higher) for name, (_, higher) in SCORES.items()}
-        | {"loss": Metric(loss, higher_is_better=False)},
-        class_scores=target_scores,
-        prediction_columns=prediction_columns,
+        metrics=make_metrics(units, config.loss),
+        class_scores=functools.partial(target_scores, units),
+        prediction_columns=functools.partial(prediction_columns, units),
         format_targets=format_targets,
-        files=residuals,
+        files=functools.partial(residuals, units),
     )
-
-
-def format_targets(targets: np.ndarray, label_names: list[str]) -> list[Any]:
-    """A number for each example; several numbers as a list in JSON."""
-    rows = targets.tolist()
-    return [row[0] for row in rows] if len(label_names) == 1 else list(map(json.dumps, rows))
