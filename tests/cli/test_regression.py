@@ -56,6 +56,7 @@ def predicted(run, tmp_path_factory):
     source = write_rows(place / "new.csv", 17, 3)
     ended = command("predict", ["--run", run[0], "--input", source, "--output", place / "out.csv"])
     assert ended.code == 0, ended.stderr
+    assert "holds the numbers of 'price', 'depth'" in ended.stderr
     header, *rows = read_csv(place / "out.csv")
     assert header == ["id", "prediction", "prediction:price", "prediction:depth"]
     numbers = np.array([row[2:] for row in rows], dtype=float)

@@ -73,7 +73,7 @@ def _numbers_of(column: LabelColumn, code: int, value: Label) -> list[float]:
             fix = "--ignore_labels true ignores labels" if column.option == "--input" else "or set another task.type"
             raise UserError(
                 f"{column.option}: {column.path}: {row}: column {name!r} holds {shown}; task.type regression needs "
-                f"a finite number, such as 3.7; {fix}"
+                f"a finite number below 1e100, such as 3.7; {fix}"
             )
         numbers.append(number)
     return numbers
@@ -139,7 +139,7 @@ SCORES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], float], bool]] = {
 """by name: the score of one target, of predictions and targets [N] in own units, and whether higher is better"""
 
 
-# --- the task ---------------------------------------------------------------------------------------------------------
+# --- units, loss and predictions --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -266,5 +266,6 @@ def make_task(config: TaskConfig, constants: Constants) -> Task:
         class_scores=functools.partial(target_scores, units),
         prediction_columns=functools.partial(prediction_columns, units),
         format_targets=format_targets,
+        output_labels=lambda mappings, names: (names, f"holds the numbers of {quoted(names)}"),
         files=functools.partial(residuals, units),
     )
