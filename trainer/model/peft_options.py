@@ -88,21 +88,29 @@ def _parse_options(settings: PeftConfig, kind: type[peft.PeftConfig]) -> tuple[d
     """Options with the types of PEFT's class, and a line for each that does not fit it."""
     set_here = {item.name for item in dataclasses.fields(peft.PeftConfig)}  # the method, the task, the backbone
     types = {item.name: item.type for item in dataclasses.fields(kind) if item.name not in set_here}
-    parser, problems, options = _parser_of(kind), [], {}  # type: ignore[arg-type]
+    problems, known, options = [], {}, {}
     for name, value in settings.options.items():
         if name not in types:
             (near,) = difflib.get_close_matches(name, types, n=1, cutoff=0)
             hint = f"nearest: peft.{near}; --peft.{name} null leaves it out"  # perhaps a recipe's, for another method
             problems.append(f"unknown option 'peft.{name}' for {settings.peft_type}; {hint}")
-            continue
-        if name == "init_lora_weights" and re.fullmatch("pissa_niter_[1-9][0-9]*", str(value)):
+        elif name == "init_lora_weights" and re.fullmatch("pissa_niter_[1-9][0-9]*", str(value)):
             options[name] = value  # PEFT does not list it among its values
-            continue
-        try:
-            parsed = parser.parse_object({"peft": {name: value}})["peft"][name]
-            options[name] = parsed.as_dict() if isinstance(parsed, jsonargparse.Namespace) else parsed
-        except jsonargparse.ArgumentError:
-            problems.append(f"peft.{name}: {value!r} does not fit; PEFT takes {types[name]}")
+        else:
+            known[name] = value
+    parser = _parser_of(kind)  # type: ignore[arg-type]
+    try:
+        parsed = parser.parse_object({"peft": known})["peft"]
+    except jsonargparse.ArgumentError:  # one at a time, to say which
+        parsed = {}
+        for name, value in known.items():
+            try:
+                parser.parse_object({"peft": {name: value}})
+            except jsonargparse.ArgumentError:
+                problems.append(f"peft.{name}: {value!r} does not fit; PEFT takes {types[name]}")
+    for name in [name for name in known if name in parsed]:
+        value = parsed[name]
+        options[name] = value.as_dict() if isinstance(value, jsonargparse.Namespace) else value
     return options, problems
 
 

@@ -13,7 +13,7 @@ from trainer.data.tokens import Examples
 from trainer.errors import UserError
 from trainer.model.adapter import adapter_tensors, load_adapter_tensors, load_trained_model
 from trainer.model.backbone import find_backbone
-from trainer.model.build import build_model, check_fit
+from trainer.model.build import build_model, check_fit, shard_frozen
 from trainer.model.plain import train_plainly
 from trainer.packed.families import FAMILIES, why_not_packed
 from trainer.packed.forward import PackedForward, PaddedForward, Padding
@@ -110,6 +110,11 @@ def test_the_packed_gradient_of_all_weights_is_the_padded_one(family):
 def test_refusals(settings, message):
     with pytest.raises(UserError, match=message):
         train_plainly(tiny_classifier("llama"), settings, "tiny", set())
+
+
+def test_frozen_weights_that_are_not_there_are_not_sharded(backbone):
+    with pytest.raises(UserError, match=r"peft\.peft_type none: no weight is frozen.*; start without FSDP"):
+        shard_frozen(build_model(backbone, ALL, 42)[0], torch.device("cpu"), 2)
 
 
 def test_an_adapter_has_nothing_to_choose():
