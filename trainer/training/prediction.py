@@ -31,7 +31,7 @@ from trainer.model.backbone import Backbone, silence_libraries
 from trainer.model.build import COMPUTE_TYPES
 from trainer.packed.forward import Padding, build_forward
 from trainer.tasks import make_task
-from trainer.tasks.shares import class_shares, describe_shares, find_shift
+from trainer.tasks.shares import Shares, class_shares, describe_shares, find_shift
 from trainer.tasks.task import Constants, Task, measure
 from trainer.training.scoring import predictions_csv, score_split
 
@@ -78,19 +78,26 @@ def predict_file(options: Options, runs: list[FinishedRun]) -> None:
     write_atomic(Path(options.output), text)
     shares = class_shares(task, logits, label_names, summary.get("data", {}).get("train", {}))
     if not options.quiet:
-        warnings += filter(None, [find_shift(shares, len(logits))])
         id_field, label_field = HEADERS[options.layout]
-        of_runs = f" (mean of {len(runs)} runs)" if len(runs) > 1 else ""
-        lines = [
-            *(f"warning: {line}" for line in warnings),
-            f"{len(ids)} predictions{of_runs}: {options.output}",
-            *([describe_shares(shares)] if shares else []),
-            f"{id_field} {about_ids}; {label_field} {about_labels}",
-        ]
+        about_columns = f"{id_field} {about_ids}; {label_field} {about_labels}"
+        lines = describe_output(options, len(ids), shares, warnings, about_columns)
         print(*lines, sep="\n", file=sys.stderr)
     if split.targets is not None:
         measured = {**measure(task, logits, split.targets, label_names), "class_shares": shares}
         print(json.dumps(measured, indent=2, ensure_ascii=False))
+
+
+def describe_output(
+    options: Options, num_rows: int, shares: Shares, warnings: list[str], about_columns: str
+) -> list[str]:
+    """Lines for the user about what was written."""
+    mean = f" (mean of {len(options.run)} runs)" if len(options.run) > 1 else ""
+    return [
+        *(f"warning: {line}" for line in [*warnings, find_shift(shares, num_rows)] if line),
+        f"{num_rows} predictions{mean}: {options.output}",
+        *([describe_shares(shares)] if shares else []),
+        about_columns,
+    ]
 
 
 def make_member(run: FinishedRun, split: TextSplit, problem_type: str, quiet: bool) -> Member:

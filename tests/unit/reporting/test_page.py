@@ -89,6 +89,7 @@ def write_split(folder: Path, labels: Sequence[str], text: str) -> None:
     metrics: dict[str, Any] = {"accuracy": 0.75, "loss": 0.6, "num_examples": 4 * num_labels}
     metrics |= {f"{name}_macro": 0.75 for name in scores if name != "support"}
     metrics["per_class"] = dict.fromkeys(labels, scores)
+    metrics["class_shares"] = {label: {"predicted": 0.4321, "train": 0.1234} for label in labels}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     with (folder / "confusion_matrix.csv").open("w", encoding="utf-8", newline="") as file:
         rows = [[label, *row] for label, row in zip(labels, matrix.tolist(), strict=True)]
@@ -135,6 +136,8 @@ def test_a_finished_run_gets_every_file_and_number(tmp_path: Path) -> None:
         "75.00%",
         "1,000",
         "1.00% of 100,000",
+        "43.2%",
+        "12.3%",
         "4.0 KiB",
         "390.6 KiB",
         "1:02:03",
