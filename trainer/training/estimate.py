@@ -43,7 +43,6 @@ class Place:
     on_cpu: bool
     sharded: bool
     """the frozen weights are sharded over the processes"""
-    precision: str
 
 
 def print_plan(config: Config) -> int:
@@ -53,15 +52,17 @@ def print_plan(config: Config) -> int:
     silence_libraries()
     world_size = int(os.environ.get("ISOTRAIN_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and world_size > 1
-    place = Place(world_size, is_on_cpu(), sharded, choose_precision(config.run.precision))
+    place = Place(world_size, is_on_cpu(), sharded)
     draft = draft_run(config, needs_weights=False)
     examples = tokenize_splits(config, draft)
-    config = dataclasses.replace(fill_task(config, draft.corpus.task), peft=draft.peft)
+    precision: Any = choose_precision(config.run.precision)
+    settings = dataclasses.replace(config.run, precision=precision)
+    config = dataclasses.replace(fill_task(config, draft.corpus.task), peft=draft.peft, run=settings)
     padded_because = "the frozen weights are sharded" if sharded else why_not_packed(draft.twin)
     if config.model.packed is False:
         padded_because = "model.packed is false"
     plan = make_plan(config, examples["train"], place.on_cpu, packed=padded_because is None)
-    set_precision(draft.twin, COMPUTE_TYPES[place.precision])
+    set_precision(draft.twin, COMPUTE_TYPES[config.run.precision])
     sizes = [plan.sizes(step, world_size) for step in range(plan.steps_per_epoch)]
     lines = [
         *describe_data(config, draft.corpus, examples),
@@ -142,7 +143,7 @@ def describe_memory(config: Config, twin: PeftModel, plan: Plan, sizes: Sizes, p
     batches = [plan.lengths[part.ids] for rank in ranks for part in plan.micro_batches(step, rank, place.world_size)]
     activations = max(count_activation_bytes(config, twin, plan, lengths) for lengths in batches)
     return [
-        f"memory      about {shorten(frozen + trained + activations)}B a process ({place.precision}), and "
+        f"memory      about {shorten(frozen + trained + activations)}B a process ({config.run.precision}), and "
         f"{LIBRARIES[place.on_cpu]}",
         f"            frozen weights {shorten(frozen)}B, trained ones with gradient and optimizer {shorten(trained)}B, "
         f"activations {shorten(activations)}B",
@@ -152,15 +153,16 @@ def describe_memory(config: Config, twin: PeftModel, plan: Plan, sizes: Sizes, p
 def count_activation_bytes(config: Config, twin: PeftModel, plan: Plan, lengths: np.ndarray) -> int:
     """Estimates what a micro-batch of examples of these lengths [B] keeps for its backward.
 
-    A product keeps its output, and its input if an adapter trains there. A norm keeps its input in fp32. Attention
-    with dropout, or packed, keeps its shares and masks. Checkpointing keeps the input of each layer, and one layer.
+    A product keeps its output, and its input if its weight or an adapter trains. A norm keeps its input in fp32.
+    Attention with dropout, or packed, keeps its shares and masks. Checkpointing keeps the input of each layer, and one
+    layer.
     """
     model: Any = twin.get_base_model()
-    per_token, item = 0, 4
-    for module in model.base_model.modules():
-        if isinstance(module, MATRIX_MODULES) and not module.weight.requires_grad:
-            item = module.weight.itemsize
-            per_token += _widths(module)[1] * item
+    per_token, item = 0, COMPUTE_TYPES[config.run.precision].itemsize
+    for module in _without_adapters(model.base_model):
+        if isinstance(module, MATRIX_MODULES):
+            inputs, outputs = _widths(module)
+            per_token += (inputs * module.weight.requires_grad + outputs) * item
         elif isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), MATRIX_MODULES):
             per_token += _widths(module.get_base_layer())[0] * item
         elif type(module).__name__.endswith("Norm"):
@@ -199,11 +201,20 @@ def describe_flops(config: Config, twin: PeftModel, plan: Plan, sizes: Sizes) ->
 
 
 def count_products(twin: PeftModel) -> tuple[int, int]:
-    """Weights that multiply each token: those of the frozen matrices, and those that train outside the head."""
+    """Weights that multiply each token outside the head and the embeddings: those that are frozen, and that train."""
     body: Any = twin.get_base_model().base_model
-    matrices = [m.weight for m in body.modules() if isinstance(m, MATRIX_MODULES)]
-    frozen = sum(weight.numel() for weight in matrices if not weight.requires_grad)
-    return frozen, sum(parameter.numel() for parameter in body.parameters() if parameter.requires_grad)
+    embeddings = {id(p) for m in body.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    matrices = [m.weight for m in _without_adapters(body) if isinstance(m, MATRIX_MODULES)]
+    trained = sum(p.numel() for p in body.parameters() if p.requires_grad and id(p) not in embeddings)
+    return sum(weight.numel() for weight in matrices if not weight.requires_grad), trained
+
+
+def _without_adapters(body: nn.Module) -> list[nn.Module]:
+    """The modules of a backbone, without those inside of adapters."""
+    layers = [module for module in body.modules() if isinstance(module, BaseTunerLayer)]
+    bases = {id(inner) for layer in layers for inner in layer.get_base_layer().modules()}
+    inside = {id(inner) for layer in layers for inner in layer.modules() if inner is not layer} - bases
+    return [module for module in body.modules() if id(module) not in inside]
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:

@@ -27,6 +27,10 @@ TARGETS = {"target_modules": ["query", "value", "dense"]}
 OPTIONS = ["--data.train", "x.csv", "--peft.fit_budget", "true", "--peft.max_trainable_parameters", "9000"]
 
 
+def fitted(peft_type, budget, **options):
+    return PeftConfig(peft_type, max_trainable_parameters=budget, fit_budget=True, options=options)
+
+
 @pytest.fixture(scope="module")
 def backbone(tiny_backbone):
     return find_backbone(ModelConfig(name=str(tiny_backbone)), ["World", "Sports", "Business", "Sci/Tech"])
@@ -38,7 +42,7 @@ def backbone(tiny_backbone):
     ids=str,
 )
 def test_the_rank_is_the_largest_that_fits(backbone, peft_type, options):
-    settings = PeftConfig(peft_type, 5000, True, {**TARGETS, **options})
+    settings = fitted(peft_type, 5000, **TARGETS, **options)
     chosen, lines = fit_budget(backbone, settings)
     rank, step = chosen.options["r"], 2 if peft_type == "HRA" else 1
     fits = [count_trained(build_without_weights(backbone, chosen)) <= 5000]
@@ -57,7 +61,7 @@ def test_the_rank_is_the_largest_that_fits(backbone, peft_type, options):
 
 
 def test_no_rank_above_the_smaller_side_of_every_target(backbone):
-    chosen, _ = fit_budget(backbone, PeftConfig("LORA", 10**6, True, {"target_modules": ["query"]}))
+    chosen, _ = fit_budget(backbone, fitted("LORA", 10**6, target_modules=["query"]))
     assert chosen.options["r"] == 32
 
 
@@ -79,7 +83,7 @@ def test_the_defaults_are_those_of_peft():
 
 def test_a_budget_that_nothing_fits_is_refused(backbone):
     with pytest.raises(UserError, match=r"is below the .* that rank 1 trains; raise it") as caught:
-        fit_budget(backbone, PeftConfig("LORA", 1200, True, TARGETS))
+        fit_budget(backbone, fitted("LORA", 1200, **TARGETS))
     assert len(str(caught.value).splitlines()) == 1
 
 

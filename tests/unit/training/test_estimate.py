@@ -28,7 +28,7 @@ from trainer.training.estimate import (
     shorten,
 )
 
-CONFIG = parse_config(["--data.train", "x.csv", "--batch.size", "8", "--optim.epochs", "3"])
+CONFIG = parse_config(["--data.train", "x.csv", "--batch.size", "8", "--optim.epochs", "3", "--run.precision", "no"])
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 6, "vocab_size": 50}
 FAMILIES = {
     "bert": (BertConfig(**SIZES, intermediate_size=1024), ["query", "value"]),
@@ -83,7 +83,9 @@ def test_memory_and_flops_are_close_to_those_of_a_micro_batch(family, dtype):
     twin = built(family, without_weights=True)
     packed = why_not_packed(twin) is None
     set_precision(twin, dtype)
-    found = count_activation_bytes(CONFIG, twin, plan(packed=packed), LENGTHS)
+    precision = {torch.float32: "no", torch.bfloat16: "bf16"}[dtype]
+    config = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, precision=precision))
+    found = count_activation_bytes(config, twin, plan(packed=packed), LENGTHS)
     assert num_bytes / 1.5 < found < num_bytes * 1.5
     if packed:  # torch does not count what our products compute
         return
@@ -110,6 +112,16 @@ def test_products_of_a_layer_by_hand():
     frozen, trained = count_products(built("bert", without_weights=True))
     assert frozen == 6 * (4 * 256**2 + 2 * 256 * 1024) + 256**2  # with the pooler
     assert trained == 6 * 2 * 4 * (256 + 256)
+
+
+def test_without_an_adapter_matrices_train_and_embeddings_multiply_nothing():
+    config = copy.deepcopy(FAMILIES["bert"][0])
+    twin = build_without_weights(Backbone("none", None, config, None, ""), PeftConfig("NONE", options={}))
+    frozen, trained = count_products(twin)
+    with_adapter, _ = count_products(built("bert", without_weights=True))
+    assert frozen == 0 and 1 < trained / with_adapter < 1.01  # biases and norms
+    adapter = count_activation_bytes(CONFIG, built("bert", without_weights=True), plan(packed=True), LENGTHS)
+    assert 1.2 < count_activation_bytes(CONFIG, twin, plan(packed=True), LENGTHS) / adapter < 2
 
 
 def test_steps_tokens_and_padding_by_hand():
