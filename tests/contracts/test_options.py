@@ -25,7 +25,7 @@ data.text_pair_columns data.label_column data.label_columns data.label_names dat
 data.long_documents data.window_overlap
 task.type task.separator task.loss
 batch.size batch.max_tokens batch.eval_max_tokens
-model.name model.revision model.adapter model.dropout model.packed model.gradient_checkpointing
+model.name model.revision model.adapter model.dropout model.packed model.gradient_checkpointing model.quantization
 peft.peft_type peft.train peft.max_trainable_parameters peft.fit_budget
 optim.name optim.learning_rate optim.lora_b_lr_ratio optim.weight_decay optim.betas optim.eps optim.max_grad_norm
 optim.schedule optim.warmup_fraction optim.final_lr_fraction optim.epochs optim.max_steps optim.label_smoothing

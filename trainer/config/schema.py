@@ -196,6 +196,8 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """true = keep no activations inside a layer, and compute them again for the gradient: less memory, more time; never
     changes results"""
+    quantization: Literal["nf4"] | None = None
+    """nf4 = keep the frozen matrices in 4 bits, through bitsandbytes, for peft_type LORA; null = in run.precision"""
 
 
 @dataclass(frozen=True)

@@ -202,9 +202,11 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
     return backbone
 
 
-def load_trained_model(backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32) -> PeftModel:
+def load_trained_model(
+    backbone: Backbone, folder: Path, compute_type: torch.dtype = torch.float32, dequantize: bool = False
+) -> PeftModel:
     """Loads a backbone with what `folder` holds, in evaluation mode: an adapter through plain PEFT."""
-    model, _, _ = load_weights(backbone)
+    model, _, _ = load_weights(backbone, dequantize)
     try:
         # trainable until the frozen weights are cast, so that the adapter stays in fp32 as in training
         if (folder / "adapter_config.json").is_file():
@@ -245,7 +247,7 @@ def export_merged(adapter: Path, backbone: Backbone, config: Config, output: Pat
 
     If the predictions of the task are numbers, the model's logits are these numbers.
     """
-    model = load_trained_model(backbone, adapter)
+    model = load_trained_model(backbone, adapter, dequantize=True)
     expected = _compute_logits(model, backbone.tokenizer)
     factor, shift = map(torch.from_numpy, task.affine or (np.ones(1), np.zeros(1)))
     expected = (expected.double() * factor + shift).float()

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trainer.compat import StoredTensor, use_default_attention
 from trainer.config.schema import ModelConfig
 from trainer.errors import UserError, one_line
+from trainer.model.quantization import loading_options, prepare_quantized
 from trainer.model.tokenizer import OFFSET_POSITION_FAMILIES, read_special_tokens_as_text, set_padding
 
 REMOTE_CODE_FAMILIES = ("mra",)  # transformers downloads the code of their attention
@@ -125,6 +127,7 @@ def silence_libraries() -> None:
     """Turns off progress bars and load reports of transformers; this project reports what matters."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
     # accelerate 1.15 passes an argument that torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=r".*broadcast_buffers")
@@ -169,18 +172,22 @@ def find_backbone(
     return Backbone(path, commit, backbone_config, tokenizer, config)
 
 
-def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str], list[str]]:
+def load_weights(backbone: Backbone, dequantize: bool = False) -> tuple[nn.Module, set[str], list[str]]:
     """Loads the model on the CPU. Refuses weights that lack more than the head and the pooler.
 
     Parameters of the file are mapped from it in its own type, so they take no memory until `set_precision` copies them.
-    What the file lacks is in fp32. Returns the model, the names of the tensors that its file lacks or has in another
-    shape, and notes for the user.
+    What the file lacks is in fp32. `model.quantization` is applied; `dequantize` turns its layers into plain ones.
+
+    Returns:
+        the model, the names of the tensors that its file lacks or has in another shape, and notes for the user.
     """
     files = [backbone.folder / name for name in backbone.identity.files if name != "config.json"]
     model_class: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(backbone.config)]
+    quantization = loading_options(backbone.config) if backbone.requested.quantization else {}
     try:
         model, info = model_class.from_pretrained(
             None,
+            **quantization,
             state_dict=_find_tensors(files),
             config=copy.deepcopy(backbone.config),
             dtype=torch.float32,
@@ -190,6 +197,9 @@ def load_weights(backbone: Backbone) -> tuple[nn.Module, set[str], list[str]]:
     except Exception as error:  # safetensors, huggingface_hub and torch raise many kinds
         reason = f"cannot be read; copy them again: {one_line(error)}"
         raise UserError(f"model.name: the weights of {backbone.path} {reason}") from None
+    prepare_quantized(model)
+    if quantization and dequantize:
+        model = model.dequantize(torch.float32)
     model.name_or_path = model.config.name_or_path = backbone.path  # PEFT records it
     for buffer in model.buffers():
         if buffer.dtype in NARROW_TYPES:

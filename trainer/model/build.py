@@ -120,6 +120,8 @@ def set_precision(model: nn.Module, compute_type: torch.dtype) -> None:
         # DeBERTa adds the biases of its queries itself
         is_matrix = isinstance(module, MATRIX_MODULES) or hasattr(module, "q_bias")
         for parameter in module.parameters(recurse=False):
+            if not parameter.is_floating_point():
+                continue  # quantized
             if is_matrix and not parameter.requires_grad:
                 parameter.data = parameter.data.to(compute_type, copy=True)
             elif not is_matrix and parameter.dtype in NARROW_TYPES and module not in embeddings:

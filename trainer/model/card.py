@@ -11,6 +11,7 @@ import yaml
 from trainer.config.labels import plural
 from trainer.config.schema import NO_ADAPTER, Config, DataConfig, chosen_overlap, resolve
 from trainer.model.backbone import Backbone
+from trainer.model.quantization import modules_kept_whole
 from trainer.tasks import make_task
 from trainer.tasks.task import Constants, Task, format_score
 
@@ -74,6 +75,12 @@ def loading_lines(
         package, _, folder = name.removeprefix("package:").partition("/")
         imports = "from importlib.util import find_spec\n\n"
         path, comment = f"find_spec({package!r}).submodule_search_locations[0] + {'/' + folder!r}", ""
+    quantization = ""
+    if backbone.requested.quantization is not None:
+        imports += "from transformers import BitsAndBytesConfig\n"
+        skipped = modules_kept_whole(backbone.config)
+        options = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules={skipped}'
+        quantization = f"\n    quantization_config=BitsAndBytesConfig({options}),"
     revision = f"revision={backbone.commit!r}, " if backbone.commit else ""
     imported = "from peft import PeftModel"
     loaded = "model = PeftModel.from_pretrained(model, adapter).eval()"
@@ -91,7 +98,7 @@ backbone = {path}{comment}
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 config = AutoConfig.from_pretrained(adapter, subfolder="backbone")
 model = AutoModelForSequenceClassification.from_pretrained(
-    backbone, {revision}config=config, dtype="float32", ignore_mismatched_sizes=True
+    backbone, {revision}config=config, dtype="float32", ignore_mismatched_sizes=True,{quantization}
 )
 {loaded}
 classify = pipeline("text-classification", model=model, tokenizer=tokenizer)

@@ -30,6 +30,7 @@ from trainer.model.adapter import SavedAdapter, load_constants, read_adapter
 from trainer.model.backbone import FP32_ONLY_FAMILIES, Backbone, Identity, check_same_backbone, find_backbone
 from trainer.model.budget import fit_budget
 from trainer.model.build import COMPUTE_TYPES, build_model, check_fit, set_precision, shard_frozen
+from trainer.model.quantization import check_quantization
 from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Forward, build_forward, check_packed
 from trainer.reporting.tracking import RunLog
@@ -78,6 +79,8 @@ def draft_run(config: Config, recorded: Identity | None = None, needs_weights: b
     if config.model.gradient_checkpointing and not twin.get_base_model().supports_gradient_checkpointing:
         family = backbone.config.model_type
         raise UserError(f"model.gradient_checkpointing: transformers does not support it for {family}; leave it out")
+    if config.model.quantization is not None:
+        check_quantization(twin, peft)
     return Draft(corpus, backbone, peft, twin)
 
 
@@ -202,6 +205,9 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
     device, backbone = accelerator.device, inputs.backbone
     if device.type == "cuda":
         _use_deterministic_kernels()
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
+    if sharded and config.model.quantization is not None:
+        raise UserError("model.quantization: nf4 weights cannot be sharded; use another --topology than fsdp")
     model, notes = build_model(backbone, config.peft, config.run.seed)
     start, about_start = start_adapter(model, config.peft, inputs)
     train, label_names = inputs.examples["train"], inputs.corpus.label_names
@@ -213,7 +219,6 @@ def _build_learner(config: Config, inputs: Inputs, accelerator: Accelerator) -> 
         reason = "its logits depend on padding, and the last window of a text is shorter"
         raise UserError(f"data.long_documents windows is not supported for {backbone.path}: {reason}; use cut")
     backbone.tokenizer.padding_side = "left" if padding.left else "right"  # it is saved with the adapter
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
     if sharded:
         shard_frozen(model, device, accelerator.num_processes)
     else:

@@ -325,7 +325,7 @@ OTHER = {
     "data.text_columns": "[b]", "data.text_pair_columns": "[c]", "data.label_column": "d", "data.label_names": "[e]",
     "data.label_columns": "[f, g]", "task.type": "multi_label", "task.separator": "|", "task.loss": "huber",
     "data.max_length": "9", "data.long_documents": "windows", "data.window_overlap": "3",
-    "batch.size": "3", "model.dropout": "0.3", "peft.peft_type": "IA3", "peft.r": "3",
+    "batch.size": "3", "model.dropout": "0.3", "model.quantization": "nf4", "peft.peft_type": "IA3", "peft.r": "3",
     "optim.name": "adam", "optim.learning_rate": "1", "optim.weight_decay": "0.5", "optim.betas": "[0, 0]",
     "optim.eps": "1", "optim.max_grad_norm": "null", "optim.schedule": "linear", "optim.warmup_fraction": "0.5",
     "optim.final_lr_fraction": "0.5",
