@@ -30,7 +30,7 @@ from trainer.errors import UserError, one_line, print_once
 from trainer.files import UNFINISHED, publish, replace_folder, writing
 from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
 from trainer.model.build import build_without_weights, set_precision, widen_trained
-from trainer.model.plain import PlainModel, only_these_train
+from trainer.model.plain import is_plain, only_these_train
 from trainer.model.tokenizer import save_tokenizer
 from trainer.tasks import check_constants, make_task
 from trainer.tasks.task import Constants, Task
@@ -52,7 +52,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 def load_adapter_tensors(model: Any, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Puts tensors of adapter and head into the model; `source` says in messages where they are from."""
     _check_tensors(model, tensors, source)
-    if isinstance(model, PlainModel):
+    if is_plain(model):
         model.load(tensors)
     else:
         set_peft_model_state_dict(model, tensors)

@@ -66,6 +66,11 @@ def train_plainly(model: Any, settings: PeftConfig, path: str, new_modules: set[
     return PlainModel(model, path)
 
 
+def is_plain(model: Any) -> bool:
+    """Whether the model has no adapter."""
+    return isinstance(model, PlainModel)
+
+
 def only_these_train(model: Any, names: Collection[str]) -> Any:
     """Wraps the model as `train_plainly` did, given the names of what trained."""
     for name, parameter in model.named_parameters():

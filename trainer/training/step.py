@@ -20,6 +20,7 @@ from trainer.compat import gradient_norms, on_device
 from trainer.data.tokens import Examples
 from trainer.distributed.session import STOP_SIGNALS
 from trainer.errors import UserError
+from trainer.model.plain import is_plain
 from trainer.tasks.task import Losses
 from trainer.training.adalora import add_orthogonality, update_ranks
 from trainer.training.records import Learner, Run
@@ -120,7 +121,8 @@ def sum_gradients(learner: Learner) -> torch.Tensor:
     takes part with zeros, since memory may have run out on this rank alone.
     """
     parameters = learner.parameters.values()
-    if learner.dropout.skips_layers:  # LayerDrop may skip a layer in all micro-batches
+    # LayerDrop may skip a layer in all micro-batches, and a classifier may not use all weights of its backbone
+    if learner.dropout.skips_layers or is_plain(learner.model):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
