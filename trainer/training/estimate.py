@@ -31,6 +31,8 @@ from trainer.training.setup import CPU_TOKENS, GPU_TOKENS, count_steps, draft_ru
 
 OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 0}
 """by optim.name: numbers that it keeps for each trained one"""
+NF4_BYTES = 0.5 + 4 / 64
+"""of a weight, with its share of the scale of 64 weights"""
 LIBRARIES = {True: "0.7 GB for Python and its libraries", False: "0.5 GB for CUDA and its libraries"}
 """by whether the run is on a CPU"""
 
@@ -134,8 +136,7 @@ Sizes = list[list[tuple[int, int]]]
 
 def describe_memory(config: Config, twin: PeftModel, plan: Plan, sizes: Sizes, place: Place) -> list[str]:
     """Lines about the memory of one process in training, at its largest micro-batch."""
-    frozen = sum(p.numel() * p.itemsize for p in twin.parameters() if not p.requires_grad)
-    frozen = frozen // place.world_size if place.sharded else frozen
+    frozen = count_frozen_bytes(config, twin) // (place.world_size if place.sharded else 1)
     copies = 2 + OPTIMIZER_COPIES[config.optim.name]  # with the gradient
     trained = sum(p.numel() * p.itemsize * copies for p in twin.parameters() if p.requires_grad)
     step = max(range(len(sizes)), key=lambda step: max(sizes[step]))
@@ -148,6 +149,15 @@ def describe_memory(config: Config, twin: PeftModel, plan: Plan, sizes: Sizes, p
         f"            frozen weights {shorten(frozen)}B, trained ones with gradient and optimizer {shorten(trained)}B, "
         f"activations {shorten(activations)}B",
     ]
+
+
+def count_frozen_bytes(config: Config, twin: PeftModel) -> int:
+    """Bytes of the weights that do not train; quantized ones have 4 bits, and a scale in fp32 for each block."""
+    body: Any = twin.get_base_model().base_model
+    matrices = {id(m.weight) for name, m in body.named_modules() if isinstance(m, nn.Linear) and "pool" not in name}
+    quantized = matrices if config.model.quantization else set()
+    frozen = [parameter for parameter in twin.parameters() if not parameter.requires_grad]
+    return int(sum(p.numel() * (NF4_BYTES if id(p) in quantized else p.itemsize) for p in frozen))
 
 
 def count_activation_bytes(config: Config, twin: PeftModel, plan: Plan, lengths: np.ndarray) -> int:

@@ -20,6 +20,7 @@ from trainer.packed.families import why_not_packed
 from trainer.packed.forward import PackedForward, PaddedForward
 from trainer.training.estimate import (
     count_activation_bytes,
+    count_frozen_bytes,
     count_products,
     describe_flops,
     describe_parameters,
@@ -112,6 +113,13 @@ def test_products_of_a_layer_by_hand():
     frozen, trained = count_products(built("bert", without_weights=True))
     assert frozen == 6 * (4 * 256**2 + 2 * 256 * 1024) + 256**2  # with the pooler
     assert trained == 6 * 2 * 4 * (256 + 256)
+
+
+def test_quantized_weights_take_four_bits_and_a_scale():
+    twin = built("llama", without_weights=True)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, quantization="nf4"))
+    saved = count_frozen_bytes(CONFIG, twin) - count_frozen_bytes(config, twin)
+    assert saved == (4 - 0.5625) * count_products(twin)[0]
 
 
 def test_without_an_adapter_matrices_train_and_embeddings_multiply_nothing():
