@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -49,19 +49,26 @@ def find_task(config: TaskConfig, train: LabelColumn) -> TaskConfig:
 def _find_task_of_columns(train: LabelColumn) -> TaskType:
     """Columns of 0 and 1 are labels; columns of other numbers are amounts."""
     rows = [value for value in train.values if isinstance(value, list)]
-    are_bits = [all((row[i] or "").lower() in multi_label.BITS for row in rows) for i in range(len(train.columns))]
-    are_numbers = all(regression.read_number(cell) is not None for row in rows for cell in row)
-    if not are_numbers or all(are_bits):
+    columns = list(zip(*rows, strict=True))
+    are_bits = [all((cell or "").lower() in multi_label.BITS for cell in column) for column in columns]
+    if all(are_bits) or not _are_mostly_numbers([cell for row in rows for cell in row]):
         return "multi_label"
     if not any(are_bits):
         return "regression"
-    column = are_bits.index(False)
-    code = next(code for code, row in enumerate(rows) if row[column] not in multi_label.BITS)
+    place = are_bits.index(False)
+    code = next(code for code, cell in enumerate(columns[place]) if (cell or "").lower() not in multi_label.BITS)
+    if regression.read_number(cell := columns[place][code]) is None:
+        return "multi_label"  # which names the row
     row = train.describe_row(train.codes.tolist().index(code))
     raise UserError(
-        f"{train.option}: {train.path}: {row}: column {train.columns[column]!r} holds {rows[code][column]!r}; "
-        "multi_label needs 0 or 1, regression any number; choose --task.type multi_label or --task.type regression"
+        f"{train.option}: {train.path}: {row}: column {train.columns[place]!r} holds {cell!r}; multi_label needs 0 or "
+        "1, regression any number; choose --task.type multi_label or --task.type regression"
     )
+
+
+def _are_mostly_numbers(cells: Sequence[str | None]) -> bool:
+    """Whether at most a tenth is something else, which regression then names with its row."""
+    return sum(regression.read_number(cell) is not None for cell in cells) >= 0.9 * len(cells)
 
 
 def _find_task_of_texts(train: LabelColumn) -> TaskType:
@@ -77,7 +84,7 @@ def _find_task_of_texts(train: LabelColumn) -> TaskType:
     numbers = [number for text in texts if (number := regression.read_number(text)) is not None]
     fractions = [number for number in numbers if not number.is_integer()]
     is_varied = len(texts) > MAX_NUMBERED_CLASSES
-    if len(numbers) < 0.9 * len(texts) or (not fractions and not is_varied):
+    if not _are_mostly_numbers(texts) or (not fractions and not is_varied):
         return "single_label"
     if fractions and (is_varied or len(texts) > max(4, len(train.codes) // 2)):
         return "regression"

@@ -157,6 +157,12 @@ def test_columns_of_bits_and_of_numbers(tmp_path):
     said = refused(path, TaskConfig(), label_columns=NAMES)
     assert all(f"--task.type {name}" in said for name in ("multi_label", "regression"))
     assert "row 1: column 'depth' holds '0.5'" in said
+    amounts = [(i + 0.5, i / 4) for i in range(1, 30)]
+    said = refused(columns(tmp_path / "y.csv", [*amounts, (1.5, "")]), TaskConfig(), label_columns=NAMES)
+    assert "row 30: column 'depth' holds nothing; task.type regression" in said
+    bits = [(i % 2, 1) for i in range(30)]
+    said = refused(columns(tmp_path / "z.csv", [*bits, ("", 0)]), TaskConfig(), label_columns=NAMES)
+    assert "row 31: column 'price' holds ''" in said and "0 or 1" in said
     assert load(path, label_columns=NAMES).splits["train"].targets.tolist() == [[1, 0.5], [0, 0.25], [1, 2]]
 
 
