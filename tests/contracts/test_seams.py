@@ -221,7 +221,7 @@ def test_a_family(train, tiny_backbone, tmp_path, monkeypatch):
     family = Family(
         embed=embed_from_padding,
         layers=lambda model, trains: encoder_layers(model.base_model.encoder.layer, modules_of_bert, trains),
-        classify=lambda model, x: model.classifier(x),
+        classify=lambda model, x, layout: model.classifier(x),
     )
     monkeypatch.setitem(FAMILIES, Data2VecTextForSequenceClassification, family)
     run = train("--model.name", folder, "--model.packed", "true")

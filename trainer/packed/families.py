@@ -28,9 +28,9 @@ from transformers import (
 from trainer.packed.attention import Layout, add_bias
 from trainer.packed.encoder import embed, encoder_layers, modules_of_bert, modules_of_distilbert, modules_of_mpnet
 from trainer.packed.prenorm import (
+    PreNormLayer,
     modernbert_layers,
     modules_of_llama,
-    prenorm_layers,
     prepare_llama,
     prepare_modernbert,
     why_not_rotary,
@@ -48,8 +48,8 @@ class Family:
     """hidden states [T, H] before the first layer, from input_ids and perhaps token_type_ids, [T] each"""
     layers: Callable[[Any, bool], Sequence[Layer]]
     """its layers, built once per model; also takes whether the model trains"""
-    classify: Callable[[Any, torch.Tensor], torch.Tensor]
-    """logits [B, C] from what the last layer gives"""
+    classify: Callable[[Any, torch.Tensor, Any], torch.Tensor]
+    """logits [B, C] from what the last layer gives and what `prepare` made"""
     prepare: Callable[[Any, dict[str, torch.Tensor], Layout], Any] = lambda model, inputs, layout: layout
     """what all layers of a micro-batch take beside hidden states, computed once: the layout, with a bias perhaps"""
     why_not: Callable[[Any], str | None] = lambda model: None
@@ -95,7 +95,7 @@ def embed_electra(model: Any, inputs: dict[str, torch.Tensor], layout: Layout) -
     return model.base_model.embeddings_project(x) if hasattr(model.base_model, "embeddings_project") else x
 
 
-def classify_distilbert(model: Any, x: torch.Tensor) -> torch.Tensor:
+def classify_distilbert(model: Any, x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The head is four modules of the model."""
     logits: torch.Tensor = model.classifier(model.dropout(model.pre_classifier(x[:, 0]).relu()))
     return logits
@@ -120,11 +120,11 @@ def why_not_mpnet(model: Any) -> str | None:
 BERT = Family(
     embed=embed_from_zero,
     layers=lambda model, trains: encoder_layers(model.base_model.encoder.layer, modules_of_bert, trains),
-    classify=lambda model, x: model.classifier(model.dropout(model.base_model.pooler(x))),
+    classify=lambda model, x, layout: model.classifier(model.dropout(model.base_model.pooler(x))),
     why_not=why_not_bert,
 )
-ROBERTA = replace(BERT, embed=embed_from_padding, classify=lambda model, x: model.classifier(x))
-ELECTRA = replace(BERT, embed=embed_electra, classify=lambda model, x: model.classifier(x))
+ROBERTA = replace(BERT, embed=embed_from_padding, classify=lambda model, x, layout: model.classifier(x))
+ELECTRA = replace(ROBERTA, embed=embed_electra)
 DISTILBERT = Family(
     embed=embed_from_zero,
     layers=lambda model, trains: encoder_layers(model.base_model.transformer.layer, modules_of_distilbert, trains),
@@ -139,16 +139,16 @@ MPNET = replace(
 MODERNBERT = Family(
     embed=lambda model, inputs, layout: model.base_model.embeddings(inputs["input_ids"]),
     layers=modernbert_layers,
-    classify=lambda model, x: model.classifier(model.drop(model.head(x))),
+    classify=lambda model, x, prepared: model.classifier(
+        model.drop(model.head(prepared.read(model.base_model.final_norm(x))))
+    ),
     prepare=prepare_modernbert,
     why_not=why_not_rotary,
 )
 LLAMA = Family(
     embed=lambda model, inputs, layout: model.base_model.embed_tokens(inputs["input_ids"]),
-    layers=lambda model, trains: prenorm_layers(
-        model.base_model.layers, modules_of_llama, model.base_model.norm, trains
-    ),
-    classify=lambda model, x: model.score(x),
+    layers=lambda model, trains: [PreNormLayer(modules_of_llama(layer), trains) for layer in model.base_model.layers],
+    classify=lambda model, x, prepared: model.score(prepared.read(model.base_model.norm(x))),
     prepare=prepare_llama,
     why_not=why_not_rotary,
 )

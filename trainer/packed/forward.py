@@ -113,7 +113,7 @@ class PackedForward:
         checkpoint = self._checkpoint if torch.is_grad_enabled() else None
         for layer in self._layers:
             x = layer(x, prepared) if checkpoint is None else checkpoint(layer, x, prepared)
-        return self._family.classify(model, x)
+        return self._family.classify(model, x, prepared)
 
 
 Forward = PackedForward | PaddedForward

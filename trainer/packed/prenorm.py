@@ -35,11 +35,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all layers of a micro-batch share."""
+    """What all layers of a micro-batch and its head share."""
 
     by_type: Mapping[str, Seen]
     read: Callable[[torch.Tensor], torch.Tensor]
-    """what the head reads of each example, [B, H], from what the last layer gives"""
+    """what the head reads of each example, [B, H], from the norm of what the last layer gives"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def modules_of_llama(layer: Any) -> Modules:
 class PreNormLayer:
     """One layer. With `reads_first` it is the last one, and computes the first token of each example alone."""
 
-    def __init__(self, modules: Modules, reads_first: bool, trains: bool) -> None:
+    def __init__(self, modules: Modules, trains: bool, reads_first: bool = False) -> None:
         self.modules, self.reads_first = modules, reads_first
         self.projection = Projection(*modules.projections, trains=trains)
         self.join = Projection(modules.attention_output, trains=trains)
@@ -140,29 +140,10 @@ def _norm_heads(projected: torch.Tensor, query_norm: Any, key_norm: Any, layout:
     return torch.cat(normed, dim=1).flatten(1)
 
 
-class Reader:
-    """Follows the layers: the last norm, then what the head reads."""
-
-    def __init__(self, norm: Any) -> None:
-        self.norm = norm
-
-    def __call__(self, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
-        """What the last layer gives -> [B, H]"""
-        return prepared.read(self.norm(x))
-
-
-def prenorm_layers(
-    layers: Sequence[Any], modules_of: Callable[[Any], Modules], norm: Any, trains: bool, reads_first: bool = False
-) -> list[PreNormLayer | Reader]:
-    """The layers of a model, and what follows them; `reads_first`: the head reads the first tokens alone."""
-    own = [PreNormLayer(modules_of(layer), reads_first and layer is layers[-1], trains) for layer in layers]
-    return [*own, Reader(norm)]
-
-
-def modernbert_layers(model: Any, trains: bool) -> list[PreNormLayer | Reader]:
-    """All of ModernBERT's; the last one computes no more than the head reads."""
-    backbone, reads_first = model.base_model, model.config.classifier_pooling == "cls"
-    return prenorm_layers(backbone.layers, modules_of_modernbert, backbone.final_norm, trains, reads_first)
+def modernbert_layers(model: Any, trains: bool) -> list[PreNormLayer]:
+    """The last one computes no more than the head reads."""
+    layers, reads_first = model.base_model.layers, model.config.classifier_pooling == "cls"
+    return [PreNormLayer(modules_of_modernbert(layer), trains, reads_first and layer is layers[-1]) for layer in layers]
 
 
 # --- what the layers of a micro-batch share ---
