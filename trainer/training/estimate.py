@@ -205,7 +205,7 @@ def describe_flops(config: Config, twin: PeftModel, plan: Plan, sizes: Sizes) ->
     return [
         f"FLOPs       about {shorten(epoch * steps / plan.steps_per_epoch)} in all, "
         f"{shorten(epoch / plan.steps_per_epoch)} a step, {attention / epoch:.1%} of them for attention",
-        f"            for each token {4 + again} for each of {frozen:,} frozen weights outside the embeddings, and "
+        f"            a token takes {4 + again} for each of {frozen:,} frozen weights outside the embeddings, and "
         f"{6 + again} for each of {trained:,} trained ones",
     ]
 

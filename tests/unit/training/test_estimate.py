@@ -100,7 +100,7 @@ def test_checkpointing_keeps_less_and_computes_more():
     again = dataclasses.replace(CONFIG, model=model)
     whole, less = (count_activation_bytes(config, twin, plan(packed=True), LENGTHS) for config in (CONFIG, again))
     assert less < whole / 3
-    assert "for each token 6 for each of" in describe_flops(again, twin, plan(), [[(512, 8)]])[1]
+    assert "a token takes 6 for each of" in describe_flops(again, twin, plan(), [[(512, 8)]])[1]
 
 
 def test_windows_keep_no_more_shares_than_examples_of_their_length():
