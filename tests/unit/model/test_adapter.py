@@ -1,4 +1,4 @@
-"""The head of another run's adapter, taken over for other classes: by name, row by row."""
+"""The head: taken over for other classes by name, row by row; and scaled to the numbers of a regression."""
 
 import copy
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, RobertaConfig
 
+from tests.families import tiny
 from trainer.config.schema import PeftConfig
-from trainer.model.adapter import SavedAdapter, find_class_tensors, take_over
+from trainer.errors import UserError
+from trainer.model.adapter import SavedAdapter, find_class_tensors, scale_head, take_over, unwrap_head
 from trainer.model.backbone import Backbone
 
 PREFIX = "base_model.model."
@@ -48,3 +50,21 @@ def test_rows_are_taken_over_by_name(names):
             assert torch.equal(found[key][row], expected)
     assert (new["out.weight"] == -1).all() and (old["out.weight"] == torch.arange(9.0).view(3, 3)).all()
     assert found.keys() == old.keys()
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert", "deberta-v2", "modernbert", "electra", "mpnet", "xlnet"])
+def test_a_scaled_head_gives_the_numbers_of_a_regression(family):
+    model = tiny(family).merge_and_unload().eval()
+    unwrap_head(model)
+    inputs = {"input_ids": torch.arange(6, 20)[None], "attention_mask": torch.ones(1, 14, dtype=torch.long)}
+    factor, shift = torch.tensor([3.0, 100.0, 1e-3]).double(), torch.tensor([-5.0, 1000.0, 0.0]).double()
+    with torch.no_grad():
+        logits = model(**inputs).logits.double()
+        scale_head(model, factor, shift)
+        found = model(**inputs).logits.double()
+    assert ((found - shift) / factor - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+def test_a_head_without_a_bias_cannot_hold_a_mean():
+    with pytest.raises(UserError, match=r"has no bias.*predict\.py"):
+        scale_head(tiny("llama").merge_and_unload(), torch.ones(3), torch.ones(3))
