@@ -84,6 +84,11 @@ def folder_name(method, family):
     return f"{method}-{family}".replace(" ", "-")
 
 
+def first_line(error, place):
+    """Of a message, without the place of this run."""
+    return str(error).splitlines()[0].replace(f"{place}/", "")
+
+
 def train_cell(method, family, place):
     """Trains, resumes, saves, predicts and exports; returns what does not work, "" if all does."""
     import trainer.reporting.page
@@ -112,7 +117,7 @@ def train_cell(method, family, place):
                 assert stopped.step == 1
         assert train_and_report(config, folder) == 0
     except UserError as error:
-        return f"refused: {str(error).splitlines()[0]}"
+        return f"refused: {first_line(error, place)}"
     assert (folder / "checkpoints" / "step-00000003").is_dir()
     config, names = fill_task(config, config.task), list("abc")
     task = load_task(folder / "adapter", config.task, names)
@@ -122,7 +127,7 @@ def train_cell(method, family, place):
     try:
         export_merged(folder / "adapter", backbone, config, folder / "merged", task)
     except UserError as error:
-        return f"no export: {str(error).splitlines()[0]}"
+        return f"no export: {first_line(error, place)}"
     return ""
 
 
@@ -204,7 +209,7 @@ def render(verdicts):
             shown.append(f"[{reasons.setdefault(reason, len(reasons) + 1)}]" if reason else "yes")
         rows.append(f"| {method} | {' | '.join(shown)} |")
     head = [f"| | {' | '.join(FAMILIES)} |", "|---" * (len(FAMILIES) + 1) + "|"]
-    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    notes = [f"{number}. {reason}".replace("<", "&lt;") for reason, number in reasons.items()]
     return "\n".join([*head, *rows, "", *notes, ""])
 
 

@@ -190,6 +190,8 @@ def check_effects(model: PeftModel, settings: PeftConfig) -> None:
     layers: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     adapted = [name for name, module in layers.items() if any(p.requires_grad for p in module.parameters())]
     saved_whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
+    if start_of(settings) == "olora" and any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()):
+        raise UserError("peft.init_lora_weights: olora does not fit Conv1D layers such as c_attn; use pissa")
     names_by_option: dict[str, Iterable[str]] = {
         "target_modules": adapted, "rank_pattern": adapted, "alpha_pattern": adapted, "layers_to_transform": adapted,
         "target_parameters": tuner.targeted_parameter_names, "modules_to_save": saved_whole,

@@ -3,7 +3,9 @@
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig
 
+from tests.families import tiny_classifier
 from tests.unit.model.test_build import NAMES, logits, train
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.errors import UserError
@@ -11,6 +13,7 @@ from trainer.model.adapter import adapter_config_json, adapter_tensors, load_tra
 from trainer.model.backbone import find_backbone
 from trainer.model.build import build_model, check_fit
 from trainer.model.lora_start import as_plain_lora, start_from_data
+from trainer.model.peft_options import add_adapter, check_effects
 
 BASE = {"r": 4, "target_modules": ["query", "value"]}
 STARTS = {
@@ -115,6 +118,14 @@ def test_eva_that_does_not_settle_is_refused(backbone, batch):
 def test_starts_that_are_refused(backbone, options, message):
     with pytest.raises(UserError, match=message):
         build(backbone, **options)
+
+
+def test_olora_does_not_fit_conv1d():
+    """PEFT takes its weight, [inputs, outputs], for [outputs, inputs]."""
+    model = tiny_classifier("gpt2")
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], init_lora_weights="olora")
+    with pytest.raises(UserError, match=r"peft\.init_lora_weights: olora .* Conv1D .*; use pissa"):
+        check_effects(add_adapter(model, config, set()), PeftConfig(options={"init_lora_weights": "olora"}))
 
 
 def test_the_reason_against_loftq_is_true(backbone):
