@@ -104,9 +104,9 @@ def read_split(folder: Path) -> SplitFiles:
     except (ValueError, IndexError) as error:
         raise UserError(f"{path}: not a square confusion matrix: {error}") from error
     numbers = read_residuals(folder / "residuals.csv")
-    errors = find_large_errors if numbers else find_confident_errors
-    metrics, wrong = _read_mapping(folder / "metrics.json"), errors(folder / "predictions.csv")
-    return SplitFiles(folder.name, metrics, labels, matrix, numbers, wrong)
+    predictions, metrics = folder / "predictions.csv", _read_mapping(folder / "metrics.json")
+    errors = find_large_errors(predictions, numbers) if numbers else find_confident_errors(predictions)
+    return SplitFiles(folder.name, metrics, labels, matrix, numbers, errors)
 
 
 def read_residuals(path: Path) -> dict[str, npt.NDArray[np.float64]]:
@@ -115,29 +115,25 @@ def read_residuals(path: Path) -> dict[str, npt.NDArray[np.float64]]:
     try:
         for target, true, predicted in itertools.islice(_read_csv(path), 1, None):
             pairs.setdefault(target, []).append([float(true), float(predicted)])
+        if len(set(map(len, pairs.values()))) > 1:
+            raise ValueError("targets have different numbers of rows")
     except ValueError as error:
         raise UserError(f"{path}: not a table of residuals: {error}") from error
     return {target: np.array(values) for target, values in pairs.items()}
 
 
-def find_large_errors(path: Path) -> list[dict[str, str]]:
-    """Finds the predictions that are farthest off in predictions.csv, at most NUM_ERRORS.
+def find_large_errors(path: Path, numbers: Mapping[str, npt.NDArray[np.float64]]) -> list[dict[str, str]]:
+    """Finds the rows of predictions.csv whose numbers are farthest off, at most NUM_ERRORS.
 
     An error counts in standard deviations of its target, and the largest of a row counts.
     """
-    header, *rows = _read_csv(path)
-    named_rows = [dict(zip(header, row, strict=False)) for row in rows]
-    try:
-        true, predicted = (
-            np.array([json.loads(row[name]) for row in named_rows], dtype=np.float64).reshape(len(rows), -1)
-            for name in ("label", "prediction")
-        )
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a table of predictions: {error}") from error
-    spread = true.std(axis=0)
-    sizes = (np.abs(predicted - true) / np.where(spread > 0, spread, 1.0)).max(axis=1)
-    worst = np.argsort(-sizes, kind="stable")[:NUM_ERRORS]
-    return [named_rows[i] | {"error": f"{sizes[i]:.2f}"} for i in worst]
+    each = [np.abs(pairs[:, 1] - pairs[:, 0]) / (pairs[:, 0].std() or 1.0) for pairs in numbers.values()]
+    sizes = np.max(each, axis=0)
+    worst = np.argsort(-sizes, kind="stable")[:NUM_ERRORS].tolist()
+    rows = _read_csv(path)
+    header, wanted = next(rows, []), set(worst)
+    found = {place: dict(zip(header, row, strict=False)) for place, row in enumerate(rows) if place in wanted}
+    return [found[place] | {"error": f"{sizes[place]:.2f}"} for place in worst if place in found]
 
 
 def find_confident_errors(path: Path) -> list[dict[str, str]]:

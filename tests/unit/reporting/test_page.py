@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.harness.commands import run_script
+from trainer.errors import UserError
 from trainer.files import read_json_lines
 from trainer.reporting.figures import (
     MAX_FIGURE_INCHES,
@@ -24,7 +25,7 @@ from trainer.reporting.figures import (
     select_values,
     smooth,
 )
-from trainer.reporting.page import build_report, find_confident_errors
+from trainer.reporting.page import build_report, find_confident_errors, read_residuals
 
 NEWS = ["World", "Sports", "Business", "Sci/Tech"]
 HOSTILE = [
@@ -299,6 +300,16 @@ def test_a_regression_has_scores_residuals_and_its_largest_errors(tmp_path: Path
     assert "1.25e-07" in page.text and "-12.500" in page.text and "onfusion" not in page.text
     assert all(name in page.text for name in names) and "script" not in {tag for tag, _ in page.tags}
     assert page.text.index("text 7") < page.text.index("text 3"), "the error in standard deviations counts"
+
+
+@pytest.mark.parametrize("damage", ["stars,1\n", "stars,1,x\n", "price,1,2\n"])
+def test_damaged_residuals_are_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "residuals.csv"
+    path.write_text("target,true,predicted\nstars,1,2\nstars,3,4\n")
+    assert read_residuals(path)["stars"].tolist() == [[1, 2], [3, 4]]
+    path.write_text(path.read_text() + damage)
+    with pytest.raises(UserError, match="residuals"):
+        read_residuals(path)
 
 
 @pytest.mark.parametrize("count", [1, 3])
