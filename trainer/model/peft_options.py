@@ -228,6 +228,8 @@ def _describe_targets(model: nn.Module, peft_type: str, whole: Iterable[str]) ->
     owners = {plain_owner(f"{name}.weight") for name in modules}
     heads = tuple(f"{name}." for name in whole)
     names = ", ".join(sorted({name.rpartition(".")[2] for name in owners if not f"{name}.".startswith(heads)}))
+    if not names:
+        return "none (this family has no such layer)"
     return names if peft_type == "LN_TUNING" else f"{names}, or all-linear"
 
 
