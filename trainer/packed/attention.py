@@ -267,7 +267,7 @@ class _Attention(torch.autograd.Function):
         num_rows = layout.num_heads + 2 * layout.num_key_heads
         gathered = projected.reshape(-1, projected.shape[-1] // num_rows).index_select(0, layout.projected.take)
         outputs = gathered.new_empty(len(layout.attended.take), gathered.shape[-1])
-        kept, masks = [], []
+        kept, keeps, scale = [], [], 1.0
         for group, q, k, v, output in _by_group(layout, gathered, outputs):
             if how.rotary is not None:
                 for heads in (q, k):
@@ -275,26 +275,27 @@ class _Attention(torch.autograd.Function):
             shares = _softmax(torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=how.scaling))
             mask = how.draw(shares.view(group.size, layout.num_heads, group.longest, -1), group.first)
             if mask is not None:
-                mask = Mask(mask.keep.view(shares.shape), mask.scale)
-            _multiply_into(output, masked(shares, mask), v, mask.scale if mask else 1.0)
+                mask, scale = Mask(mask.keep.view(shares.shape), mask.scale), mask.scale
+                keeps.append(mask.keep)
+            _multiply_into(output, masked(shares, mask), v, scale)
             kept.append(shares)
-            masks.append(mask)
-        ctx.save_for_backward(gathered, *kept)
-        ctx.how, ctx.masks = how, masks
+        ctx.save_for_backward(gathered, *kept, *keeps)
+        ctx.how, ctx.scale = how, scale
         return outputs.index_select(0, layout.attended.back).view(len(projected), -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gathered, *kept = ctx.saved_tensors
+        gathered, *saved = ctx.saved_tensors
         layout, rotary, size = ctx.how.layout, ctx.how.rotary, gathered.shape[-1]
         with_zeros = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # for queries of padding
         grad_outputs = with_zeros.view(-1, size).index_select(0, layout.attended.take)
         grad_gathered = torch.empty_like(gathered)
         inputs = _by_group(layout, gathered, grad_outputs)
         results = _by_group(layout, grad_gathered, grad_outputs)
-        each = zip(inputs, results, kept, ctx.masks, strict=True)
+        kept, keeps, scale = saved[: len(layout.groups)], saved[len(layout.groups) :], ctx.scale
+        masks: list[Any] = [Mask(keep, scale) for keep in keeps] or [None] * len(kept)
+        each = zip(inputs, results, kept, masks, strict=True)
         for (group, q, k, v, grad_output), (_, grad_q, grad_k, grad_v, _), shares, mask in each:
-            scale = mask.scale if mask else 1.0
             _multiply_into(grad_v, masked(shares, mask).transpose(1, 2), grad_output, scale)
             grad_shares = torch.empty_like(shares)
             _multiply_into(grad_shares, grad_output, v.transpose(1, 2), scale * ctx.how.scaling)

@@ -152,17 +152,21 @@ class _Product(torch.autograd.Function):
             low = masked(x, mask).flatten(0, -2) @ a.t()
             flat[:, outputs].addmm_(low, b.t(), alpha=scale)
             lows.append(low)
-        ctx.save_for_backward(*([*cast, *lows, x] if parts else []))  # without an adapter nothing reads x again
-        ctx.frozen, ctx.parts, ctx.dtypes = frozen, parts, [weight.dtype for weight in weights]
+        keeps = [mask.keep for *_, mask in parts if mask is not None]
+        ctx.save_for_backward(*([*cast, *lows, *keeps, x] if parts else []))  # without an adapter nothing reads x again
+        ctx.parts = [(outputs, scale, mask is not None) for outputs, scale, mask in parts]
+        ctx.frozen, ctx.dtypes = frozen, [weight.dtype for weight in weights]
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *saved, x = ctx.saved_tensors or [None]
-        cast, lows = saved[: 2 * len(ctx.parts)], saved[2 * len(ctx.parts) :]
+        num_parts = len(ctx.parts)
+        cast, lows, keeps = saved[: 2 * num_parts], saved[2 * num_parts : 3 * num_parts], iter(saved[3 * num_parts :])
         grad_x = ctx.frozen.multiply_back(gradient) if ctx.needs_input_grad[0] else None
         grad_weights = []
-        for (outputs, scale, mask), a, b, low in zip(ctx.parts, cast[::2], cast[1::2], lows, strict=True):
+        for (outputs, scale, is_masked), a, b, low in zip(ctx.parts, cast[::2], cast[1::2], lows, strict=True):
+            mask = Mask(next(keeps), scale) if is_masked else None
             own = gradient.flatten(0, -2)[:, outputs]
             grad_low = (own @ b).mul_(scale)
             grad_weights += [grad_low.t() @ masked(x, mask).flatten(0, -2), (low.t() @ own).t().mul_(scale)]
