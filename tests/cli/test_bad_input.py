@@ -293,7 +293,7 @@ def predict(finished, unchanged, tmp_path, capfd, monkeypatch):
 def test_predict_pickled_input(predict, tmp_path):
     (tmp_path / "x.pkl").write_bytes(b"cos\nsystem\n(S'touch /tmp/isotrain-was-run'\ntR.")
     said = predict("--input", tmp_path / "x.pkl")
-    assert said.startswith(f"--input: {tmp_path}/x.pkl: has an unsupported type (supported: .csv, ")
+    assert said.startswith(f"--input: {tmp_path}/x.pkl: names 'os.system'") and "nothing of the file was run" in said
 
 
 def test_predict_missing_input(predict, tmp_path):

@@ -226,7 +226,7 @@ def test_all_problems_at_once(recipe):
         ("batch_size", "nearest: batch.size"),
         ("train.epochs", "nearest: optim.epochs"),
         ("data.test.labl_names", "nearest: data.test.label_names"),
-        ("peft.options", "peft has peft_type, max_trainable_parameters"),
+        ("peft.options", "peft has peft_type, train, max_trainable_parameters, fit_budget"),
     ],
 )
 def test_unknown_option_names_the_nearest(key, nearest):
@@ -330,6 +330,7 @@ OTHER = {
     "optim.eps": "1", "optim.max_grad_norm": "null", "optim.schedule": "linear", "optim.warmup_fraction": "0.5",
     "optim.final_lr_fraction": "0.5",
     "optim.epochs": "9", "optim.max_steps": "9", "optim.label_smoothing": "0.5", "optim.class_weights": "balanced",
+    "optim.lora_b_lr_ratio": "2",
     "evaluation.every_steps": "9", "evaluation.metric": "loss", "evaluation.patience": "9",
 }  # fmt: skip
 SAME = {
@@ -429,7 +430,9 @@ def test_only_null_is_null_on_the_command_line():
 
 
 def test_identity_has_no_options_that_keep_the_result():
-    assert {*OTHER} - {"peft.r"} | set(SAME) | {"peft.fit_budget"} == set(option_names())  # it needs another
+    assert {*OTHER} - {"peft.r"} | set(SAME) | {"peft.fit_budget", "peft.train"} == set(
+        option_names()
+    )  # they need another
     arguments = [word for key, value in SAME.items() for word in (f"--{key}", value)]
     assert identity(parse(*arguments)) == identity(parse())
 

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.tasks.single_label import TASK
 
 SKIP = "--data.empty_text skip skips them"
-TYPES = ".csv, .tsv, .json, .jsonl, .ndjson, .parquet, .pq, .arrow, .feather, .xlsx, .gz, .zip"
+TYPES = ".csv, .tsv, .json, .jsonl, .ndjson, .parquet, .pq, .arrow, .feather, .xlsx, .pkl, .pickle, .gz, .zip"
 ROWS = [("goal one", "b"), ("goal two", "a"), ("win", "b"), ("bank", "a")]
 
 
@@ -145,7 +145,12 @@ def test_classes_called_by_numbers_are_met_under_their_names(tmp_path):
         ("x.parquet", "PAR1 no", None),
         ("x.jsonl", '{"text": ' + "1" * 5000 + "}", None),
         ("x.txt", "a", f": has an unsupported type (supported: {TYPES})"),
-        ("x.pkl", "a", f": has an unsupported type (supported: {TYPES})"),
+        (
+            "x.pkl",
+            "a",
+            ": is damaged, or not a pickled datasets.Dataset (too few values); write the data as parquet where it was "
+            "made: dataset.to_parquet('FILE.parquet')",
+        ),
         ("x.csv", "text,label\n,a\n ,b\nx,a\n", f": 2 rows have an empty or missing text (text): row 1, 2; {SKIP}"),
         ("x.csv", "text,label\nx,\n", ": 1 row has an empty or missing label: row 1"),
         ("x.jsonl", '{"text": NaN, "label": 1}', f": 1 row has an empty or missing text (text): row 1; {SKIP}"),
