@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from benchmarks.large import save_llama
 from tests.harness.commands import changed, on_ranks
 from tests.harness.data import OTHER_FAMILIES, save_backbone
 from tests.harness.runs import assert_each_once, checkpoints, distance, records, trained_ids
@@ -26,6 +27,14 @@ def trained_alone(options, place, **changes):
 @pytest.fixture(scope="module")
 def alone(options, tmp_path_factory):
     return trained_alone(options, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def decoder(options, tmp_path_factory):
+    place = tmp_path_factory.mktemp("decoder")
+    save_llama(place / "llama", "bfloat16", 2, hidden_size=64, num_hidden_layers=2, vocab_size=60)
+    new = {"model__name": place / "llama", "model__dropout": None, "peft__target_modules": "all-linear"}
+    return trained_alone(options, place, **new)
 
 
 def rates(folder):
@@ -78,6 +87,18 @@ def test_two_ranks_then_one_in_another_packed_family(family, options, tmp_path):
     assert one.code == 0, one.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_sizes"] == [2, 1]
     assert distance(tmp_path / "run", expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("world_size", "tolerance"), [(1, 0), (2, TOLERANCE)])
+def test_a_decoder_goes_on_with_one_rank(decoder, tmp_path, world_size, tolerance):
+    """With gradient checkpointing, which the uninterrupted run did not have."""
+    arguments, expected = decoder
+    arguments = changed(arguments, run__output_dir=tmp_path, model__gradient_checkpointing="true")
+    killed = on_ranks(world_size, arguments, [LESS], {world_size - 1: [("at_call", "apply_gradient", 6)]})
+    assert -signal.SIGKILL in [rank.code for rank in killed], killed[0].stderr
+    (one,) = on_ranks(1, arguments, [LESS])
+    assert one.code == 0 and "continuing after step 4 " in one.stderr, one.stderr
+    assert distance(tmp_path / "run", expected) <= tolerance
 
 
 def test_another_seed_and_an_example_twice_are_noticed(alone, options, tmp_path):
