@@ -139,7 +139,7 @@ def load_cell(folder, backbone):
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     with (folder / "predictions.csv").open(newline="") as file:
-        expected = torch.tensor([[float(value) for value in row[3:]] for row in list(csv.reader(file))[1:]])
+        expected = torch.tensor([[float(value) for value in row[3:]] for row in list(csv.reader(file))[1:7]])
     config = AutoConfig.from_pretrained(folder / "adapter", subfolder="backbone")
     plain = AutoModelForSequenceClassification.from_pretrained(backbone, config=config, ignore_mismatched_sizes=True)
     if (folder / "adapter" / "adapter_config.json").is_file():
@@ -152,7 +152,7 @@ def load_cell(folder, backbone):
     words = AutoTokenizer.from_pretrained(folder / "adapter")
     for model in models:
         with torch.no_grad():
-            logits = [model.eval()(**words(text, return_tensors="pt")).logits[0] for text in TEXTS]
+            logits = [model.eval()(**words(text, return_tensors="pt")).logits[0] for text in TEXTS[:6]]
         difference = (torch.stack(logits).softmax(-1) - expected).abs().max().item()
         assert difference < SAME, f"probabilities differ by {difference:.1e}"
     return ""
