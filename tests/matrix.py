@@ -60,7 +60,7 @@ def base_config(place):
         "--data.train", place / "train.csv", "--data.max_length", "16", "--data.validation_fraction", "0",
         "--batch.size", "4", "--optim.max_steps", "3", "--optim.learning_rate", "2e-2", "--optim.schedule", "constant",
         "--run.precision", "no", "--run.output_dir", place / "runs", "--run.quiet", "true",
-        "--checkpoint.every_steps", "1", "--tracking.backends", "[]", "--task.type", "single_label",
+        "--checkpoint.every_steps", "9", "--tracking.backends", "[]", "--task.type", "single_label",
     ]  # fmt: skip
     return parse_config([str(word) for word in words])
 
