@@ -19,6 +19,7 @@ from trainer.data.rows import TextSplit
 from trainer.data.tokens import Examples
 from trainer.dropout.sites import DropoutKeys, dropping_nothing, install, twin_of
 from trainer.errors import UserError, one_line
+from trainer.model.backbone import NARROW_TYPES
 from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Forward, PackedForward, PaddedForward, Padding
 
@@ -35,6 +36,7 @@ PRODUCTS = {
     torch.nn.functional.linear, torch.addmm, torch.mm, torch.bmm, torch.matmul, torch.baddbmm, torch.Tensor.mm,
     torch.Tensor.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
 }  # fmt: skip
+DTYPE_OF = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
 def check_start(
@@ -104,12 +106,13 @@ class _ProductsInFp32(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in PRODUCTS:
             args, kwargs = map(_widen, args), {name: _widen(value) for name, value in kwargs.items()}
+        if func == DTYPE_OF and args[0].dtype in NARROW_TYPES:
+            return torch.float32  # T5 rounds what it multiplies to the type of the matrix
         return func(*args, **kwargs)
 
 
 def _widen(value: Any) -> Any:
-    is_narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if is_narrow else value
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in NARROW_TYPES else value
 
 
 class Refused(Exception):

@@ -48,6 +48,13 @@ def trains_in_bf16(model):
     return bool(logits.isfinite().all())
 
 
+@pytest.mark.parametrize("family", ["mt5", "roberta", "deberta-v2"])
+def test_it_computes_in_fp32_whatever_type_matrices_have(family):
+    model = tiny(family)
+    set_precision(model, torch.bfloat16)
+    assert check(model) == check(tiny(family))
+
+
 def test_every_family_of_transformers_is_listed():
     if f"# transformers {transformers.__version__};" in families.LIST.read_text():
         assert list(LISTED) == FAMILIES
