@@ -188,3 +188,19 @@ def test_every_task_gives_one_gradient_too(parity_arguments, tmp_path, task):
             assert all(result["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE) for result in rank.values())
     wrong = results(2, "true", "mean of means")[0]
     assert sum(distance(result, whole) > 1e6 * TOLERANCE for result in wrong.values()) >= 2
+
+
+def test_all_weights_without_an_adapter_have_one_gradient(parity_arguments):
+    def results(world_size, packed, wrong=None):
+        arguments = parity_arguments(f"plain-{world_size}-{packed}-{wrong}", 0.1, *STEP_IS_GRADIENT)
+        arguments += ["--model.packed", packed, "--peft.peft_type", "none"]
+        for option in ("r", "target_modules", "lora_dropout", "init_lora_weights"):
+            arguments += [f"--peft.{option}", "null"]
+        return call_on_ranks(world_size, gradients, arguments, CASES[:3], wrong)
+
+    whole = results(1, "false")[0][CASES[0]]
+    assert len(whole["sizes"]) == 1 and np.abs(whole["gradient"]).max() > 1e-3
+    for rank in results(2, "true"):
+        assert max(distance(result, whole) for result in rank.values()) < TOLERANCE
+    wrong = results(2, "true", "mean of means")[0]
+    assert max(distance(result, whole) for result in wrong.values()) > 1e6 * TOLERANCE

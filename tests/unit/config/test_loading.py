@@ -272,6 +272,10 @@ def test_a_wrong_type_names_the_expected_type(key, value, wanted):
          "with optim.schedule constant; use linear or cosine"),
         (["--optim.name", "sgd", "--run.precision", "fp16"], "optim.name sgd with run.precision fp16: small "
          "gradients are lost; use bf16 or adamw"),
+        (["--optim.name", "sgd", "--peft.peft_type", "adalora"], "optim.name sgd does not keep what peft.peft_type "
+         "ADALORA learns of its ranks; use adamw or adam"),
+        (["--optim.lora_b_lr_ratio", "4", "--peft.peft_type", "ia3"], "optim.lora_b_lr_ratio has no effect with "
+         "peft.peft_type IA3; leave it out"),
         (["--data.text_columns", "[]"], "data.text_columns is empty: name at least one column"),
         (["--data.test", "{path: x, text_columns: []}"], "data.test.text_columns is empty: name at least one column"),
         (["--data.long_documents", "windows", "--data.text_pair_columns", "[b]"], "data.text_pair_columns: "
