@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     set_environment()  # as trainer/run.py does, before torch is loaded
 
+import contextlib
 import dataclasses
 import json
 
@@ -37,8 +38,6 @@ from trainer.training import loop, scoring
 from trainer.training import setup as building
 from trainer.training.state import TrainState
 from trainer.training.step import example_losses
-
-WIDER = 24  # positions by which the second rounding's examples are padded beyond the longest
 
 
 def arguments(task):
@@ -206,16 +205,32 @@ def apart(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-def parity(run, step):
-    """How far Isotrain's gradient and logits of a step's examples are from the padded forward's.
+@contextlib.contextmanager
+def in_fp32(run):
+    """Inside, the padded forward computes in fp32, with the same numbers as weights."""
+    model = run.learner.model
+    narrow = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype != torch.float32}
+    with_autocast = model.forward
+    model.forward = getattr(model, "_original_forward", with_autocast)
+    for parameter, data in narrow.items():
+        parameter.data = data.float()
+    try:
+        yield
+    finally:
+        model.forward = with_autocast
+        for parameter, data in narrow.items():
+            parameter.data = data
 
-    Beside each, how far the padded forward is from itself when the examples are padded further, in another order and in
-    other parts: what rounding alone does. While it lasts, LoRA's B is not 0, so that A has a gradient.
+
+def parity(run, step):
+    """How far Isotrain's gradient and logits of a step's examples are from the padded forward's in fp32.
+
+    Beside each, how far the padded forward in the run's own precision is from them: what rounding alone does. While it
+    lasts, LoRA's B is not 0, so that A has a gradient.
     """
     ids = run.plan.global_batch(step)
     width = int(run.inputs.examples["train"].lengths[ids].max())
     parts = np.array_split(ids, -(-len(ids) // MICRO_BATCH))
-    others = np.array_split(ids[::-1], -(-2 * len(ids) // MICRO_BATCH))
     kept = {name: parameter.detach().clone() for name, parameter in run.learner.parameters.items()}
     torch.manual_seed(SEED)
     with torch.no_grad():
@@ -223,13 +238,14 @@ def parity(run, step):
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     try:
-        expected, logits = padded_gradient(run, step, parts, width), padded_logits(run, parts, width)
+        with in_fp32(run):
+            gradient, logits = padded_gradient(run, step, parts, width), padded_logits(run, parts, width)
         scores = scores_of(run, subset(run.inputs.examples["train"], ids))
         return {
-            "gradient": apart(step_gradient(run, step), expected),
-            "gradient_rounding": apart(padded_gradient(run, step, others, width + WIDER), expected),
+            "gradient": apart(step_gradient(run, step), gradient),
+            "gradient_rounding": apart(padded_gradient(run, step, parts, width), gradient),
             "logits": apart(torch.from_numpy(scores).double(), logits),
-            "logits_rounding": apart(padded_logits(run, others, width + WIDER).flip(0), logits),
+            "logits_rounding": apart(padded_logits(run, parts, width), logits),
         }
     finally:
         with torch.no_grad():
