@@ -27,12 +27,14 @@ def test_ids_and_labels_of_a_submission(run, tmp_path):
     header, *rows = read_csv(tmp_path / "out.csv")
     assert header == ["ID", "Label"] and [row[0] for row in rows] == [str(7 * i) for i in range(6)]
     assert {row[1] for row in rows} <= {"World", "Sports", "Business", "Sci/Tech"}
-    assert ended.stderr.splitlines()[-3:] == [  # a progress bar comes before
+    *lines, shares, about_columns = ended.stderr.splitlines()
+    assert lines[-2:] == [  # a progress bar comes before
         f"warning: --input: {source}: column 'Id': ids such as '0.0' are written as '0'",
         f"6 predictions: {tmp_path}/out.csv",
-        "ID holds column 'Id' of the input; "
-        "Label holds the labels of the training data: 'Business', 'Sci/Tech', 'Sports', 'World'",
     ]
+    assert shares.startswith("predicted (in train): 'Business' ")
+    labels = "Label holds the labels of the training data: 'Business', 'Sci/Tech', 'Sports', 'World'"
+    assert about_columns == f"ID holds column 'Id' of the input; {labels}"
     assert predict(run, source, tmp_path / "row.csv", "--id_column", "").code == 0
     assert [row[0] for row in read_csv(tmp_path / "row.csv")[1:]] == list("012345")
     mapping = "{1: World, 2: Sports, 3: Business, 4: Sci/Tech}"
