@@ -10,7 +10,7 @@ each in a process of its own, as its user would start it: what trainer/run.py se
 A pass of each, then the next passes in another order; the others wait meanwhile. Before and after each pass its process
 measures a matrix product, whose FLOP/s are the peak. In a pass all train the same examples; group_by_length trains as
 many, spread evenly over the steps into which it cuts the whole pool, so ratios are of real tokens/s, pass by pass.
-Before anything is timed, its gradient and logits are compared with those of the padded forward, both beside fp32.
+Before anything is timed, Isotrain's and the padded forward's gradient and logits are compared with those in fp32.
 Writes benchmarks/results/compare-DEVICE-BACKBONE-BATCH.json.
 """
 

@@ -134,7 +134,7 @@ def predicted(place, tmp_path):
     def run(name, copy=None, quiet=True):
         folder = name if isinstance(name, os.PathLike) else place / "runs" / name
         output = tmp_path / "out.jsonl"
-        predict(Options(str(folder), str(place / "input.csv"), str(output), model=copy or Copy(), quiet=quiet))
+        predict(Options([str(folder)], str(place / "input.csv"), str(output), model=copy or Copy(), quiet=quiet))
         return [json.loads(line) for line in output.read_text().splitlines()]
 
     return run

@@ -140,7 +140,7 @@ FOUR = ["World", "Sports", "Business", "Tech"]
 def submission(folder, classes, values, output="x.csv", **options):
     """The labels that a prediction of each class in turn is written as, and the line that says what they are."""
     summary = {} if values is None else {"label_values": values}
-    asked = Options(str(folder), "input.csv", output, layout="contest", **options)
+    asked = Options([str(folder)], "input.csv", output, layout="contest", **options)
     labels, told = choose_labels(asked, TASK, summary, classes)
     columns = prediction_columns(np.eye(len(labels)) * 9, classes)
     text = render_predictions(
