@@ -16,6 +16,7 @@ from trainer.errors import UserError
 from trainer.model.adapter import IDENTITY, read_adapter
 from trainer.model.backbone import Backbone, Identity, check_same_backbone, find_backbone, load_weights
 from trainer.model.card import loading_lines
+from trainer.tasks.single_label import TASK
 
 LABELS = ["a", "b"]
 SHAPES = "backbone/config.json"
@@ -168,7 +169,7 @@ def test_a_hub_model_without_its_weights(hub):
 def test_the_cards_lines_are_python(path, pairs):
     """Whatever a folder is called; the card's fence ends where it should."""
     commit = COMMIT if path == "acme/tiny" else None
-    card = loading_lines(Backbone(path, commit, None, None, ModelConfig(name=path)), pairs)
+    card = loading_lines(Backbone(path, commit, None, None, ModelConfig(name=path)), TASK, LABELS, pairs)
     lines = card.split("\n")
     assert [i for i, line in enumerate(lines) if line.startswith("```")] == [0, len(lines) - 2]
     tree = ast.parse("\n".join(lines[1:-2]))

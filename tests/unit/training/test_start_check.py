@@ -150,7 +150,7 @@ def test_layers_that_are_skipped_at_random_are_dropout_too(family):
 def test_a_step_may_skip_layers_only_where_the_model_does(skips_layers):
     parameter = nn.Parameter(torch.ones(2))
     alone, keys = SimpleNamespace(num_processes=1), SimpleNamespace(skips_layers=skips_layers)
-    sum_gradients(SimpleNamespace(parameters={"a layer": parameter}, dropout=keys, accelerator=alone))
+    sum_gradients(SimpleNamespace(parameters={"a layer": parameter}, dropout=keys, accelerator=alone, model=None))
     assert (parameter.grad is not None) == skips_layers
 
 
