@@ -41,15 +41,6 @@ def arguments(options, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(arguments, tmp_path_factory):
-    """The folder of the uninterrupted run, and what it said."""
-    place = tmp_path_factory.mktemp("uninterrupted")
-    ended = command("run", changed(arguments, run__output_dir=place), report=True)
-    assert ended.code == 0, ended.stderr
-    return place / "run", ended.stderr
-
-
-@pytest.fixture(scope="module")
 def predicted(run, tmp_path_factory):
     """The texts of an input, the numbers that predict.py wrote for them [N, 2], and the metrics it printed."""
     place = tmp_path_factory.mktemp("predicted")

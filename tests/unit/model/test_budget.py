@@ -12,14 +12,12 @@ from trainer.config.schema import (
     DEFAULT_ALPHA,
     DEFAULT_RANK,
     RANKED_METHODS,
-    ModelConfig,
     PeftConfig,
     find_differences,
     with_rank,
 )
 from trainer.errors import UserError
 from trainer.model.adapter import adapter_tensors
-from trainer.model.backbone import find_backbone
 from trainer.model.budget import count_adapter_bytes, count_trained, fit_budget
 from trainer.model.build import build_model, build_without_weights
 
@@ -29,11 +27,6 @@ OPTIONS = ["--data.train", "x.csv", "--peft.fit_budget", "true", "--peft.max_tra
 
 def fitted(peft_type, budget, **options):
     return PeftConfig(peft_type, max_trainable_parameters=budget, fit_budget=True, options=options)
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_backbone):
-    return find_backbone(ModelConfig(name=str(tiny_backbone)), ["World", "Sports", "Business", "Sci/Tech"])
 
 
 @pytest.mark.parametrize(

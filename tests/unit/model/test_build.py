@@ -18,6 +18,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from tests.unit.model.conftest import NAMES
 from trainer.config.loading import RECIPES, parse_config
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.errors import UserError
@@ -26,7 +27,6 @@ from trainer.model.backbone import Backbone, find_backbone
 from trainer.model.build import build_model, check_fit, set_precision
 from trainer.model.peft_options import PEFT_TYPES, adapter_config, add_adapter, parameter_table
 
-NAMES = ["World", "Sports", "Business", "Sci/Tech"]
 ATTENTION = ["query", "value"]
 LORA = PeftConfig(options={"r": 4, "target_modules": ATTENTION, "lora_dropout": 0.1})
 METHODS = {
@@ -69,20 +69,6 @@ SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 64, "pad_token_id": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_backbone):
-    return find_backbone(ModelConfig(name=str(tiny_backbone)), NAMES)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "input_ids": torch.randint(5, 40, (6, 12), generator=generator),
-        "attention_mask": torch.ones(6, 12, dtype=torch.long),
-    }
 
 
 def train(model, batch, steps=2):

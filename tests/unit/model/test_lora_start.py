@@ -6,11 +6,10 @@ import torch
 from peft import LoraConfig
 
 from tests.families import tiny_classifier
-from tests.unit.model.test_build import NAMES, logits, train
-from trainer.config.schema import ModelConfig, PeftConfig
+from tests.unit.model.test_build import logits, train
+from trainer.config.schema import PeftConfig
 from trainer.errors import UserError
 from trainer.model.adapter import adapter_config_json, adapter_tensors, load_trained_model
-from trainer.model.backbone import find_backbone
 from trainer.model.build import build_model, check_fit
 from trainer.model.lora_start import as_plain_lora, start_from_data
 from trainer.model.peft_options import add_adapter, check_effects
@@ -27,17 +26,6 @@ STARTS = {
         "bias": "lora_only",
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_backbone):
-    return find_backbone(ModelConfig(name=str(tiny_backbone)), NAMES)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    ids = torch.randint(5, 40, (6, 12), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def build(backbone, **options):

@@ -6,30 +6,18 @@ import safetensors.torch
 import torch
 
 from tests.families import TEXTS, tiny_classifier, tokenizer
-from tests.unit.model.test_build import NAMES, logits, train, trained
+from tests.unit.model.test_build import logits, train, trained
 from trainer.config.loading import parse_config
-from trainer.config.schema import ModelConfig, PeftConfig
+from trainer.config.schema import PeftConfig
 from trainer.data.tokens import Examples
 from trainer.errors import UserError
 from trainer.model.adapter import adapter_tensors, load_adapter_tensors, load_trained_model
-from trainer.model.backbone import find_backbone
 from trainer.model.build import build_model, check_fit, shard_frozen
 from trainer.model.plain import train_plainly
 from trainer.packed.families import FAMILIES, why_not_packed
 from trainer.packed.forward import PackedForward, PaddedForward, Padding
 
 ALL, BIAS = (PeftConfig(peft_type="NONE", train=train) for train in ("all", "bias"))
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_backbone):
-    return find_backbone(ModelConfig(name=str(tiny_backbone)), NAMES)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    ids = torch.randint(5, 40, (6, 12), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def test_what_trains(backbone):

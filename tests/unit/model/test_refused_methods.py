@@ -7,7 +7,8 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from tests.unit.model.test_build import ATTENTION, NAMES, logits, save, train
+from tests.unit.model.conftest import NAMES
+from tests.unit.model.test_build import ATTENTION, logits, save, train
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.dropout.sites import install
 from trainer.errors import UserError
@@ -21,12 +22,6 @@ VIRTUAL = {"num_virtual_tokens": 3}
 @pytest.fixture(scope="module")
 def backbone(tiny_backbone):
     return find_backbone(ModelConfig(name=str(tiny_backbone), dropout=0.1), NAMES)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    ids = torch.randint(5, 40, (6, 12), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def named(reason):
