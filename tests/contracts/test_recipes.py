@@ -16,7 +16,7 @@ COMPLETE = {
     "optim.learning_rate", "optim.schedule", "optim.epochs",
 }  # fmt: skip
 # A starting point for the user's own data; all others are runs, and name theirs, their budget and their optimizer.
-TEMPLATES = {"own-csv"}
+TEMPLATES = {"own-csv", "own-numbers"}
 RUNS = {"data.train", "data.test", "peft.max_trainable_parameters", "optim.name", "optim.weight_decay"}
 
 recipes = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

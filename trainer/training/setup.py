@@ -267,6 +267,7 @@ def check_names(config: Config, corpus: Corpus) -> None:
     if metric not in task.metrics and not (metric.startswith("f1/") and match_labels([metric[3:]], classes)):
         allowed = [*task.metrics, *(f"f1/{name}" for name in classes)]
         hint = describe_look_alikes(metric, allowed)
-        raise UserError(f"evaluation.metric: {metric!r} is unknown; known: {', '.join(allowed[:12])}{hint}")
+        known = f"known for task.type {config.task.type}: {', '.join(allowed[:12])}"
+        raise UserError(f"evaluation.metric: {metric!r} is unknown; {known}{hint}")
     task.example_weights(config.optim.class_weights, targets, names)
     task.make_losses(config.optim, targets, names)
