@@ -80,7 +80,7 @@ def check_runs_agree(runs: list[FinishedRun], options: Options) -> None:
         for here, there in ((first, run), (run, first)):
             if missing := [name for name in there.label_names if name not in here.label_names]:
                 hint = describe_look_alikes(missing[0], here.label_names)
-                reason = f"{there.folder} has the class {missing[0]!r} and {here.folder} does not{hint}"
+                reason = f"{there.folder} has {missing[0]!r} and {here.folder} does not{hint}"
                 raise UserError(f"--run: {reason}; average runs of the same classes, labels or targets")
         other = resolve(run.config.data.train or "", run.config.data)
         for name in ("text_columns", "text_pair_columns"):

@@ -36,6 +36,7 @@ from trainer.tasks import check_constants, make_task
 from trainer.tasks.task import Constants, Task
 
 IDENTITY, WEIGHTS, CONSTANTS = "backbone/identity.json", "adapter_model.safetensors", "task.json"
+CONFIG = "adapter_config.json"
 PROBES = (
     "The committee met on Tuesday and postponed its decision.",
     "A short one.",
@@ -97,11 +98,13 @@ class SavedAdapter:
 
 def read_adapter(folder: Path) -> SavedAdapter:
     """Reads a folder that `save_adapter` wrote."""
+    if (folder / WEIGHTS).is_file() and not (folder / CONFIG).is_file():
+        raise UserError(f"model.adapter: {folder} is of a run with peft.peft_type none; name one with an adapter")
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         label_names = [str(name) for name in json.loads((folder / "labels.json").read_text(encoding="utf-8"))]
         backbone = Identity(**json.loads((folder / IDENTITY).read_bytes()))
-        peft = dict(json.loads((folder / "adapter_config.json").read_bytes()))
+        peft = dict(json.loads((folder / CONFIG).read_bytes()))
         problem_type = str(json.loads((folder / "backbone/config.json").read_bytes())["problem_type"])
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder} is not the adapter of a finished run: {one_line(error)}") from None
@@ -151,7 +154,7 @@ def save_adapter(
         files = {path.name: path.read_bytes() for path in temporary.iterdir() if path.is_file()}
     files[WEIGHTS] = safetensors.torch.save(tensors, {"format": "pt"})
     if peft_config.peft_type is not None:
-        files["adapter_config.json"] = adapter_config_json(peft_config).encode()
+        files[CONFIG] = adapter_config_json(peft_config).encode()
     # in its own folder: beside adapter_config.json, transformers would read the adapter as a whole model
     files["backbone/config.json"] = backbone.config.to_json_string().encode()
     files[IDENTITY] = (json.dumps(dataclasses.asdict(backbone.identity), indent=2, ensure_ascii=False) + "\n").encode()
@@ -209,7 +212,9 @@ def load_trained_model(
     model, _, _ = load_weights(backbone, dequantize)
     try:
         # trainable until the frozen weights are cast, so that the adapter stays in fp32 as in training
-        if (folder / "adapter_config.json").is_file():
+        if (folder / CONFIG).is_file():
+            if json.loads((folder / CONFIG).read_bytes()).get("peft_type") == "OSF":
+                model.float()  # OSF computes its factors in the type of the weights
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         else:
             model = only_these_train(model, safetensors.torch.load_file(folder / WEIGHTS).keys())

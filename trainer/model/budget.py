@@ -7,6 +7,7 @@ resume chooses the same.
 from __future__ import annotations
 
 import json
+import math
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,6 +17,7 @@ from trainer.config.schema import RANKED_METHODS, PeftConfig, with_rank
 from trainer.errors import UserError
 from trainer.model.backbone import Backbone
 from trainer.model.build import build_without_weights
+from trainer.model.lora_start import changes_backbone
 
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
 
@@ -45,7 +47,7 @@ def fit_budget(backbone: Backbone, settings: PeftConfig) -> tuple[PeftConfig, li
     for row in around:
         model = build_without_weights(backbone, with_rank(settings, row))
         mark = ">" if row == rank else " "
-        lines.append(f"{mark} {row:>6}  {count_trained(model):>14,}  {count_adapter_bytes(model):>14,}")
+        lines.append(f"{mark} {row:>6}  {count_trained(model):>14,}  {count_adapter_bytes(model, settings):>14,}")
     return chosen, lines
 
 
@@ -54,14 +56,18 @@ def count_trained(model: PeftModel) -> int:
     return model.get_nb_trainable_parameters()[0]
 
 
-def count_adapter_bytes(model: PeftModel) -> int:
+def count_adapter_bytes(model: PeftModel, settings: PeftConfig) -> int:
     """The size of the file of adapter and head; the model may be without numbers."""
+    doubled = (".lora_A.weight", ".lora_B.weight") if changes_backbone(settings) else ()  # as `as_plain_lora` does
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in sorted(adapter_state(model).items()):
-        start, end = end, end + tensor.numel() * tensor.itemsize
+        shape = list(tensor.shape)
+        if name.endswith(doubled):
+            shape[0 if ".lora_A." in name else 1] *= 2
+        start, end = end, end + math.prod(shape) * tensor.itemsize
         kind = SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + end
 

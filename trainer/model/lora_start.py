@@ -8,15 +8,21 @@ It starts A at the main directions of each layer's inputs, and divides the ranks
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+from collections.abc import Mapping
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trainer.config.schema import PeftConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 BACKBONE_STARTS = ("pissa", "olora")
 """how values of peft.init_lora_weights begin that move a part of the backbone into the adapter"""
@@ -33,6 +39,36 @@ def start_of(settings: PeftConfig) -> str:
 def changes_backbone(settings: PeftConfig) -> bool:
     """Whether the start moves a part of the backbone's weights into the adapter."""
     return start_of(settings).startswith(BACKBONE_STARTS)
+
+
+def check_start(settings: PeftConfig, layers: Mapping[str, Any]) -> None:
+    """Refuses a start for layers that it does not fit; `layers` are those with an adapter, by name."""
+    start = start_of(settings)
+    if not (changes_backbone(settings) or start == "eva"):
+        return
+    for name, layer in layers.items():
+        base, short = layer.get_base_layer(), name.rpartition(".")[2]
+        if start == "olora" and isinstance(base, Conv1D):
+            raise UserError(f"peft.init_lora_weights: olora does not fit Conv1D layers such as {short}; use pissa")
+        if isinstance(base, nn.Embedding):
+            if changes_backbone(settings):
+                raise UserError(f"peft.init_lora_weights: {start} does not fit embeddings such as {short}; use true")
+            continue
+        inputs, outputs = layer.in_features, layer.out_features
+        most, rank = min(inputs, outputs), layer.r["default"]
+        if start == "eva":
+            most, rank = inputs, round(rank * _find_rho(settings))
+        if rank > most:
+            raise UserError(
+                f"peft.r: {start} needs {rank} directions of {name}, which has {most}; use a lower rank, or "
+                "peft.init_lora_weights true"
+            )
+
+
+def _find_rho(settings: PeftConfig) -> float:
+    """How many times its rank a layer may get by EVA."""
+    given, default = settings.options.get("eva_config") or {}, peft.EvaConfig().rho
+    return float(given.get("rho", default) if isinstance(given, dict) else given.rho)
 
 
 def start_from_data(
@@ -56,9 +92,16 @@ def start_from_data(
             )
         return model(**inputs)
 
-    initialize_lora_eva_weights(
-        model, batches, forward_fn=compute, gather_distributed_inputs=False, show_progress_bar=False
-    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # a line for each layer and small batch
+            initialize_lora_eva_weights(
+                model, batches, forward_fn=compute, gather_distributed_inputs=False, show_progress_bar=False
+            )
+    except (ValueError, IndexError) as error:  # at layers that do not see every token, such as a pooler
+        fix = "leave poolers out of peft.target_modules, or use another start"
+        raise UserError(
+            f"peft.init_lora_weights: eva cannot read a layer's inputs ({one_line(error)}); {fix}"
+        ) from None
     model.peft_config["default"].init_lora_weights = True  # type: ignore[attr-defined]
 
 

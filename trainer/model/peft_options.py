@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from trainer.compat import path_in_model, plain_owner
 from trainer.config.schema import PeftConfig
 from trainer.errors import UserError, one_line
-from trainer.model.lora_start import changes_backbone, start_of
+from trainer.model.lora_start import changes_backbone, check_start, start_of
 
 # Methods whose adapter holds all that trains, so that a checkpoint resumes exactly; each is under test.
 PEFT_TYPES = (
@@ -180,7 +180,7 @@ def reads_weights(settings: PeftConfig) -> bool:
     """Whether the adapter starts from numbers that PEFT computes from the frozen weights, in their type."""
     start = settings.options.get("init_lora_weights")
     is_random = not isinstance(start, str) or start.lower() in ("true", "false", "gaussian", "orthogonal")
-    return bool(settings.options.get("use_dora")) or not is_random
+    return settings.peft_type == "OSF" or bool(settings.options.get("use_dora")) or not is_random
 
 
 def check_effects(model: PeftModel, settings: PeftConfig) -> None:
@@ -190,8 +190,7 @@ def check_effects(model: PeftModel, settings: PeftConfig) -> None:
     layers: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     adapted = [name for name, module in layers.items() if any(p.requires_grad for p in module.parameters())]
     saved_whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
-    if start_of(settings) == "olora" and any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()):
-        raise UserError("peft.init_lora_weights: olora does not fit Conv1D layers such as c_attn; use pissa")
+    check_start(settings, layers)
     names_by_option: dict[str, Iterable[str]] = {
         "target_modules": adapted, "rank_pattern": adapted, "alpha_pattern": adapted, "layers_to_transform": adapted,
         "target_parameters": tuner.targeted_parameter_names, "modules_to_save": saved_whole,

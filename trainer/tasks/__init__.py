@@ -77,9 +77,11 @@ def _find_task_of_texts(train: LabelColumn) -> TaskType:
     place = f"{train.option}: {train.path}: column {train.columns[0]!r}"
     if joined := multi_label.find_joined(texts):
         text, separator = joined
+        is_number = separator == "," and regression.read_number(text.replace(",", ".")) is not None
+        hint = "; a number needs a decimal point" if is_number else ""
         raise UserError(
             f"{place}: {quoted([text])} is one class, or several labels; choose --task.type single_label or "
-            f"--task.separator {separator!r}"
+            f"--task.separator {separator!r}{hint}"
         )
     numbers = [number for text in texts if (number := regression.read_number(text)) is not None]
     fractions = [number for number in numbers if not number.is_integer()]

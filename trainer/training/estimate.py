@@ -1,6 +1,7 @@
 """What a run would take, for `--plan`: parameters, steps, tokens, padding, memory and FLOPs. It trains nothing.
 
-Always holds: parameters, adapter bytes, steps, tokens and padding are those of the run itself, by its own code. Memory
+Always holds: parameters, adapter bytes, steps, tokens and padding are those of the run itself, by its own code (but EVA
+divides the ranks by the data). Memory
 and FLOPs are estimates from shapes; docs/performance.md compares them with measurements. No weights are read.
 """
 
@@ -18,12 +19,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trainer.batching.plan import Plan
-from trainer.config.schema import Config, fill_task
+from trainer.config.schema import Config, PeftConfig, fill_task
 from trainer.data.tokens import Examples
 from trainer.distributed.session import choose_precision, is_on_cpu
 from trainer.model.backbone import silence_libraries
 from trainer.model.budget import count_adapter_bytes
 from trainer.model.build import COMPUTE_TYPES, MATRIX_MODULES, set_precision
+from trainer.model.lora_start import start_of
 from trainer.model.peft_options import parameter_table
 from trainer.packed.families import why_not_packed
 from trainer.training.pipeline import describe_data
@@ -69,7 +71,7 @@ def print_plan(config: Config) -> int:
     lines = [
         *describe_data(config, draft.corpus, examples),
         *describe_steps(config, plan, place.world_size, padded_because),
-        *describe_parameters(draft.twin),
+        *describe_parameters(draft.twin, draft.peft),
         *describe_memory(config, draft.twin, plan, sizes, place),
         *describe_flops(config, draft.twin, plan, sizes),
     ]
@@ -111,7 +113,7 @@ def padding_fraction(plan: Plan, world_size: int) -> float:
     return 1 - int(plan.lengths.sum()) / computed
 
 
-def describe_parameters(twin: PeftModel) -> list[str]:
+def describe_parameters(twin: PeftModel, settings: PeftConfig) -> list[str]:
     """A table of what trains, by module, and of what is frozen, by part; then the size of the adapter."""
     frozen: dict[str, int] = {}
     lines = [f"parameters  {'trained':>12}  {'in all':>14}"]
@@ -124,7 +126,8 @@ def describe_parameters(twin: PeftModel) -> list[str]:
     lines += [f"{'':10}  {0:>12}  {total:>14,}  other parts of {part}" for part, total in frozen.items()]
     trainable, total = twin.get_nb_trainable_parameters()
     lines.append(f"{'':10}  {trainable:>12,}  {total:>14,}  together: {trainable / total:.2%} train")
-    return [*lines, f"adapter     {count_adapter_bytes(twin):,} bytes"]
+    moved = "; eva divides the ranks by the data, which changes this" if start_of(settings) == "eva" else ""
+    return [*lines, f"adapter     {count_adapter_bytes(twin, settings):,} bytes{moved}"]
 
 
 # --- memory and FLOPs: estimates ---

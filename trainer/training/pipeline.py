@@ -160,7 +160,8 @@ def _load_start(run: Run, start: SavedAdapter) -> None:
     for name in sorted(own.keys() & start.peft.keys()):
         if own[name] != start.peft[name] and name not in CHANGEABLE and not name.endswith("dropout"):
             there = f"{start.folder} was trained with peft.{name} {start.peft[name]!r}, and here it is {own[name]!r}"
-            raise UserError(f"model.adapter: {there}; give all of peft the values of its run (config.yaml)")
+            fix = f"give all of peft the values in {start.folder}/adapter_config.json"
+            raise UserError(f"model.adapter: {there}; {fix}")
     tensors, names = start.tensors, run.inputs.corpus.label_names
     if names != start.label_names:
         class_tensors = find_class_tensors(run.inputs.backbone, run.config.peft)

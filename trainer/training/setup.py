@@ -57,6 +57,8 @@ class Draft:
     """the options of the adapter, with the rank that fits the budget"""
     twin: PeftModel
     """the model on the meta device"""
+    start: SavedAdapter | None
+    """the adapter of `model.adapter`"""
 
 
 def draft_run(config: Config, recorded: Identity | None = None, needs_weights: bool = True) -> Draft:
@@ -64,9 +66,12 @@ def draft_run(config: Config, recorded: Identity | None = None, needs_weights: b
 
     `recorded` is the backbone of the run's checkpoints. The weights must be there if `needs_weights`.
     """
+    start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
     corpus = load_corpus(config.data, config.task, config.run.seed, config.run.quiet)
     check_names(config, corpus)
     problem_type = make_task(corpus.task).problem_type
+    if start is not None:
+        check_same_task(start, problem_type)
     backbone = find_backbone(
         config.model, corpus.label_names, recorded, problem_type=problem_type, needs_weights=needs_weights
     )
@@ -81,7 +86,7 @@ def draft_run(config: Config, recorded: Identity | None = None, needs_weights: b
         raise UserError(f"model.gradient_checkpointing: transformers does not support it for {family}; leave it out")
     if config.model.quantization is not None:
         check_quantization(twin, peft)
-    return Draft(corpus, backbone, peft, twin)
+    return Draft(corpus, backbone, peft, twin, start)
 
 
 def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> Inputs:
@@ -89,14 +94,12 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
 
     `recorded` is the backbone of the run's checkpoints, which must be found again.
     """
-    start = read_adapter(Path(config.model.adapter)) if config.model.adapter is not None else None
     draft = draft_run(config, recorded)
-    backbone = draft.backbone
+    corpus, backbone, start = draft.corpus, draft.backbone, draft.start
     if recorded is not None:
         check_same_backbone(recorded, backbone.identity, folder, "; for a new run: --run.name NAME")
-    corpus = draft.corpus
     if start is not None:
-        check_start_fits(start, draft)
+        check_same_backbone(start.backbone, backbone.identity, start.folder)
         corpus = dataclasses.replace(corpus, constants=keep_constants(corpus, start))
     examples = tokenize_splits(config, draft)
     fingerprints = {
@@ -109,15 +112,12 @@ def prepare(config: Config, folder: Path, recorded: Identity | None = None) -> I
     return Inputs(corpus, examples, backbone, draft.peft, start, fingerprints)
 
 
-def check_start_fits(start: SavedAdapter, draft: Draft) -> None:
-    """Refuses an adapter that was trained for another task, or on another backbone."""
-    there, here = (
-        kind.removesuffix("_classification") for kind in (start.problem_type, make_task(draft.corpus.task).problem_type)
-    )
+def check_same_task(start: SavedAdapter, problem_type: str) -> None:
+    """Refuses an adapter that was trained for another task."""
+    there, here = (kind.removesuffix("_classification") for kind in (start.problem_type, problem_type))
     if there != here:
         fix = "set task.type to that of its run, or leave model.adapter out"
         raise UserError(f"model.adapter: {start.folder} was trained for {there}, and the labels are {here}; {fix}")
-    check_same_backbone(start.backbone, draft.backbone.identity, start.folder)
 
 
 def tokenize_splits(config: Config, draft: Draft) -> dict[str, Examples]:

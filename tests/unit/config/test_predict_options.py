@@ -30,8 +30,8 @@ def test_runs_that_agree():
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (run_of("B", "abc"), ["B has the class 'c'", "A does not"]),
-        (run_of("B", "a"), ["A has the class 'b'", "B does not"]),
+        (run_of("B", "abc"), ["B has 'c'", "A does not"]),
+        (run_of("B", "a"), ["A has 'b'", "B does not"]),
         (run_of("B", ["a", "B"]), ["differ only in case"]),
         (run_of("B", task__type="multi_label"), ["single_label and multi_label", "one task"]),
         (run_of("B", data__text_columns="[title]"), ["['text'] and ['title']", "--text_columns"]),

@@ -121,3 +121,24 @@ def test_the_reason_against_loftq_is_true(backbone):
     weight = next(p for n, p in build(backbone).named_parameters() if n.endswith("query.base_layer.weight"))
     step = weight.abs().max() / 7  # 4 bits
     assert torch.linalg.matrix_rank(weight - (weight / step).round() * step) == len(weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "pissa", "target_modules": ["query", "word_embeddings"]}, r"pissa .*word_embeddings"),
+        ({"init_lora_weights": "pissa", "r": 33}, r"^peft\.r: pissa needs 33 directions of .*, which has 32"),
+        ({"init_lora_weights": "olora", "rank_pattern": {"query": 33}}, r"^peft\.r: olora needs 33 .*query"),
+        ({"init_lora_weights": "eva", "r": 17}, r"^peft\.r: eva needs 34 directions"),
+        ({"init_lora_weights": "eva", "r": 17, "eva_config": {"rho": 3.0}}, r"^peft\.r: eva needs 51 directions"),
+    ],
+    ids=str,
+)
+def test_a_start_that_a_layer_has_no_room_for_is_refused(backbone, options, message):
+    with pytest.raises(UserError, match=message):
+        build(backbone, **options)
+
+
+def test_a_start_may_take_all_directions(backbone):
+    build(backbone, init_lora_weights="pissa", r=32)
+    build(backbone, init_lora_weights="eva", r=16)

@@ -150,7 +150,7 @@ def test_the_table_of_a_large_model_is_short():
     config = GPT2Config(n_layer=24, n_embd=16, n_head=2)
     settings = PeftConfig(options={"r": 2, "target_modules": ["c_attn"]})
     twin = build_without_weights(Backbone("none", None, config, None, ""), settings)
-    lines = describe_parameters(twin)
+    lines = describe_parameters(twin, settings)
     assert len(lines) < 15
     numbers = [[int(part.replace(",", "")) for part in line.split()[:2]] for line in lines[1:-1]]
     assert [sum(column) for column in zip(*numbers[:-1], strict=True)] == numbers[-1]
