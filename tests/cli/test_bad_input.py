@@ -74,7 +74,7 @@ def test_several_problems(attempt):
 
 def test_unknown_metric_and_class(attempt):
     assert attempt("--evaluation.metric", "accurracy").startswith(
-        "evaluation.metric: 'accurracy' is unknown; known: accuracy, "
+        "evaluation.metric: 'accurracy' is unknown; known for task.type single_label: accuracy, "
     )
     assert attempt("--optim.class_weights", "{Wurld: 2}").startswith(
         "optim.class_weights: 'Wurld' is not a class; classes: "
