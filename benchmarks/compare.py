@@ -5,8 +5,8 @@
     python benchmarks/compare.py --backbone mpnet --check               # the base size of another family
     python benchmarks/compare.py --batch 128 --device cuda --check      # exit code 1 below the targets
 
-Everyone trains the same model (LoRA r=8 on query and value, dropout 0.1 everywhere) with AdamW on the same examples,
-each in a process of its own, as its user would start it: what trainer/run.py sets for its process is Isotrain's alone.
+Everyone trains the same model on the same examples: LoRA r=8 on query and value, dropout 0.1 everywhere, AdamW. Each
+has a process of its own, as its user would start it. What trainer/run.py sets for its process is Isotrain's alone.
 A pass of each, then the next passes in another order; the others wait meanwhile. Before and after each pass its process
 measures a matrix product, whose FLOP/s are the peak. In a pass all train the same examples; group_by_length trains as
 many, spread evenly over the steps into which it cuts the whole pool, so ratios are of real tokens/s, pass by pass.

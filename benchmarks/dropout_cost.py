@@ -2,13 +2,13 @@
 
     python -m benchmarks.dropout_cost               # from the repository's root; while nothing else runs
 
-The models live in one process and take turns (A B C A B C ...) on the same batch, so that a slower minute hits all of
-them: keyed dropout, torch's own, and none at all. Dropout is 0.1 in the hidden layers, in attention and in LoRA. The
-models are built from their configurations: the weights are random, for time does not depend on them. A step is what
-`loop.train_step` does: collate, forward, backward, AdamW. Of the rounds, the half counts beside which other processes
-had the least processor time; with --threads 1, this process's own processor time is measured, which they disturb less.
-Besides, without a model: the masks of an example, drawn and applied to tensors. Writes
-benchmarks/results/dropout_cost.json.
+Three models take turns on the same batch in one process, so a slower minute hits all of them: with keyed dropout, with
+torch's own, and with none. Dropout is 0.1 in the hidden layers, in attention and in LoRA. The weights are random, since
+time does not depend on them. A step is what `loop.train_step` does: collate, forward, backward, AdamW.
+
+Half of the rounds count: those beside which other processes had the least processor time. With --threads 1, this
+process's own processor time is measured, which others disturb less. The masks of an example are also timed without a
+model, drawn and applied to tensors. Writes benchmarks/results/dropout_cost.json.
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
     python benchmarks/overhead.py                   # from the repository's root; while nothing else runs; a few minutes
 
-Start-up is measured from outside: from typing the command until metrics.jsonl has the line of the first step, with
-everything cached (files, tokens, byte code), as the median of several starts. The loop is measured inside, in this
-process: the real `loop.train` over the quickstart, whose forward, backward and optimizer are timed; what is left of the
-wall time of its steps (plan, collation, votes, logging, the progress bar) is overhead. Drawing masks is part of the
-forward. Writes benchmarks/results/overhead.json; exit code 1 above the limits.
+A start is measured from outside, from the command until metrics.jsonl has the line of the first step. Files, tokens and
+byte code are cached. The median of several starts counts.
+
+The loop is measured inside this process: the real `loop.train` over the quickstart. Forward, backward and optimizer are
+timed. The rest of the wall time is overhead: plan, collation, votes, logging, the progress bar. Drawing masks is part
+of the forward. Writes benchmarks/results/overhead.json. Exit code 1 above the limits.
 """
 
 import sys

@@ -143,8 +143,8 @@ class TrainerPeer(Peer):
 class SpreadTrainer(Trainer):
     """Of the steps into which group_by_length cuts an epoch, takes some spread evenly over all lengths.
 
-    They are sorted by length, so that the first few are no sample of the epoch, and an epoch of few examples would be
-    grouped worse than a real one.
+    They are sorted by length, so the first few are no sample of the epoch. An epoch of few examples would be grouped
+    worse than a real one.
     """
 
     def _get_train_sampler(self, train_dataset=None):

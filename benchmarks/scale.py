@@ -3,10 +3,10 @@
     python -m benchmarks.scale                      # from the repository's root; while nothing else runs; 25 min
     python -m benchmarks.scale --max 100000         # a minute
 
-For 10,000, 100,000, ... examples, a csv of rows like AG News' in common and made-up words (57 tokens on average with
-the quickstart's tokenizer) is written to a temporary folder. Each measurement is a process of its own; those of one
-number of examples share a cache. Of each, the seconds and ru_maxrss, the most memory that was resident since the
-process began, pages of mapped files included:
+It writes a csv of 10,000, 100,000, ... rows to a temporary folder. They are like AG News' rows, in common and made-up
+words: 57 tokens on average with the quickstart's tokenizer. Each measurement is a process of its own. Those of one
+number of examples share a cache. It tells the seconds and ru_maxrss of each: the most memory that was resident, pages
+of mapped files included.
 
     read        the file for the first time: parsed, checked, hashed, kept
     tokenize    all splits, with 1 and with 2 workers; the rows are kept already
@@ -14,13 +14,12 @@ process began, pages of mapped files included:
     resume      the micro-batches of step k, for k early, in the middle and last of an epoch, and in a later epoch
     start       all that a start with a warm cache does with the data, with the imports: read, held out, tokenized,
                 fingerprints, duplicates counted, plan, first global batch collated
-    command     with --command: `trainer/run.py` for one optimizer step with a warm cache (of repeated tokens, without a
-                validation split, which a CPU would score for hours), from nothing to the summary and the report
+    command     with --command: `trainer/run.py` for one optimizer step with a warm cache of repeated tokens, up to the
+                report; without a validation split, which a CPU would score for hours
 
 Above --tokenize-max examples no texts are tokenized: the cache is made of the tokens of the first ones, repeated.
-Writes benchmarks/results/scale.json. Exit code 1 where time per example at the most examples is over 1.5 times that at
-fewer (what takes less than 0.05 s is not judged), where resuming depends on k, or where a start takes more than 60 s or
-4 GiB.
+Writes benchmarks/results/scale.json. Exit code 1 in one of three cases: the time per example grows by more than 1.5
+times, resuming depends on k, or a start takes more than 60 s or 4 GiB. Times below 0.05 s are not judged.
 """
 
 import argparse

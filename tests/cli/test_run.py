@@ -157,6 +157,13 @@ def test_the_planned_padding_is_that_of_the_run(options, tmp_path):
     assert f"padding     {summary_of(folder)['padding_fraction']:.1%}: model.packed is false" in planned.stdout
 
 
+def test_a_run_too_short_for_adalora_has_no_plan(options, tmp_path):
+    arguments = changed(options, run__output_dir=tmp_path, peft__peft_type="ADALORA", optim__max_steps=3)
+    refused = command("run", [*arguments, "--peft.tinit", "2", "--peft.tfinal", "2", "--plan"])
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "peft.tinit 2 and peft.tfinal 2: the 3 steps of the run leave none" in refused.stderr
+
+
 # --- what decides about the outcome -----------------------------------------------------------------------------------
 
 

@@ -69,6 +69,7 @@ KEPT = {
     ],
 )
 def test_a_fault_fails_its_check_alone(verified, tmp_path, monkeypatch, fault, check):
+    monkeypatch.setattr(checks, "MEDIUM", checks.TINY)  # which only tells the speed, and takes long
     evidence = Evidence(tmp_path, "cpu_multi", 2)
     assert evidence.options
     places = {

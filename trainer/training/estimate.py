@@ -1,8 +1,8 @@
 """What a run would take, for `--plan`: parameters, steps, tokens, padding, memory and FLOPs. It trains nothing.
 
 Always holds: parameters, adapter bytes, steps, tokens and padding are those of the run itself, by its own code (but EVA
-divides the ranks by the data). Memory
-and FLOPs are estimates from shapes; docs/performance.md compares them with measurements. No weights are read.
+divides the ranks by the data). Memory and FLOPs are estimates from shapes; docs/performance.md compares them with
+measurements. No weights are read.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from trainer.model.build import COMPUTE_TYPES, MATRIX_MODULES, set_precision
 from trainer.model.lora_start import start_of
 from trainer.model.peft_options import parameter_table
 from trainer.packed.families import why_not_packed
+from trainer.training.adalora import set_total_steps
 from trainer.training.pipeline import describe_data
 from trainer.training.setup import CPU_TOKENS, GPU_TOKENS, count_steps, draft_run, tokenize_splits
 
@@ -66,6 +67,7 @@ def print_plan(config: Config) -> int:
     if config.model.packed is False:
         padded_because = "model.packed is false"
     plan = make_plan(config, examples["train"], place.on_cpu, packed=padded_because is None)
+    set_total_steps(draft.twin, count_steps(config.optim, plan))  # a run that AdaLoRA refuses has no plan either
     set_precision(draft.twin, COMPUTE_TYPES[config.run.precision])
     sizes = [plan.sizes(step, world_size) for step in range(plan.steps_per_epoch)]
     lines = [
