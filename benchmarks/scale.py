@@ -18,8 +18,9 @@ of mapped files included.
                 report; without a validation split, which a CPU would score for hours
 
 Above --tokenize-max examples no texts are tokenized: the cache is made of the tokens of the first ones, repeated.
-Writes benchmarks/results/scale.json. Exit code 1 in one of three cases: the time per example grows by more than 1.5
-times, resuming depends on k, or a start takes more than 60 s or 4 GiB. Times below 0.05 s are not judged.
+Writes benchmarks/results/scale.json. Exit code 1 in one of three cases: an example takes over 1.5 times as
+long at the most examples as at fewer, resuming depends on k, or a start takes more than 60 s or 4 GiB. Times below
+0.05 s are not judged.
 """
 
 import argparse

@@ -251,9 +251,10 @@ def serve(arguments, build):
 
 
 def return_memory():
-    """Gives what was freed back to the system: the process of the longest example would hold gigabytes for good."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    """Returns freed memory to the system. Otherwise each process would hold gigabytes after its longest step."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def peak_of_process():

@@ -1,8 +1,8 @@
 """What a run would take, for `--plan`: parameters, steps, tokens, padding, memory and FLOPs. It trains nothing.
 
-Always holds: parameters, adapter bytes, steps, tokens and padding are those of the run itself, by its own code (but EVA
-divides the ranks by the data). Memory and FLOPs are estimates from shapes; docs/performance.md compares them with
-measurements. No weights are read.
+Always holds: parameters, adapter bytes, steps, tokens and padding are those of the run itself, by its own code. EVA
+alone divides its ranks later, by the data. Memory and FLOPs are estimates from shapes; docs/performance.md compares
+them with measurements. No weights are read.
 """
 
 from __future__ import annotations
