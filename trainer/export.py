@@ -15,6 +15,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 
 import jsonargparse
 
+from trainer.collector import frozen_imports
 from trainer.config.loading import load_finished_run
 from trainer.config.schema import chosen_overlap
 from trainer.distributed.environment import set_environment
@@ -51,9 +52,9 @@ def export(run: Path, output: Path, name: str | None = None, revision: str | Non
         raise UserError(f"--output: {output} exists; give a new folder")
     config, label_names = load_finished_run(run, name, revision)
     set_environment()
-    # these imports take seconds; --help needs none of them
-    from trainer.model.adapter import export_merged, find_trained_backbone, load_task
-    from trainer.model.backbone import silence_libraries
+    with frozen_imports():  # they take seconds; --help needs none of them
+        from trainer.model.adapter import export_merged, find_trained_backbone, load_task
+        from trainer.model.backbone import silence_libraries
 
     silence_libraries()
     task = load_task(run / "adapter", config.task, label_names)

@@ -19,6 +19,7 @@ import re
 
 import jsonargparse
 
+from trainer.collector import frozen_imports
 from trainer.config.loading import load_finished_run
 from trainer.config.predict_options import FinishedRun, Options, check_runs_agree, source_of
 from trainer.config.schema import find_source_problems, resolve
@@ -68,7 +69,8 @@ def predict(options: Options) -> int:
     check_paths({"input": options.input})
     _check_output(options, runs)
     set_environment()
-    from trainer.training.prediction import predict_file
+    with frozen_imports():
+        from trainer.training.prediction import predict_file
 
     predict_file(options, runs)
     return 0

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # a script's own folder comes first on sys.path; the
 
 import os
 
+from trainer.collector import frozen_imports
 from trainer.config.loading import load_config, parse_config
 from trainer.config.schema import Config, find_differences, run_name
 from trainer.distributed.environment import read_environment, set_environment
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     if one_host:
         check_paths({name: getattr(config.data, name) for name in ("train", "validation", "test")})
     set_environment()
-    from trainer.training.pipeline import train_and_report
+    with frozen_imports():
+        from trainer.training.pipeline import train_and_report
 
     return train_and_report(config, folder, None if one_host else lambda: _check_folder(folder, config))
 
@@ -48,7 +50,8 @@ def _print_plan(config: Config) -> int:
 
     check_paths({name: getattr(config.data, name) for name in ("train", "validation", "test")})
     set_environment()
-    from trainer.training.estimate import print_plan
+    with frozen_imports():
+        from trainer.training.estimate import print_plan
 
     return print_plan(config)
 

@@ -4,17 +4,17 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.harness.commands import on_ranks
 from tests.harness.processes import ROOT
 from trainer.verification import checks, verify
 from trainer.verification.checks import Evidence, Row, fill_rows
 
-BROKEN = Path(__file__).parent / "broken"
 NEEDS_GPU = {"masks, host and device", "fp16, overflow", "memory, a full GPU"}
 NEEDS_BF16 = {"gradient, 16 bits"}
 TIMED = "speed, packed"
@@ -50,6 +50,35 @@ def test_all_checks_pass_here(verified):
         assert row["figure"] and row["check"] in ended.stdout
 
 
+class Forked(Evidence):
+    """Its processes come from the fork server, with a fault: the start of real ones takes most of the time."""
+
+    fault = None
+
+    def command(self, num_processes, *program):
+        return (self.fault, num_processes, program)
+
+
+def run_forked(fault, num_processes, program, points=()):
+    entry, words = ("verification/ranks", program[2:]) if program[0] == "-m" else ("run", program[1:])
+    return on_ranks(num_processes, words, [(fault,), *points], entry=entry)
+
+
+def read_output(command):
+    if isinstance(command, list):  # of another program
+        return real_read_output(command)
+    ended = run_forked(*command)
+    if any(rank.code for rank in ended):
+        raise checks.Failed(ended[0].stderr)
+    return ""
+
+
+def kill_after_checkpoint(command, run):
+    ended = run_forked(*command, [("at_call", "train_step", checks.KILL_STEP + 1)])
+    assert [rank.code for rank in ended] == [-signal.SIGKILL] * len(ended)
+
+
+real_read_output = checks.read_output
 KEPT = {
     "weigh_micro_batches_alike": [],
     "key_masks_by_rank": ["one", "run_of_one"],
@@ -57,6 +86,13 @@ KEPT = {
     "forget_the_optimizer": ["one", "several", "run_of_one", "run_of_group"],
 }
 """by fault, what it cannot reach: taken from the pass without a fault, to save time"""
+PLACES = {
+    "one": ["ranks-1.json", "gradients-1.safetensors"],
+    "several": ["ranks-2.json", "gradients-2.safetensors"],
+    "run_of_one": ["tiny/one"],
+    "run_of_group": ["tiny/group"],
+}
+"""by evidence, where it is kept in the folder"""
 
 
 @pytest.mark.parametrize(
@@ -70,23 +106,17 @@ KEPT = {
 )
 def test_a_fault_fails_its_check_alone(verified, tmp_path, monkeypatch, fault, check):
     monkeypatch.setattr(checks, "MEDIUM", checks.TINY)  # which only tells the speed, and takes long
-    evidence = Evidence(tmp_path, "cpu_multi", 2)
+    monkeypatch.setattr(checks, "read_output", read_output)
+    monkeypatch.setattr(checks, "kill_after_checkpoint", kill_after_checkpoint)
+    monkeypatch.setattr(Forked, "fault", fault)
+    evidence = Forked(tmp_path, "cpu_multi", 2)
     assert evidence.options
-    places = {
-        "one": ["ranks-1.json", "gradients-1.safetensors"],
-        "several": ["ranks-2.json", "gradients-2.safetensors"],
-        "run_of_one": ["tiny/one"],
-        "run_of_group": ["tiny/group"],
-    }
     for name in KEPT[fault]:
-        for place in places[name]:
+        for place in PLACES[name]:
             copy = shutil.copytree if (verified[0] / place).is_dir() else shutil.copy
             copy(verified[0] / place, tmp_path / place)
-        first = tmp_path / places[name][0]
+        first = tmp_path / PLACES[name][0]
         evidence.__dict__[name] = first if first.is_dir() else json.loads(first.read_text())
-    monkeypatch.setenv("BREAK", fault)
-    monkeypatch.setenv("PYTHONPATH", str(BROKEN))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = {row.check: dataclasses.asdict(row) for row in fill_rows(evidence)}
     assert failed(rows) == [check]
     assert rows[check]["advice"]

@@ -1,5 +1,6 @@
 """Starts the commands of trainer/ as a user types them: from the fork server, on one rank or several."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,17 +8,12 @@ import sys
 from tests.harness import faults
 from tests.harness.processes import ROOT, free_port, rank_environment, start_process, wait_all
 
-ENTRIES = ("run", "predict", "export", "report")
+ENTRIES = ("run", "predict", "export", "report", "verification/ranks")
 
 
 def import_entries():
     """The module of each command; importing them is what the fork server saves."""
-    import trainer.export
-    import trainer.predict
-    import trainer.report
-    import trainer.run
-
-    return {name: getattr(trainer, name) for name in ENTRIES}
+    return {name: importlib.import_module(f"trainer.{name.replace('/', '.')}") for name in ENTRIES}
 
 
 def _run_entry(end, entry, arguments, points, report):
@@ -48,8 +44,8 @@ def command(*request, **settings):
     return start(*request, **settings).wait()
 
 
-def start_ranks(world_size, arguments, points=(), only=None, folders=None, local_world_size=None):
-    """Starts trainer/run.py on several ranks of one machine, without a launcher that could hide how they end.
+def start_ranks(world_size, arguments, points=(), only=None, folders=None, local_world_size=None, entry="run"):
+    """Starts trainer/<entry>.py on several ranks of one machine, without a launcher that could hide how they end.
 
     `points` hold on all ranks; `only` has those of single ranks, and `folders` the folders they work in, by rank.
     They believe that `local_world_size` of them are on a machine.
@@ -58,7 +54,7 @@ def start_ranks(world_size, arguments, points=(), only=None, folders=None, local
     for rank in range(world_size):
         ranks.append(
             start(
-                "run",
+                entry,
                 arguments,
                 [*points, *(only or {}).get(rank, ())],
                 env=rank_environment(rank, world_size, port, local_world_size),
@@ -70,7 +66,7 @@ def start_ranks(world_size, arguments, points=(), only=None, folders=None, local
 
 
 def on_ranks(*request, **settings):
-    """Runs trainer/run.py on several ranks to its end; arguments as of `start_ranks`."""
+    """Runs trainer/<entry>.py on several ranks to its end; arguments as of `start_ranks`."""
     return wait_all(start_ranks(*request, **settings))
 
 

@@ -3,6 +3,7 @@
 Each function patches the program in the process it is called in; all arguments are plain JSON values.
 """
 
+import dataclasses
 import errno
 import importlib
 import itertools
@@ -258,6 +259,51 @@ def forget_an_example(step):
         return forgetful
 
     replace("train_step", around)
+
+
+def weigh_micro_batches_alike():
+    """The gradient is the mean over micro-batches of the mean over each one's examples."""
+    from trainer.batching.plan import Plan
+
+    right = Plan.micro_batches
+
+    def wrong(plan, step, rank, world_size):
+        parts = [part for other in range(world_size) for part in right(plan, step, other, world_size)]
+        count, total = sum(part.weights.any() for part in parts), plan.total_weight(step)
+        return [
+            dataclasses.replace(part, weights=part.weights * total / count / (part.weights.sum() or 1))
+            for part in right(plan, step, rank, world_size)
+        ]
+
+    Plan.micro_batches = wrong
+
+
+def key_masks_by_rank():
+    """Each rank draws its own dropout masks."""
+    from trainer.dropout.sites import DropoutKeys
+
+    right = DropoutKeys.__init__
+    DropoutKeys.__init__ = lambda self, seed: right(self, seed + int(os.environ.get("RANK", "0")))
+
+
+def lose_the_head():
+    """The final adapter is saved without its head."""
+    from safetensors.torch import load_file, save_file
+
+    def around(save_final_adapter):
+        def wrong(run, *given):
+            save_final_adapter(run, *given)
+            path = run.folder / "adapter/adapter_model.safetensors"
+            save_file({name: tensor for name, tensor in load_file(path).items() if "classifier" not in name}, path)
+
+        return wrong
+
+    replace("save_final_adapter", around)
+
+
+def forget_the_optimizer():
+    """A resume leaves the optimizer as new."""
+    replace("load_optimizer_tensors", lambda right: lambda *given: None)
 
 
 def no_merge():
