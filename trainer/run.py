@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "--plan" in arguments:
         return _print_plan(config)
     read_environment()
-    folder = Path(config.run.output_dir).expanduser() / run_name(config)
+    folder = _find_output(config.run.output_dir) / run_name(config)
     # on several hosts rank 0 decides for all, since the others may not see the folder
     one_host = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
     if one_host and _check_folder(folder, config):
@@ -54,6 +54,13 @@ def _print_plan(config: Config) -> int:
         from trainer.training.estimate import print_plan
 
     return print_plan(config)
+
+
+def _find_output(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"run.output_dir: {name}: there is no such user") from None
 
 
 def _check_folder(folder: Path, config: Config) -> bool:

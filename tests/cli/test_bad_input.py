@@ -113,6 +113,16 @@ def test_no_such_model_folder(attempt, tmp_path):
     )
 
 
+def test_no_such_user(attempt):
+    assert attempt("--run.output_dir", "~no-such-user/x") == "run.output_dir: ~no-such-user/x: there is no such user"
+
+
+def test_rows_without_any_column(attempt, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
+    said = attempt("--data.train", tmp_path / "rows.jsonl", "--data.empty_text", "keep")
+    assert said.startswith(f"data.train: {tmp_path}/rows.jsonl has no column 'text', 'label'; it has none (see ")
+
+
 def test_target_without_parameters(attempt):
     said = attempt("--peft.target_modules", "[query, dropout]")
     assert said.startswith("peft") and "Dropout" in said and "\n" not in said

@@ -125,6 +125,17 @@ def test_a_new_run_starts_from_an_adapter(uninterrupted, options, tmp_path):
         assert np.array_equal(tensor, tensors(old / name)[key]), key
 
 
+def test_a_run_of_adalora_starts_another_of_more_steps(options, tmp_path):
+    settings = {"peft__peft_type": "ADALORA", "peft__init_r": 4, "peft__target_r": 2, "peft__tinit": 1}
+    settings |= {"peft__tfinal": 1, "peft__r": None, "run__output_dir": tmp_path, "data__test": None}
+    for more in (
+        {"run__name": "old", "optim__max_steps": 4},
+        {"run__name": "new", "optim__max_steps": 5, "model__adapter": tmp_path / "old" / "adapter"},
+    ):
+        ended = command("run", changed(options, **settings, **more), [LESS])
+        assert ended.code == 0, ended.stderr
+
+
 def test_classes_that_stay_keep_their_rows_of_the_head(uninterrupted, options, tmp_path):
     old = uninterrupted[0] / "adapter"
     names = ["Business", "Health", "Sports", "World"]  # before: Business, Sci/Tech, Sports, World

@@ -164,6 +164,25 @@ def test_a_run_too_short_for_adalora_has_no_plan(options, tmp_path):
     assert "peft.tinit 2 and peft.tfinal 2: the 3 steps of the run leave none" in refused.stderr
 
 
+def test_a_plan_for_a_method_with_indices(options, tmp_path):
+    arguments = changed(options, run__output_dir=tmp_path, peft__peft_type="SHIRA", peft__r=2, peft__lora_dropout=None)
+    planned = command("run", [*arguments, "--plan"])
+    assert planned.code == 0, planned.stderr
+    assert "\nadapter     " in planned.stdout
+
+
+def test_a_wrong_number_of_processes_has_no_plan(options):
+    refused = command("run", [*options, "--plan"], env={"ISOTRAIN_NUM_PROCESSES": "two"})
+    assert (refused.code, refused.stdout) == (2, "")
+    assert refused.stderr == "error: ISOTRAIN_NUM_PROCESSES=two is not a number\n"
+
+
+def test_a_run_ends_where_no_copy_of_the_model_fits(options, tmp_path):
+    folder, _ = trained(options, tmp_path, [LESS, ("no_room_for_a_copy",)], optim__max_steps=1)
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert (folder / "summary.json").is_file()
+
+
 # --- what decides about the outcome -----------------------------------------------------------------------------------
 
 

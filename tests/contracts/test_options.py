@@ -54,7 +54,8 @@ After this page you can set every option of a run.
 
 - On the command line: `--group.option value`. In a recipe: `group: {{option: value}}`.
 - The command line overrides the recipe, and the recipe overrides the defaults.
-- After the first start, `./launch.sh --help` prints the same list. An unknown option is refused, with the nearest known one.
+- After the first start, `./launch.sh --help` prints the same list.
+- An unknown option is refused, with the nearest known one.
 - These options may change when a run resumes, because they do not change the result:
   {may_change}. `peft.max_trainable_parameters` may not with `peft.fit_budget`.
 - This page is generated from `trainer/config/schema.py` by `tests/contracts/test_options.py`.

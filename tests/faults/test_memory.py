@@ -115,14 +115,15 @@ def test_on_two_ranks(where, hit, small, expected, tmp_path):
 
 
 def test_in_scoring_on_one_of_two_ranks(small, expected, tmp_path):
-    arguments, short = changed(small, run__output_dir=tmp_path), {1: [("out_of_memory", ABOVE, "scoring")]}
-    ranks = on_ranks(2, arguments, [LESS], short)
+    arguments = changed(small, run__output_dir=tmp_path, batch__max_tokens=ABOVE)
+    ranks = on_ranks(2, arguments, [LESS], {1: [("out_of_memory", 3, "scoring")]})
     assert [rank.code for rank in ranks] == [2, 2]
     said = "".join(rank.stderr for rank in ranks)
     assert "Traceback" not in said
-    assert "out of memory while scoring" in said and "batch.eval_max_tokens" in said
-    ranks = on_ranks(2, changed(arguments, batch__max_tokens=ABOVE, batch__eval_max_tokens=ABOVE), [LESS], short)
+    assert re.search(r"out of memory with a single example of \d+ tokens; use a lower data.max_length", said)
+    ranks = on_ranks(2, arguments, [LESS], {1: [("out_of_memory", ABOVE, "scoring")]})
     assert [rank.code for rank in ranks] == [0, 0], ranks[0].stderr
+    assert "validation: out of memory; continuing with at most" in "".join(rank.stderr for rank in ranks)
     assert distance(tmp_path / "run", expected) < TOLERANCE
 
 

@@ -306,6 +306,23 @@ def forget_the_optimizer():
     replace("load_optimizer_tensors", lambda right: lambda *given: None)
 
 
+def no_room_for_a_copy():
+    """Memory runs out where the finished adapter is first loaded beside the trained model."""
+    calls = itertools.count()
+
+    def around(check_adapter):
+        def checked(*given):
+            import torch
+
+            if next(calls) == 0:
+                raise torch.OutOfMemoryError("a test's")
+            check_adapter(*given)
+
+        return checked
+
+    replace("check_adapter", around)
+
+
 def no_merge():
     """PEFT finds that an adapter cannot be merged."""
     from peft.tuners.lora import LoraModel

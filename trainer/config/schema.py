@@ -142,7 +142,8 @@ class DataConfig:
     """several columns instead of label_column: of 0 and 1, one for each label (multi_label), or of numbers
     (regression); null = read label_column"""
     label_names: list[str] | dict[str, str] | None = None
-    """class names in order (labels count from 0), or {value in the data: class name}; null = the names stored in the data, else the sorted labels found"""
+    """class names in order (labels count from 0), or {value in the data: class name}; null = the names
+    stored in the data, or else the sorted labels found"""
     max_length: int = field(default=512, metadata=at_least(4))
     """maximum tokens per example, with special tokens; see long_documents for longer texts"""
     long_documents: Literal["cut", "windows"] = "cut"

@@ -372,16 +372,17 @@ def _refuse_incomplete(reading: Reading, labels_required: bool) -> None:
     source, option, columns = reading.origin.source, reading.origin.option, reading.columns
     needed = [(role, column) for role, used in reading.roles.items() for column in used]
     missing = [pair for pair in needed if pair[1] not in columns and (pair[0] != "label" or labels_required)]
-    if columns and missing:
+    if missing and (columns or any(reading.file_rows)):
         group = "--" if reading.origin.name == "input" else "data."
         of_labels = "label_columns" if source.label_columns else "label_column"
         kinds = {role for role, _ in missing}
         setting = {"label": of_labels, "id": "id_column"}.get(missing[0][0]) if len(kinds) == 1 else None
         hint = "" if source.column_names else f"; if the file has no header, name its columns in {group}column_names"
         alike = "".join(describe_look_alikes(column, columns) for _, column in missing)
+        found = ", ".join(repr(column[:40]) for column in columns[:12]) or "none"
         raise UserError(
             f"{option}: {source.path} has no column {', '.join(repr(column) for _, column in missing)}; it has "
-            f"{', '.join(repr(c[:40]) for c in columns[:12])}{alike} (see {group}{setting or 'text_columns'}{hint})"
+            f"{found}{alike} (see {group}{setting or 'text_columns'}{hint})"
         )
     if not any(reading.file_rows):
         raise UserError(f"{option}: {source.path} has no rows")

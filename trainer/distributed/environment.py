@@ -79,22 +79,22 @@ def _check_accelerate_settings() -> None:
 
 def _set_group() -> None:
     environment, source = os.environ, "WORLD_SIZE"
-    if _read_number("WORLD_SIZE") > 1:
+    if read_number("WORLD_SIZE") > 1:
         if "LOCAL_RANK" not in environment:  # Kubernetes: one process per pod
             if environment.get("PET_NNODES", environment["WORLD_SIZE"]) != environment["WORLD_SIZE"]:
                 _refuse_process(by="PET_NNODES")
             environment.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         elif environment.get("GROUP_WORLD_SIZE") == "1" and "ISOTRAIN_NUM_PROCESSES" not in environment:
             _refuse_unconnected_processes()  # several tasks, each with a torchrun of one machine
-    elif _read_number("ISOTRAIN_NUM_PROCESSES", 0) != 1:
+    elif read_number("ISOTRAIN_NUM_PROCESSES", 0) != 1:
         for names in MPI_VARIABLES:
-            if _read_number(names[0]) > 1 and names[2] in environment:
+            if read_number(names[0]) > 1 and names[2] in environment:
                 source, pairs = names[0], zip(GROUP_VARIABLES, names, strict=True)
                 environment.update({ours: environment[theirs] for ours, theirs in pairs if theirs in environment})
                 break
         else:
             _refuse_unconnected_processes()
-    if _read_number("WORLD_SIZE") > 1:
+    if read_number("WORLD_SIZE") > 1:
         _check_group(source)
     else:
         for name in (*GROUP_VARIABLES, *(names[0] for names in MPI_VARIABLES)):
@@ -122,9 +122,9 @@ def _check_group(source: str) -> None:
 def _refuse_unconnected_processes() -> None:
     """Refuses several processes that do not know of each other, because each would train the whole run."""
     environment = os.environ
-    if "SLURM_STEP_ID" in environment or _read_number("SLURM_PROCID", 0) > 0:
+    if "SLURM_STEP_ID" in environment or read_number("SLURM_PROCID", 0) > 0:
         name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-        if _read_number(name) > 1:
+        if read_number(name) > 1:
             _refuse_process(by=name)
         if name in environment:
             return
@@ -143,7 +143,8 @@ def _refuse_process(by: str) -> None:
     )
 
 
-def _read_number(name: str, default: int = 1) -> int:
+def read_number(name: str, default: int = 1) -> int:
+    """The number in an environment variable, or the default if it is unset or empty."""
     value = os.environ.get(name) or str(default)
     try:
         return int(value)

@@ -188,6 +188,7 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
     folder, recorded = run / "adapter", None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        side = tokenizer.padding_side  # of the run; it is the backbone's own in `find_backbone`
         if (folder / IDENTITY).is_file():
             recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
         else:
@@ -200,6 +201,7 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
     except UserError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason}\nName an unchanged copy of the run's backbone: --model.name FOLDER") from None
+    backbone.tokenizer.padding_side = side
     if recorded is not None:
         check_same_backbone(recorded, backbone.identity, run)
     return backbone

@@ -19,7 +19,10 @@ from trainer.model.backbone import Backbone
 from trainer.model.build import build_without_weights
 from trainer.model.lora_start import changes_backbone
 
-SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
+SAFETENSORS_NAMES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 
 
 def fit_budget(backbone: Backbone, settings: PeftConfig) -> tuple[PeftConfig, list[str]]:

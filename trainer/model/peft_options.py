@@ -57,6 +57,14 @@ UNSUPPORTED_STARTS = {
     "lora_ga": "needs gradients of the backbone that PEFT computes in a script of its own",
 }
 
+UNSUPPORTED_OPTIONS = {
+    "velora_config": "its gradient is that of a mean over the micro-batch, so examples change one another",
+    "monteclora_config": "it adds noise that cannot be keyed by example, and a loss that PEFT leaves to the caller",
+    "kasa_config": "it adds a loss that PEFT leaves to the caller",
+    "save_only_topk_weights": "checkpoints would hold a part of what trains",
+}
+"""Options of supported methods that cannot train or resume exactly, with the reason."""
+
 MATRIX_LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 TARGETS = {"LORA": (*MATRIX_LAYERS, nn.Embedding)}
 """by method: the kinds of layers that messages name as its targets"""
@@ -145,6 +153,9 @@ def _find_unsupported(settings: PeftConfig, options: dict[str, Any]) -> list[str
             problems.append(f"peft.{name}: {value} must be at least 0 and below 1")
     if settings.peft_type in ("LOHA", "LOKR") and options.get("module_dropout"):
         problems.append("peft.module_dropout: must be 0; it drops whole adapters, which then get no gradient")
+    for name, reason in UNSUPPORTED_OPTIONS.items():
+        if options.get(name):
+            problems.append(f"peft.{name}: leave it out; {reason}")
     if options.get("alora_invocation_tokens"):
         problems.append("peft.alora_invocation_tokens: must be null; the adapter acts only after these tokens")
     return problems

@@ -66,6 +66,7 @@ def save_tokenizer(tokenizer: Any, max_length: int, folder: Path) -> None:
     own = copy.deepcopy(tokenizer)
     own.init_kwargs.pop("max_length", None)  # it would override model_max_length
     own.model_max_length = max_length
+    own.init_kwargs["padding_side"] = own.padding_side  # XLNet pads on the left
     own.save_pretrained(folder)
     if any(_broken(token) in own.backend_tokenizer.to_str() for token in own.all_special_tokens):
         # its own class would build the tokenizer without our normalizer; this one reads tokenizer.json as it is

@@ -44,9 +44,12 @@ def add_orthogonality(learner: Learner) -> None:
     learner.accelerator.backward(allocator.peft_config.orth_reg_weight * torch.stack(distances).mean())
 
 
-def update_ranks(learner: Learner, step: int) -> None:
-    """Updates the importance by the gradient of optimizer step `step`, and sets singular values to 0 if it is time."""
-    if (allocator := _allocator(learner.model)) is None or learner.optimizer.step_was_skipped:
+def update_ranks(learner: Learner, step: int, is_finite: bool) -> None:
+    """Updates the importance by the gradient of optimizer step `step`, and sets singular values to 0 if it is time.
+
+    A gradient that is not finite, which fp16's scaler skips, says nothing about the importance.
+    """
+    if (allocator := _allocator(learner.model)) is None:
         return
     config, backbone, state = allocator.peft_config, learner.model.get_base_model(), learner.optimizer.optimizer.state
     parameters = {name: p for name, p in backbone.named_parameters() if ".lora_" in name and p.requires_grad}
@@ -56,10 +59,10 @@ def update_ranks(learner: Learner, step: int) -> None:
                 getattr(allocator, theirs)[name] = state[parameter][own]
                 allocator.ipt[name] = parameter.grad  # replaced at once; PEFT asks whether it is there
     step, last = step + 1, config.total_step - config.tfinal
-    if step < last:
+    if step < last and is_finite:
         allocator.update_ipt(backbone)
     budget, is_due = allocator.budget_schedule(step)
-    if (is_due and step < last) or step == last:
+    if (is_due and step < last and is_finite) or step == last:
         kept = allocator.mask_to_budget(backbone, budget)
         for name in kept:
             state[parameters[name]]["kept"] = torch.tensor(kept[name]).view(-1, 1).to(parameters[name])
@@ -67,7 +70,8 @@ def update_ranks(learner: Learner, step: int) -> None:
         if step > last and "kept" in state[parameter]:
             parameter.data.mul_(state[parameter]["kept"])
         for own, theirs in AVERAGES.items():
-            state[parameter][own] = getattr(allocator, theirs)[name]
+            if name in getattr(allocator, theirs):  # not before the first finite gradient
+                state[parameter][own] = getattr(allocator, theirs)[name]
 
 
 def _allocator(model: PeftModel) -> Any:

@@ -134,7 +134,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pa
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint, and a line about each damaged one that was skipped."""
+    """The newest complete checkpoint, and a line about each damaged one that was skipped.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or is of a newer version. It may be whole, so none before it is taken.
+    """
     damage: list[str] = []
     for path in reversed(_numbered(folder)):
         try:
@@ -149,7 +153,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["format"] > FORMAT:
-            raise DamagedCheckpoint(f"format {manifest['format']} of a newer version")
+            raise UserError(
+                f"{path} is of a newer version of Isotrain (format {manifest['format']}); continue with that"
+            )
         contents = {name: _verified(path / name, entry) for name, entry in manifest["files"].items()}
         if manifest["step"] != int(path.name.removeprefix("step-")):
             raise DamagedCheckpoint("manifest.json is of another step")
@@ -162,7 +168,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
             state=json.loads(contents["trainer_state.json"]),
             adapter_config=contents["adapter_config.json"].decode(),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DamagedCheckpoint(f"manifest.json: {type(error).__name__} {error}") from None
+    except OSError as error:  # a network file system that is away, or another user's files
+        raise UserError(
+            f"{error}; make it readable, or remove {path} to continue from the checkpoint before it"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise DamagedCheckpoint(f"manifest.json: {type(error).__name__} {error}") from None
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from trainer.batching.plan import Plan
 from trainer.config.schema import Config, PeftConfig, fill_task
 from trainer.data.tokens import Examples
+from trainer.distributed.environment import read_number
 from trainer.distributed.session import choose_precision, is_on_cpu
 from trainer.model.backbone import silence_libraries
 from trainer.model.budget import count_adapter_bytes
@@ -55,14 +56,14 @@ def print_plan(config: Config) -> int:
     if os.environ.get("RANK", "0") not in ("", "0"):
         return 0
     silence_libraries()
-    world_size = int(os.environ.get("ISOTRAIN_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
+    world_size = read_number("ISOTRAIN_NUM_PROCESSES", read_number("WORLD_SIZE"))
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and world_size > 1
     place = Place(world_size, is_on_cpu(), sharded)
+    precision: Any = choose_precision(config.run.precision)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
     draft = draft_run(config, needs_weights=False)
     examples = tokenize_splits(config, draft)
-    precision: Any = choose_precision(config.run.precision)
-    settings = dataclasses.replace(config.run, precision=precision)
-    config = dataclasses.replace(fill_task(config, draft.corpus.task), peft=draft.peft, run=settings)
+    config = dataclasses.replace(fill_task(config, draft.corpus.task), peft=draft.peft)
     padded_because = "the frozen weights are sharded" if sharded else why_not_packed(draft.twin)
     if config.model.packed is False:
         padded_because = "model.packed is false"
@@ -173,6 +174,7 @@ def count_activation_bytes(config: Config, twin: PeftModel, plan: Plan, lengths:
     layer.
     """
     model: Any = twin.get_base_model()
+    num_layers, hidden_size, num_heads = _shape(twin)
     per_token, item = 0, COMPUTE_TYPES[config.run.precision].itemsize
     for module in _without_adapters(model.base_model):
         if isinstance(module, MATRIX_MODULES):
@@ -181,12 +183,11 @@ def count_activation_bytes(config: Config, twin: PeftModel, plan: Plan, lengths:
         elif isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), MATRIX_MODULES):
             per_token += _widths(module.get_base_layer())[0] * item
         elif type(module).__name__.endswith("Norm"):
-            per_token += 4 * max(parameter.numel() for parameter in module.parameters())
+            per_token += 4 * max((parameter.numel() for parameter in module.parameters()), default=hidden_size)
     window = min(plan.window_length, lengths.max())
     if not plan.packed:
         lengths = -(-lengths // window) * window
     squares = (lengths // window * window**2 + (lengths % window) ** 2).sum()
-    num_layers, hidden_size, num_heads = _shape(twin)
     drops = any("att" in name and "drop" in name and value for name, value in model.config.to_dict().items())
     shares = num_layers * num_heads * int(squares) * (item + 1) if plan.packed or drops else 0
     kept, num_tokens = per_token * int(lengths.sum()) + shares, int(lengths.sum())

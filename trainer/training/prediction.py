@@ -33,7 +33,7 @@ from trainer.packed.forward import Padding, build_forward
 from trainer.tasks import make_task
 from trainer.tasks.shares import Shares, class_shares, describe_shares, find_shift
 from trainer.tasks.task import Constants, Task, measure
-from trainer.training.scoring import predictions_csv, score_split
+from trainer.training.scoring import predictions_csv, refuse_broken_logits, score_split
 
 HEADERS = {"full": ("id", "prediction"), "contest": ("ID", "Label")}
 """by layout: the columns of ids and of predictions"""
@@ -71,6 +71,8 @@ def predict_file(options: Options, runs: list[FinishedRun]) -> None:
     each, is_main_process = _score(options, members)
     if not is_main_process:
         return
+    for logits in each:
+        refuse_broken_logits(logits, split.rows, "input", "--precision bf16 or no")
     task, logits = average(config.task, members, each)
     assert len(ids) == len(split) == len(logits), "a row was lost"
     columns = task.prediction_columns(logits, label_names)

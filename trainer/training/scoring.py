@@ -7,6 +7,7 @@ equal to the last bit on any number of processes of one kind of device.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,10 @@ from trainer.training.state import TrainState
 from trainer.training.step import first_signal, sum_over_ranks
 
 
+class Full(Exception):
+    """Memory ran out on some rank; all ranks raise it."""
+
+
 class Stopped(Exception):
     """A signal ended the training or a scoring early; the run can resume."""
 
@@ -51,7 +56,7 @@ def score_split(
     *,
     max_tokens: int,
     num_labels: int,
-    check_stop: Callable[[], None] = lambda: None,
+    check_round: Callable[[bool], None] = lambda is_full: None,
     progress: str | None = None,
 ) -> np.ndarray:
     """Logits of every example, float32 [N, C], in the order of the split, on every rank.
@@ -62,7 +67,7 @@ def score_split(
         accelerator: of the run.
         max_tokens: token budget of one micro-batch.
         num_labels: C.
-        check_stop: called after every round; raises on all ranks or on none.
+        check_round: called after every round, with whether memory ran out on this rank; raises on all ranks or on none.
         progress: label of the progress bar; None = no bar.
 
     Raises:
@@ -81,15 +86,17 @@ def score_split(
             # a rank without a part in the last round scores another one's: a sharded model needs every rank
             number = first + rank
             ids = np.array(parts[number if number < len(parts) else -1])
-            found = score_micro_batch(forward, examples, ids, accelerator)
-            check_stop()
+            found = None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found = score_micro_batch(forward, examples, ids, accelerator)
+            check_round(found is None)
+            if found is None:
+                hint = "try a lower batch.eval_max_tokens (predict.py: --max_tokens)"
+                raise UserError(f"out of memory while scoring {max_tokens:,} tokens at a time; {hint}")
             if number < len(parts):
                 positions = on_device(ids, accelerator.device)
                 logits[positions] = found.float()
                 times_seen[positions] += 1
-    except torch.OutOfMemoryError:
-        hint = "try a lower batch.eval_max_tokens (predict.py: --max_tokens)"
-        raise UserError(f"out of memory while scoring {max_tokens:,} tokens at a time; {hint}") from None
     finally:
         forward.model.train(was_training)
     logits, times_seen = accelerator.reduce(logits, "sum"), accelerator.reduce(times_seen, "sum")
@@ -107,26 +114,52 @@ def score_micro_batch(forward: Forward, examples: Examples, ids: np.ndarray, acc
 def score(run: Run, state: TrainState, name: str) -> np.ndarray:
     """Scores a split with the model as it is; returns its logits, float32 [N, C], on every rank.
 
+    If memory runs out on some rank, all of them begin again with half of the token budget.
+
     Raises:
         Stopped: some rank received a signal; the scores so far are lost.
+        UserError: a logit is not finite, or memory ran out with a single example or with sharded weights.
     """
+    learner, examples = run.learner, run.inputs.examples[name]
 
-    def check_stop() -> None:
-        counts = sum_over_ranks(run.learner.accelerator, [], run.stop.counts()).tolist()
+    def check_round(is_full: bool) -> None:
+        if is_full and learner.sharded:  # the other ranks wait in a collective of this forward
+            return
+        num_full, *counts = sum_over_ranks(learner.accelerator, [], [is_full, *run.stop.counts()]).tolist()
         if signal := first_signal(counts):
             raise Stopped(signal, state.step)
+        if num_full:
+            raise Full
 
     run.watch.position = f"the scoring of {name} after step {state.step}"
-    return score_split(
-        run.learner.forward,
-        run.inputs.examples[name],
-        run.learner.accelerator,
-        # a training budget that was lowered lowers this one in proportion
-        max_tokens=run.eval_max_tokens * current_plan(run, state).max_tokens // run.plan.max_tokens,
-        num_labels=len(run.inputs.corpus.label_names),
-        check_stop=check_stop,
-        progress=run.log.bar_label(name),
-    )
+    # a training budget that was lowered lowers this one in proportion
+    max_tokens = run.eval_max_tokens * current_plan(run, state).max_tokens // run.plan.max_tokens
+    num_labels, progress = len(run.inputs.corpus.label_names), run.log.bar_label(name)
+    settings: Any = {"num_labels": num_labels, "progress": progress, "check_round": check_round}
+    while True:
+        try:
+            logits = score_split(learner.forward, examples, learner.accelerator, max_tokens=max_tokens, **settings)
+            break
+        except Full:
+            if max_tokens <= (longest := examples.lengths.max()):
+                fix = "use a lower data.max_length or run.precision bf16"
+                raise UserError(f"{name}: out of memory with a single example of {longest} tokens; {fix}") from None
+            max_tokens = max(int(longest), max_tokens // 2)
+            run.log.print_line(f"{name}: out of memory; continuing with at most {max_tokens:,} tokens at a time")
+            if learner.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+    refuse_broken_logits(logits, run.inputs.corpus.splits[name].rows, name, "--run.precision bf16 or no")
+    return logits
+
+
+def refuse_broken_logits(logits: np.ndarray, rows: np.ndarray, name: str, precision: str) -> None:
+    """Refuses logits that are not finite, [N, C]: fp16 may overflow, and no class would be the largest."""
+    if len(broken := rows[~np.isfinite(logits).all(axis=1)]):
+        shown = ", ".join(map(str, broken[:8])) + (", ..." if len(broken) > 8 else "")
+        raise UserError(
+            f"{name}: the logits of {len(broken)} examples are not finite: id {shown} (row, counted from 0); "
+            f"try {precision}"
+        )
 
 
 def evaluate(

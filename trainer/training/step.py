@@ -84,7 +84,7 @@ def train_step(run: Run, step: int, micro_batches: list[MicroBatch]) -> StepResu
         _refuse_broken_loss(run, step, np.concatenate([part.ids for part in micro_batches])[is_broken.cpu().numpy()])
     if not np.isfinite(grad_norm) and scaler is None:  # the scaler itself skips a step whose gradient overflows
         _refuse_broken_gradient(learner, step, norms)
-    apply_gradient(learner, step, norm)
+    apply_gradient(learner, step, norm, is_finite=bool(np.isfinite(grad_norm)))
     return StepResult(mean_loss, grad_norm, first_signal(signals), loss_scale)
 
 
@@ -133,8 +133,8 @@ def sum_gradients(learner: Learner) -> torch.Tensor:
     return torch.stack(gradient_norms(gradients))
 
 
-def apply_gradient(learner: Learner, step: int, norm: torch.Tensor) -> None:
-    """Clips the summed gradient, which has this norm, and applies it."""
+def apply_gradient(learner: Learner, step: int, norm: torch.Tensor, is_finite: bool) -> None:
+    """Clips the summed gradient, which has this norm, and applies it; fp16's scaler skips one that is not finite."""
     without = [name for name, parameter in learner.parameters.items() if parameter.grad is None]
     if without:
         raise UserError(
@@ -145,7 +145,7 @@ def apply_gradient(learner: Learner, step: int, norm: torch.Tensor) -> None:
     if learner.optim_config.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.optim_config.max_grad_norm, norm)
     learner.optimizer.step()
-    update_ranks(learner, step)
+    update_ranks(learner, step, is_finite)
     learner.optimizer.zero_grad(set_to_none=True)
 
 

@@ -266,6 +266,14 @@ def test_a_special_token_in_a_text_is_text(kind, tmp_path):
     assert control & {*raw(f"a {token} b", add_special_tokens=False)["input_ids"]}, "the negative control"
 
 
+def test_the_side_of_the_padding_is_saved(tmp_path):
+    tokenizer = TOKENIZERS["unigram, T5"]()
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        save_tokenizer(tokenizer, 32, tmp_path / side)
+        assert AutoTokenizer.from_pretrained(tmp_path / side).padding_side == side
+
+
 # --- families with limits of their own ---
 
 

@@ -53,6 +53,13 @@ def test_the_rank_is_the_largest_that_fits(backbone, peft_type, options):
         assert len(file) == int(num_bytes.replace(",", "")) == count_adapter_bytes(model, settings)
 
 
+@pytest.mark.parametrize(("peft_type", "options"), [("SHIRA", {"r": 2}), ("SUPERTUNING", {})])
+def test_the_size_of_a_file_with_indices(backbone, peft_type, options):
+    settings = PeftConfig(peft_type, options=TARGETS | options)
+    file = safetensors.torch.save(adapter_tensors(build_model(backbone, settings, 42)[0]), {"format": "pt"})
+    assert count_adapter_bytes(build_without_weights(backbone, settings), settings) == len(file)
+
+
 def test_no_rank_above_the_smaller_side_of_every_target(backbone):
     chosen, _ = fit_budget(backbone, fitted("LORA", 10**6, target_modules=["query"]))
     assert chosen.options["r"] == 32

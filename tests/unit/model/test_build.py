@@ -410,6 +410,10 @@ def test_a_spoilt_backbone_is_refused_in_words(tiny_backbone, tmp_path, what, me
         ("ADALORA", {"target_r": 4, "init_r": 4}, r"peft\.target_r: 4 must be below init_r"),
         ("ADALORA", {"total_step": 9}, r"peft\.total_step: leave it out"),
         ("LOKR", {"module_dropout": 0.1}, r"peft\.module_dropout: must be 0"),
+        ("LORA", {"velora_config": {"num_groups": 4}}, r"peft\.velora_config: leave it out; .* change one another"),
+        ("LORA", {"monteclora_config": {"num_samples": 4}}, r"peft\.monteclora_config: leave it out; it adds noise"),
+        ("LORA", {"kasa_config": {"beta": 0.1}}, r"peft\.kasa_config: leave it out; it adds a loss"),
+        ("VBLORA", {"save_only_topk_weights": True}, r"peft\.save_only_topk_weights: leave it out; checkpoints"),
     ],
 )
 def test_wrong_adapter_settings_are_refused_in_words(backbone, peft_type, options, message):

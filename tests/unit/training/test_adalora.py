@@ -46,7 +46,7 @@ def test_equal_to_pefts_own_loop(build):
         model=model,
         parameters=trained,
         accelerator=SimpleNamespace(is_main_process=True, backward=lambda loss: loss.backward()),
-        optimizer=SimpleNamespace(optimizer=optimizer, step_was_skipped=False),
+        optimizer=SimpleNamespace(optimizer=optimizer),
     )
     for step in range(STEPS):
         inputs = batch(step)
@@ -54,7 +54,7 @@ def test_equal_to_pefts_own_loop(build):
         torch.nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
         add_orthogonality(learner)
         optimizer.step()
-        update_ranks(learner, step)
+        update_ranks(learner, step, is_finite=True)
         optimizer.zero_grad()
     assert max((expected[name] - trained[name]).abs().max() for name in trained) < 1e-6
     values = torch.cat([parameter for name, parameter in trained.items() if ".lora_E." in name])
@@ -64,3 +64,24 @@ def test_equal_to_pefts_own_loop(build):
 def test_a_run_without_room_for_its_phases_is_refused(build):
     with pytest.raises(UserError, match=r"peft\.tinit 2 and peft\.tfinal 3: the 5 steps of the run"):
         set_total_steps(build(9)[0], 5)
+
+
+@pytest.mark.parametrize("skipped", [0, 4, STEPS - SCHEDULE["tfinal"] - 1])
+def test_a_gradient_that_overflows_leaves_the_importance_and_the_budget_is_met(build, skipped):
+    model, trained, optimizer = build(9)
+    set_total_steps(model, STEPS)
+    learner = SimpleNamespace(model=model, parameters=trained, optimizer=SimpleNamespace(optimizer=optimizer))
+    for step in range(STEPS):
+        inputs = batch(step)
+        labels = inputs.pop("labels")
+        torch.nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
+        if step == skipped:  # as fp16's scaler, which then takes no optimizer step
+            for parameter in trained.values():
+                parameter.grad.fill_(float("inf"))
+        else:
+            optimizer.step()
+        update_ranks(learner, step, is_finite=step != skipped)
+        optimizer.zero_grad()
+    assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+    values = torch.cat([parameter for name, parameter in trained.items() if ".lora_E." in name])
+    assert values.count_nonzero() == 2 * 2

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from trainer import files
+from trainer.errors import UserError
 from trainer.files import remove_unfinished, replace_folder, write_atomic
 from trainer.training.checkpoint import Checkpoint, DamagedCheckpoint, load_newest, read_checkpoint, write_checkpoint
 
@@ -107,7 +109,7 @@ def test_no_altered_byte_of_the_manifest_changes_what_is_loaded(tmp_path):
             manifest.write_bytes(data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :])
             try:
                 assert equal(read_checkpoint(manifest.parent), saved)
-            except DamagedCheckpoint as error:
+            except (DamagedCheckpoint, UserError) as error:
                 assert str(error)
 
 
@@ -118,15 +120,28 @@ def test_a_manifest_of_another_kind_is_damage(tmp_path, text):
     assert load_newest(tmp_path)[0] is None
 
 
-def test_a_checkpoint_under_another_step_or_of_a_newer_format_is_damage(tmp_path):
+def test_a_checkpoint_under_another_step_is_damage(tmp_path):
     path = write_checkpoint(tmp_path, example(5), keep_last=2)
     moved = shutil.copytree(path, tmp_path / "step-00000006")
     with pytest.raises(DamagedCheckpoint, match="another step"):
         read_checkpoint(moved)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(DamagedCheckpoint, match="newer version"):
-        read_checkpoint(path)
+
+
+def test_one_of_a_newer_version_or_unreadable_is_no_damage_and_stays(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, example(5), keep_last=2)
+    path = write_checkpoint(tmp_path, example(6), keep_last=2) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(UserError, match="step-00000006 is of a newer version"):
+        load_newest(tmp_path)
+
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(UserError, match=r"Stale file handle.*remove .*step-00000006 to continue"):
+        load_newest(tmp_path)
+    assert names(tmp_path) == ["step-00000005", "step-00000006"]
 
 
 def test_other_names_are_no_checkpoints(tmp_path):

@@ -87,12 +87,13 @@ class Stop(Exception):
 def test_a_stop_leaves_no_scores_and_the_mode_as_it_was(accelerator):
     model, answers = Summing().train(), iter([None, None, Stop])
 
-    def check_stop():
+    def check_round(is_full):
+        assert not is_full
         if error := next(answers):
             raise error
 
     with pytest.raises(Stop):
-        score(model, examples_of(20), accelerator, max_tokens=30, check_stop=check_stop)
+        score(model, examples_of(20), accelerator, max_tokens=30, check_round=check_round)
     assert model.training
     assert len(model.shapes) == 3
 
@@ -112,6 +113,13 @@ def test_a_lack_of_memory_names_the_option(accelerator):
         score(model, examples_of(20), accelerator, max_tokens=64)
     assert model.training
     score(model, examples_of(20), accelerator, max_tokens=40)
+
+
+def test_logits_that_are_not_finite_are_refused_with_their_rows():
+    rows = np.array([0, 2, 5])
+    evaluation.refuse_broken_logits(np.zeros((3, 2)), rows, "input", "--precision no")
+    with pytest.raises(UserError, match=r"^input: the logits of 2 examples are not finite: id 0, 5 .*--precision no"):
+        evaluation.refuse_broken_logits(np.array([[0, np.nan], [0, 0], [np.inf, 1]]), rows, "input", "--precision no")
 
 
 # --- files ---
