@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -36,12 +37,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:240] or type(error).__name__
 
 
+def visible(text: str) -> str:
+    """The text with escapes for control characters, which data may hold and a terminal would obey."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def main_guard(main: Callable[[], int | None], result_on_stdout: bool = False) -> int:
     """Calls an entry point. Turns a `UserError` or an `OSError` into a message on stderr and an exit code.
 
     Only the first process of a machine prints the message, because all of them have the same error.
     """
     protect_streams(result_on_stdout)
+    os.environ.pop("JSONARGPARSE_DEFAULT_ENV", None)  # which would take options from variables
     try:
         code = int(main() or 0)
         sys.stdout.flush()
@@ -50,7 +57,7 @@ def main_guard(main: Callable[[], int | None], result_on_stdout: bool = False) -
         return 130
     except (UserError, OSError) as error:
         if is_first_on_machine():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", UserError.exit_code)
 
 
@@ -68,7 +75,7 @@ def is_first_on_machine() -> bool:
 def print_once(line: str, quiet: bool) -> None:
     """Prints a line to stderr, once per machine."""
     if not quiet and is_first_on_machine():
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
 
 
 def quote_path(path: str | Path) -> str:
@@ -118,7 +125,7 @@ def protect_streams(result_on_stdout: bool) -> None:
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.flush()
-            encoding, errors = stream.encoding, stream.errors
+            encoding, errors = stream.encoding, "backslashreplace" if stream.errors == "strict" else stream.errors
         is_line_buffered = number == 2 or raw.isatty()
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=is_line_buffered))
 

@@ -83,9 +83,12 @@ def replace_folder(target: Path, files: dict[str, bytes]) -> None:
         raise OSError(f"cannot save {target}: {error.strerror or error}; what was saved before is unchanged") from None
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes one file. If that raises an `OSError`, the old file is unchanged."""
-    temporary = path.with_name(f"{UNFINISHED}{path.name}")
+def write_atomic(path: Path, data: str | bytes, is_shared: bool = False) -> None:
+    """Writes one file. If that raises an `OSError`, the old file is unchanged.
+
+    Several processes may write a file that `is_shared`: the last one counts.
+    """
+    temporary = path.with_name(f"{UNFINISHED}{secrets.token_hex(8) if is_shared else path.name}")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -222,7 +222,7 @@ def _can_import(python: str, modules: str) -> bool:
 def install_backbone(python: str, options: argparse.Namespace) -> None:
     """Installs the package that the backbone is taken from, if the repository pins it: package:NAME/FOLDER."""
     recipe = Path(options.recipe)
-    model = read_yaml(recipe if recipe.is_file() else ROOT / f"trainer/recipes/{recipe}.yaml").get("model")
+    model = read_yaml(recipe if os.path.isfile(recipe) else ROOT / f"trainer/recipes/{recipe}.yaml").get("model")
     name = options.backbone or (model.get("name") if isinstance(model, dict) else None)
     pins = ROOT / "requirements-quickstart.txt"
     pin = find_missing_pin(pins)

@@ -94,6 +94,15 @@ def test_jsonl_in_and_out_without_labels(run, wanted, tmp_path):
     assert probabilities.sum(axis=1) == pytest.approx(np.ones(len(ROWS)))
 
 
+def test_a_link_as_output_stays_one(run, labelled, tmp_path):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "out.csv").symlink_to(tmp_path / "place" / "p.csv")
+    ended = predict(run, labelled, tmp_path / "out.csv")
+    assert ended.code == 0, ended.stderr
+    assert (tmp_path / "out.csv").is_symlink()
+    assert len(read_csv(tmp_path / "place" / "p.csv")) == 1 + len(ROWS)
+
+
 def test_another_layout_of_columns_and_labels_counted_from_1(run, wanted, tmp_path):
     table = [(CLASSES.index(label) + 1, text) for text, label in ROWS]
     source = write_csv(tmp_path / "input.csv", table, header=None)

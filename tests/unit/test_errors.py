@@ -152,6 +152,8 @@ def test_main_guard(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: one\ntwo\n"
     assert main_guard(fails(OSError(28, "No space left on device", "x"))) == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'x'\n"
+    assert main_guard(fails(UserError("column '\033[2J\x9b\a' of x\ny"))) == 2
+    assert capsys.readouterr().err == "error: column '\\x1b[2J\\x9b\\x07' of x\ny\n"
     for name, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert main_guard(fails(UserError("one"))) == 2

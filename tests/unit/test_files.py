@@ -13,7 +13,7 @@ import pytest
 from tests.harness.processes import ROOT
 from trainer import files as locks
 from trainer.errors import UserError
-from trainer.files import hold_run_folder, lock_cache_entry, share
+from trainer.files import hold_run_folder, lock_cache_entry, share, write_atomic
 from trainer.run import main
 
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
@@ -114,6 +114,21 @@ def test_a_full_disk_is_noticed_at_once(tmp_path, monkeypatch):
 
 
 # --- caches ---
+
+
+def test_two_writers_of_a_shared_file_do_not_touch_each_other(tmp_path, monkeypatch):
+    right, path = locks.write_synced, tmp_path / "p.csv"
+
+    def write(temporary, data):
+        right(temporary, data)
+        if data == b"first":  # another command writes the whole of its file here
+            write_atomic(path, "second", is_shared=True)
+            assert path.read_text() == "second"
+
+    monkeypatch.setattr(locks, "write_synced", write)
+    write_atomic(path, "first", is_shared=True)
+    assert path.read_text() == "first"
+    assert [each.name for each in tmp_path.iterdir()] == ["p.csv"]
 
 
 def test_a_cache_entry_is_prepared_by_one_process_at_a_time(tmp_path):

@@ -13,6 +13,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import re
 import zipfile
 import zlib
@@ -44,9 +45,10 @@ TRAILING_TEXT = "text behind the last named column"
 """key in the columns of a chunk: whether each row has such text"""
 EXACT_BELOW = {pa.float16(): 2**11, pa.float32(): 2**24}
 """whole numbers below are exact in these types"""
+AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 UNREADABLE = (
     *(OSError, ValueError, EOFError, RuntimeError, OverflowError),
-    *(zlib.error, zipfile.BadZipFile, pa.ArrowException),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowException),
 )
 """what libraries raise for damaged files (RuntimeError: an archive that needs a newer program)"""
 
@@ -398,11 +400,17 @@ def _read_parquet(path: str, request: Request) -> Iterator[Chunk]:
 
 
 def _read_arrow(path: str, request: Request) -> Iterator[Chunk]:
+    def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+        batch = batch.select(used)
+        for column in batch.columns:  # a wrong offset would read foreign memory; `_values` names rows that are no text
+            column.cast(AS_BYTES.get(column.type, column.type)).validate(full=True)
+        return batch
+
     with _open_arrow(path) as reader:
         is_file = isinstance(reader, pa.ipc.RecordBatchFileReader)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         used = _refuse_repeated([name for name in reader.schema.names if name in request.wanted])
-        yield from _read_batches(reader.schema.names, used, batches)
+        yield from _read_batches(reader.schema.names, used, map(checked, batches))
 
 
 def _read_pickle(path: str, request: Request) -> Iterator[Chunk]:

@@ -208,7 +208,7 @@ def _fetch_hub(name: str, path: str) -> list[str]:
     name_on_hub, _, split = path.partition(":")
     owner, repository, *settings = name_on_hub.split("/")
     try:
-        table = datasets.load_dataset(f"{owner}/{repository}", *settings, split=split or name)
+        table = datasets.load_dataset(f"{owner}/{repository}", *settings, split=split or name, keep_in_memory=False)
     except Exception as error:  # its loaders raise anything
         option, reason = option_name(name), one_line(error.__cause__ or error)[:160]
         raise UserError(

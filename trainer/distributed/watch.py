@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from trainer.distributed.rendezvous import Group
+from trainer.errors import visible
 
 HEARTBEAT_TIMEOUT_SECONDS = 20.0
 """a rank without a heartbeat for this long is lost; heartbeats are five times as frequent"""
@@ -143,6 +144,6 @@ class Watch:
         if lost and rank != own and rank in here:  # the lost rank cannot print
             here.remove(rank)
         if message and own == here[0]:
-            print(f"\nerror: {message}", file=sys.stderr)
+            print(f"\nerror: {visible(message)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

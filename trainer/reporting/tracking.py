@@ -17,7 +17,7 @@ from typing import Any
 import numpy.typing as npt
 from tqdm import tqdm
 
-from trainer.errors import bar_settings, one_line
+from trainer.errors import bar_settings, one_line, visible
 from trainer.files import read_json_lines, write_atomic, writing
 
 PROJECT = "isotrain"  # project or experiment in a tracker, unless the tracker's environment variable names another
@@ -109,7 +109,7 @@ class RunLog:
     def print_line(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if not self.quiet:
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(visible(line), file=sys.stderr)
 
     def bar_label(self, label: str) -> str | None:
         """Returns the label of a second progress bar, or None (no bar) without a terminal."""

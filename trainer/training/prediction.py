@@ -77,7 +77,7 @@ def predict_file(options: Options, runs: list[FinishedRun]) -> None:
     assert len(ids) == len(split) == len(logits), "a row was lost"
     columns = task.prediction_columns(logits, label_names)
     text = render_predictions(options, ids, columns, dict(zip(label_names, labels, strict=True)))
-    write_atomic(Path(options.output), text)
+    write_atomic(Path(options.output).resolve(), text, is_shared=True)  # a link stays one
     shares = class_shares(task, logits, label_names, summary.get("data", {}).get("train", {}))
     if not options.quiet:
         id_field, label_field = HEADERS[options.layout]
@@ -86,7 +86,7 @@ def predict_file(options: Options, runs: list[FinishedRun]) -> None:
         print(*lines, sep="\n", file=sys.stderr)
     if split.targets is not None:
         measured = {**measure(task, logits, split.targets, label_names), "class_shares": shares}
-        print(json.dumps(measured, indent=2, ensure_ascii=False))
+        print(json.dumps(measured, indent=2, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower()))
 
 
 def describe_output(

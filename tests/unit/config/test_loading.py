@@ -1,7 +1,11 @@
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 
+from tests.harness.processes import ROOT
 from trainer.config.loading import (
     config_text,
     load_config,
@@ -457,3 +461,14 @@ def test_load_finished_run(tmp_path):
         load_finished_run(tmp_path)
     (tmp_path / "adapter" / "labels.json").write_text('["a", "b"]')
     assert load_finished_run(tmp_path) == (fill_task(config, TaskConfig("single_label")), ["a", "b"])
+
+
+def test_no_variable_of_the_environment_sets_an_option():
+    environment = {**os.environ, "JSONARGPARSE_DEFAULT_ENV": "true", "RUN_OPTIM__LEARNING_RATE": "-1"}
+    code = (
+        "from trainer.config.loading import parse_config\nfrom trainer.errors import main_guard\n"
+        "main_guard(lambda: print(parse_config(['--data.train', 'x.csv']).optim.learning_rate))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("5e-05\n", "")

@@ -340,6 +340,25 @@ def test_archives_that_are_damaged():
     assert "a compressed file must hold one of" in refused(write("x.parquet.gz", packed(b"x")))
 
 
+def test_a_damaged_byte_in_a_zip_with_lzma():
+    with zipfile.ZipFile("x.csv.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.csv", CSV * 99)
+    data = bytearray(Path("x.csv.zip").read_bytes())
+    data[60:64] = b"\xff\xff\xff\xff"
+    Path("x.csv.zip").write_bytes(data)
+    assert refused("x.csv.zip").startswith("x.csv.zip: ")
+
+
+def test_an_arrow_file_with_a_wrong_offset():
+    table = pa.table({"text": ["one", "two"], "label": ["a", "b"]})
+    pyarrow.feather.write_feather(table, "x.arrow", compression="uncompressed")
+    data = Path("x.arrow").read_bytes()
+    offsets = b"\0\0\0\0\3\0\0\0\6\0\0\0"
+    assert data.count(offsets) == 1
+    Path("x.arrow").write_bytes(data.replace(offsets, b"\0\0\0\0\3\0\0\0\6\0\0\x7f"))
+    assert refused("x.arrow").startswith("x.arrow: ")
+
+
 @pytest.mark.parametrize("name", ["x.parquet", "x.pq", "x.arrow", "x.feather"])
 def test_stored_class_names_are_used(name):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})

@@ -240,7 +240,8 @@ def test_hub_data_set(tmp_path, cache, monkeypatch):
     rows.save_to_disk(tmp_path / "saved")
     asked = []
 
-    def load_dataset(name, settings, split):
+    def load_dataset(name, settings, split, keep_in_memory):
+        assert not keep_in_memory, "a table in memory has no files"
         asked.append((name, settings, split))
         return datasets.load_from_disk(tmp_path / "saved")
 

@@ -157,6 +157,14 @@ def test_another_precision_than_planned_is_refused(unlaunched):
     assert choose_precision("no", begun=True) == "no"  # launch.sh does not know what the run has begun with
 
 
+def test_fp32_is_not_tf32_whatever_a_container_sets(unlaunched):
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    start_accelerator("no")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_a_wrong_number_of_processes_is_refused(unlaunched):
     unlaunched.setenv("ISOTRAIN_NUM_PROCESSES", "2")
     with pytest.raises(UserError, match=r"2 processes were requested \(ISOTRAIN_NUM_PROCESSES\), but 1 started"):
