@@ -208,7 +208,7 @@ def keyed_attention(
         scores = scores + attention_mask
     elif attention_mask is not None:  # adding is cheaper than to fill in every head; the exponential is 0 too
         unattended = torch.zeros_like(attention_mask, dtype=scores.dtype)
-        scores += unattended.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+        scores += unattended.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min / 2)
     shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     shares = shares.to(value.dtype)
     attended = dropped(shares, _draw(shares, dropout, module))

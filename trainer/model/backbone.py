@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -167,6 +167,8 @@ def find_backbone(
     _set_task(backbone_config, label_names, problem_type)
     set_padding(backbone_config, tokenizer, config.name)
     read_special_tokens_as_text(tokenizer)
+    if getattr(backbone_config, "attention_dropout", 0.0) is None:  # as Llama may write 0
+        backbone_config.attention_dropout = 0.0
     if config.dropout is not None:
         set_dropout(backbone_config, config.dropout)
     return Backbone(path, commit, backbone_config, tokenizer, config)
@@ -204,6 +206,8 @@ def load_weights(backbone: Backbone, dequantize: bool = False) -> tuple[nn.Modul
     for buffer in model.buffers():
         if buffer.dtype in NARROW_TYPES:
             buffer.data = buffer.data.float()
+    if any(re.search("weight_scale(_inv)?$", key) for key in info["unexpected_keys"]):
+        _refuse_quantized(backbone.path)
     missing = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     _refuse_partial_weights(backbone.path, model, missing, info["unexpected_keys"])
     notes = []
@@ -280,12 +284,20 @@ def _check_supported(name: str, config: PreTrainedConfig, tokenizer: Any) -> Non
         raise UserError(f"model.name: transformers has no text classifier of type {config.model_type!r}")
     if config.model_type in REMOTE_CODE_FAMILIES:
         raise UserError(f"model.name: {config.model_type} is not supported: its attention is remote code")
+    if getattr(config, "quantization_config", None):
+        _refuse_quantized(name)
     vocab_size = getattr(config.get_text_config(), "vocab_size", len(tokenizer))
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"model.name: the tokenizer of {name} has {len(tokenizer)} tokens, more than the backbone's vocab_size "
             f"of {vocab_size}; use the tokenizer that belongs to the backbone"
         )
+
+
+def _refuse_quantized(name: str) -> NoReturn:
+    raise UserError(
+        f"model.name: the weights of {name} are quantized already; use those before, with --model.quantization nf4"
+    )
 
 
 def _set_task(config: PreTrainedConfig, label_names: list[str], problem_type: str) -> None:

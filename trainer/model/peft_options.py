@@ -202,6 +202,8 @@ def check_effects(model: PeftModel, settings: PeftConfig) -> None:
     adapted = [name for name, module in layers.items() if any(p.requires_grad for p in module.parameters())]
     saved_whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
     check_start(settings, layers)
+    if settings.options.get("layer_replication") and getattr(model.get_base_model().config, "layer_types", None):
+        raise UserError("peft.layer_replication: must be null: PEFT copies layers, and not the list of their types")
     names_by_option: dict[str, Iterable[str]] = {
         "target_modules": adapted, "rank_pattern": adapted, "alpha_pattern": adapted, "layers_to_transform": adapted,
         "target_parameters": tuner.targeted_parameter_names, "modules_to_save": saved_whole,

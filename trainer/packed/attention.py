@@ -128,7 +128,7 @@ def look_around(layout: Layout, reach: int) -> Layout:
     far = (position - position[:, None]).abs() > reach
     bias = torch.zeros_like(far, dtype=layout.groups[0].bias.dtype)
     # a finite number: to a token of padding all near ones may be padding
-    return add_bias(layout, bias.masked_fill_(far, torch.finfo(bias.dtype).min).unsqueeze(0))
+    return add_bias(layout, bias.masked_fill_(far, torch.finfo(bias.dtype).min / 2).unsqueeze(0))
 
 
 def look_back(layout: Layout, window: int | None) -> Layout:

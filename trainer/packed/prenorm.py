@@ -169,7 +169,8 @@ def prepare_llama(model: Any, inputs: dict[str, torch.Tensor], layout: Layout) -
     """
     rotary, ids = _rotary(model, layout), inputs["input_ids"]
     windows = {"full_attention": None, "sliding_attention": getattr(model.config, "sliding_window", None)}
-    types = {"full_attention", *getattr(model.config, "layer_types", ())}  # Llama has one type, whatever it names
+    # Llama has one type, whatever it names, and may name none
+    types = {"full_attention", *(getattr(model.config, "layer_types", None) or ())} & windows.keys()
     places = torch.arange(len(ids), device=ids.device).masked_fill(ids == model.config.pad_token_id, 0)
     example = (layout.positions == 0).cumsum(dim=0) - 1
     last = layout.starts.scatter_reduce(0, example, places, "amax")

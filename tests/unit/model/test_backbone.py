@@ -22,7 +22,7 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from tests.families import tiny
+from tests.families import tiny, tiny_classifier, tokenizer
 from tests.harness.data import TOPICS
 from trainer.config.schema import ModelConfig, PeftConfig
 from trainer.errors import UserError
@@ -86,6 +86,26 @@ def test_weights_of_another_shape_than_the_configuration_are_refused(bert, sizes
     path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
     with pytest.raises(UserError, match=r"or have them in another shape: first bert\."):
         load_weights(find(bert))
+
+
+def test_quantized_weights_are_refused(bert):
+    tensors = safetensors.torch.load_file(bert / "model.safetensors")
+    scale = {"bert.encoder.layer.0.attention.self.query.weight_scale": torch.ones(1)}
+    safetensors.torch.save_file(tensors | scale, bert / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"^model\.name: the weights of .* are quantized already; .* nf4$"):
+        load_weights(find(bert))
+    path = bert / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UserError, match="are quantized already"):
+        find(bert)
+
+
+def test_no_dropout_may_be_null(tmp_path):
+    tiny_classifier("llama").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": None}))
+    assert find(tmp_path).config.attention_dropout == 0.0
 
 
 def test_a_decoder_without_weights_is_refused(tmp_path, tiny_tokenizer):
@@ -333,6 +353,14 @@ def test_replicated_layers_leave_the_configuration_alone(bert):
     settings = PeftConfig(options={"target_modules": ["query"], "layer_replication": [[0, 2], [1, 2]]})
     model = check_fit(backbone, settings, 32, pairs=False)
     assert (model.config.num_hidden_layers, backbone.config.num_hidden_layers) == (3, 2)
+
+
+def test_replicated_layers_need_layers_of_one_type(tmp_path):
+    tiny_classifier("qwen2").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    settings = PeftConfig(options={"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]})
+    with pytest.raises(UserError, match=r"^peft\.layer_replication: must be null: PEFT copies layers"):
+        check_fit(find(tmp_path), settings, 32, pairs=False)
 
 
 def test_replicated_layers_are_merged_each_for_itself(bert, tmp_path):

@@ -14,6 +14,7 @@ from trainer.dropout.sites import install
 from trainer.errors import UserError
 from trainer.model.backbone import FP32_ONLY_FAMILIES
 from trainer.model.build import set_precision
+from trainer.packed.families import why_not_packed
 from trainer.packed.forward import Padding
 from trainer.training.start_check import check_start
 from trainer.training.step import sum_gradients
@@ -217,3 +218,10 @@ def test_a_mask_of_numbers_is_added():
         found, _ = dropout.keyed_attention(module, x, x, x, mask, dropout=0.1)
     expected, _ = dropout.keyed_attention(module, x, x, x, mask)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_llama_may_name_no_types_of_its_layers():
+    model = tiny("llama", layer_types=None)
+    assert model.get_base_model().config.layer_types is None
+    check_start(model, 0, TEXTS, tokenizer(), 64, "the backbone")
+    assert why_not_packed(model) is None
