@@ -72,17 +72,23 @@ def resident(key: str) -> int:
 
 
 def loading(folder: Path, precision: str) -> dict[str, float]:
-    """Loads a backbone as a run does; its size in the types that it keeps, and the peak while it was loaded."""
+    """Loads a backbone as a run does; its size in the types that it keeps, and the peak while it was loaded.
+
+    A tiny one is loaded before: that maps the libraries' code, whose pages are not the weights'.
+    """
     from trainer.config.schema import ModelConfig, PeftConfig
     from trainer.model.backbone import find_backbone, silence_libraries
     from trainer.model.build import COMPUTE_TYPES, build_model, set_precision
 
     silence_libraries()
-    backbone = find_backbone(ModelConfig(name=str(folder)), ["one", "other"])
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    model, _ = build_model(backbone, PeftConfig(options={"r": 8, "target_modules": ["q_proj", "v_proj"]}), 0)
-    set_precision(model, COMPUTE_TYPES[precision])
+    with tempfile.TemporaryDirectory() as tiny:
+        save_llama(Path(tiny), "bfloat16", 1, hidden_size=32, num_hidden_layers=1, vocab_size=60)
+        for place in (tiny, folder):
+            backbone = find_backbone(ModelConfig(name=str(place)), ["one", "other"])
+            before = resident("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            model, _ = build_model(backbone, PeftConfig(options={"r": 8, "target_modules": ["q_proj", "v_proj"]}), 0)
+            set_precision(model, COMPUTE_TYPES[precision])
     peak = resident("VmHWM") - before
     kept = sum(parameter.nbytes for parameter in model.parameters())
     return {"precision": precision, "kept_mib": kept // MIB, "peak_mib": peak // MIB, "ratio": round(peak / kept, 2)}

@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
 """seconds after which a process that should have answered or ended counts as stuck"""
+ENVIRONMENT = dict(os.environ)
+"""before any test: a command that runs in this process changes it"""
 
 
 class Server:
@@ -30,7 +32,7 @@ class Server:
         self.ended = {}
         self.count = 0
         environment = {
-            **os.environ,
+            **ENVIRONMENT,
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": self.folder.name,
             "TOKENIZERS_PARALLELISM": "false",

@@ -148,7 +148,8 @@ def score(run: Run, state: TrainState, name: str) -> np.ndarray:
             run.log.print_line(f"{name}: out of memory; continuing with at most {max_tokens:,} tokens at a time")
             if learner.accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
-    refuse_broken_logits(logits, run.inputs.corpus.splits[name].rows, name, "--run.precision bf16 or no")
+    if not np.isfinite(logits).all():
+        refuse_broken_logits(logits, run.inputs.corpus.splits[name].rows, name, "--run.precision bf16 or no")
     return logits
 
 
