@@ -38,7 +38,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+    sys.path[: not sys.flags.safe_path] = [str(ROOT)]
     from trainer.distributed.environment import set_environment
 
     set_environment()  # as trainer/run.py does

@@ -46,6 +46,7 @@ TRAILING_TEXT = "text behind the last named column"
 EXACT_BELOW = {pa.float16(): 2**11, pa.float32(): 2**24}
 """whole numbers below are exact in these types"""
 AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+"""by type of text: the type with the same offsets whose bytes may be any"""
 UNREADABLE = (
     *(OSError, ValueError, EOFError, RuntimeError, OverflowError),
     *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowException),

@@ -164,7 +164,8 @@ def set_environment() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # hidden: with it, YOSO runs code from the hub
+    # an import then fails: with this package, YOSO and bitsandbytes 0.50 would run code from the hub
+    sys.modules["kernels"] = None  # type: ignore[assignment]
     _go_offline_without_hub()
 
 

@@ -109,7 +109,7 @@ def choose_precision(wanted: str, begun: bool = False) -> str:
 def start_accelerator(precision: str) -> Accelerator:
     """Starts accelerate with the processes of the launcher, in precision no, bf16 or fp16."""
     keep_freed_memory()
-    # fp32 is fp32: TF32 has 10 bits, and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE of some containers chooses it
+    # TF32 has 10 bits of fp32's 23. Some containers choose it by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:

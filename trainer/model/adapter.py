@@ -188,7 +188,7 @@ def find_trained_backbone(run: Path, config: ModelConfig, label_names: list[str]
     folder, recorded = run / "adapter", None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        side = tokenizer.padding_side  # of the run; it is the backbone's own in `find_backbone`
+        side = tokenizer.padding_side  # the run's; `find_backbone` sets the backbone's own
         if (folder / IDENTITY).is_file():
             recorded = Identity(**json.loads((folder / IDENTITY).read_bytes()))
         else:

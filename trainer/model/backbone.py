@@ -167,7 +167,7 @@ def find_backbone(
     _set_task(backbone_config, label_names, problem_type)
     set_padding(backbone_config, tokenizer, config.name)
     read_special_tokens_as_text(tokenizer)
-    if getattr(backbone_config, "attention_dropout", 0.0) is None:  # as Llama may write 0
+    if getattr(backbone_config, "attention_dropout", 0.0) is None:  # as Llama's config.json may write 0
         backbone_config.attention_dropout = 0.0
     if config.dropout is not None:
         set_dropout(backbone_config, config.dropout)
@@ -296,7 +296,7 @@ def _check_supported(name: str, config: PreTrainedConfig, tokenizer: Any) -> Non
 
 def _refuse_quantized(name: str) -> NoReturn:
     raise UserError(
-        f"model.name: the weights of {name} are quantized already; use those before, with --model.quantization nf4"
+        f"model.name: the weights of {name} are quantized; use unquantized ones, with --model.quantization nf4"
     )
 
 

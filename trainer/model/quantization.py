@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import sys
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ def check_quantization(model: PeftModel, settings: PeftConfig) -> None:
 @functools.cache
 def _try_it() -> str:
     """Why bitsandbytes cannot compute on the CPU; "" if it can."""
-    _block_hub_code()
     try:
         from bitsandbytes.nn import Linear4bit
 
@@ -55,14 +53,8 @@ def _try_it() -> str:
     return ""
 
 
-def _block_hub_code() -> None:
-    """Hides the package `kernels`, with which bitsandbytes 0.50 would download compute kernels and run them."""
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import then fails, as if it were not installed
-
-
 def loading_options(config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantize the layers of the backbone."""
-    _block_hub_code()
     skipped = modules_kept_whole(config)
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
     return {"quantization_config": settings, "device_map": {"": "cpu"}}

@@ -153,9 +153,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["format"] > FORMAT:
-            raise UserError(
-                f"{path} is of a newer version of Isotrain (format {manifest['format']}); continue with that"
-            )
+            raise UserError(f"{path} is of a newer version (format {manifest['format']}); continue with that version")
         contents = {name: _verified(path / name, entry) for name, entry in manifest["files"].items()}
         if manifest["step"] != int(path.name.removeprefix("step-")):
             raise DamagedCheckpoint("manifest.json is of another step")

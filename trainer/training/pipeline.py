@@ -63,7 +63,7 @@ from trainer.training.setup import build, prepare
 from trainer.training.state import TrainState
 
 CHANGEABLE = {"base_model_name_or_path", "revision", "peft_version", "total_step"}
-"""keys of adapter_config.json that may differ from the adapter that a run starts from; AdaLoRA has the run's length"""
+"""keys that may differ in the adapter_config.json that a run starts from; total_step is the run's length"""
 LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
